@@ -1,0 +1,44 @@
+"""minipeft: parameter-efficient fine-tuning, from scratch, one method a file.
+
+    import minipeft as mp
+    model, tokenizer = mp.load("pocket")
+    tuned = mp.attach(model, mp.LoRA(rank=8, gamma=2.0))
+    mp.fit(tuned, mp.world.pirate())
+
+Names are imported when they are first used, so that `import minipeft` costs little more than `import torch`.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "attach": "attach",
+    "Tuned": "attach",
+    "LoRA": "methods.lora",
+    "Full": "methods.select",
+    "BitFit": "methods.select",
+    "Softmax": "methods.select",
+    "fit": "learn.fit",
+    "evaluate": "learn.fit",
+    "report": "learn.fit",
+    "load_adapter": "serve.checkpoint",
+    "load": "world.base",
+    "write": "world.base",
+    "pretty": "world.corpus",
+}
+_ROOMS = ("world", "methods", "learn", "analyze", "serve", "explore")
+__all__ = [*_HOME, *_ROOMS]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(import_module(f"minipeft.{_HOME[name]}"), name)
+        globals()[name] = value  # also in the place of a module of the same name, such as minipeft.attach
+        return value
+    if name in _ROOMS:
+        return import_module(f"minipeft.{name}")
+    raise AttributeError(f"minipeft has no {name!r}: it has {', '.join(__all__)}.")
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,1 @@
+"""What a method did to a model, and what it cost."""

@@ -1,0 +1,691 @@
+"""The one mechanism: `attach(model, method) -> Tuned`.
+
+Every method in this package is a recipe for *layers*: small modules that hold the trainable numbers. Two things carry
+them into a model, and neither touches its module tree or the names in its `state_dict`:
+
+- a **hook**: a `Seat` on a module of the base adds the output of the layers that sit there (LoRA and its family);
+- a **pointer swap**: a `Selected` layer holds a trainable copy of one parameter, and the owner's pointer is moved to
+  the copy (full fine-tuning, BitFit, softmax tuning). Merged weights are installed the same way.
+
+The original tensors are never written to. `disabled()`, `unmerge()` and `detach()` only move pointers back, so they
+return the base bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import inspect
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Slot = tuple[str, str]  # (path of the module that owns a parameter, the parameter's name there)
+Targets = str | re.Pattern | Sequence[str]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a method provides
+# ---------------------------------------------------------------------------------------------------------------------
+class Method:
+    """A frozen dataclass that says *what to train*; `attach` does it."""
+
+    def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Layer]]:
+        """Says where layers go, as {key: maker}; raises ValueError, with the model untouched, when they cannot.
+
+        A key is a dotted path. A maker draws its random numbers from the generator that it is given, and only there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say where its layers go")
+
+
+class Layer(nn.Module):
+    """The trainable numbers of one adapter in one place. `path` names the place in `Tuned.deltas()`."""
+
+    slots: tuple[Slot, ...] = ()  # the parameters that this layer replaces; () for a layer that works through a hook
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def added(self) -> int:
+        """How many numbers the model has more than before."""
+        return sum(p.numel() for p in self.parameters())
+
+    def delta(self) -> torch.Tensor:
+        """ΔW, of shape (d_out, d_in); `Tuned` calls it while the base's own weights are in place."""
+        raise ValueError(
+            f"{type(self).__name__} at {self.path!r} changes no weight, so there is no ΔW to merge or show."
+        )
+
+
+class WeightLayer(Layer):
+    """A layer that adds ΔW to the weight of `target`: provide `forward(x)`, the extra output, and `delta()`.
+
+    Both speak about the target's own rows only: shapes (…, d_out) and (d_out, d_in), where d_out is the length of the
+    slice if the target is a slice of a fused projection. Padding to the module's full width happens here.
+    """
+
+    def __init__(self, target: Target):
+        super().__init__(target.path)
+        self.key = target.key
+        self.padding = (target.start, target.width - target.stop)
+
+    def after(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        extra = self(x)
+        extra = F.pad(extra, self.padding) if any(self.padding) else extra
+        return (output + extra).to(output.dtype)
+
+    def full_delta(self) -> torch.Tensor:
+        """ΔW with zero rows outside the slice: (width of the module, d_in)."""
+        return F.pad(self.delta(), (0, 0, *self.padding))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a method goes
+# ---------------------------------------------------------------------------------------------------------------------
+def flipped(module: nn.Module) -> bool:
+    """Whether the weight is stored (d_in, d_out): GPT-2's Conv1D, and an embedding seen as a map of one-hot rows."""
+    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a weight method can sit on the module: a linear layer, a Conv1D or an embedding."""
+    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return isinstance(module, nn.Linear | nn.Embedding) or conv1d
+
+
+def slots(model: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
+    """Every place that holds a parameter. A tied parameter has several; a module that is used twice is listed once."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (path, name), parameter
+
+
+def head(model: nn.Module) -> list[str]:
+    """The paths of the modules that make up the output layer, as far as the model says which they are.
+
+    A transformers language model names it (`get_output_embeddings`); a transformers model with a task head keeps it
+    beside its `base_model`. A plain `nn.Module` says nothing: [].
+    """
+    try:
+        output = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        output = None
+    if output is not None:
+        return [path for path, module in model.named_modules() if module is output]
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if inner is None:
+        return []
+    outside = [name for name, child in model.named_children() if child is not inner]
+    return [path for path, module in model.named_modules() if path.split(".")[0] in outside and module._parameters]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Output rows `start:stop` of the matrix at `path`."""
+
+    path: str
+    module: nn.Module
+    start: int
+    stop: int
+
+    @property
+    def width(self) -> int:
+        """All output features of the module."""
+        return self.module.weight.shape[1 if flipped(self.module) else 0]
+
+    @property
+    def d_in(self) -> int:
+        return self.module.weight.shape[0 if flipped(self.module) else 1]
+
+    @property
+    def d_out(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def key(self) -> str:
+        whole = (self.start, self.stop) == (0, self.width)
+        return self.path if whole else f"{self.path}[{self.start}:{self.stop}]"
+
+
+def resolve(model: nn.Module, targets: Targets) -> list[Target]:
+    """The matrices that `targets` names, in the model's order.
+
+    - `"all-linear"`: every linear layer and Conv1D but the output layer (where the model says which that is);
+    - `"attention"`: those of them with "attn" or "attention" in a component of the path;
+    - `"mlp"`: the others that belong to a numbered stack of layers;
+    - a sequence of dotted suffixes: "q_proj" matches "layers.0.self_attn.q_proj", not "layers.0.xq_proj";
+      "c_attn[0:768]" means output features 0…767 of a fused projection;
+    - a compiled regular expression that matches the whole path.
+
+    Raises ValueError when a pattern matches nothing, with near misses for each such pattern, and for a slice that is
+    outside its module or overlaps another.
+    """
+    # The output projection of nn.MultiheadAttention is read, never called: a hook there would silently do nothing.
+    silent = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    matrices = {p: m for p, m in model.named_modules() if is_matrix(m) and id(m) not in silent}
+    ranges: dict[str, set[tuple[int, int]]] = {}
+    if isinstance(targets, str):
+        ranges = {path: {(0, 0)} for path in _shorthand(model, matrices, targets)}
+    elif isinstance(targets, re.Pattern):
+        ranges = {path: {(0, 0)} for path in matrices if targets.fullmatch(path)}
+        if not ranges:
+            raise ValueError(
+                f"The pattern {targets.pattern!r} matches no whole path; {_near_misses(matrices, targets)}."
+            )
+    else:
+        missed = []
+        for pattern in targets:
+            suffix, start, stop = pattern if isinstance(pattern, tuple) else _parse(pattern)
+            ends = "" if isinstance(pattern, tuple) else "."  # a triple (path, start, stop) names one place exactly
+            found = [path for path in matrices if path == suffix or (ends and path.endswith(ends + suffix))]
+            missed += [] if found else [f"{suffix!r} ({_near_misses(matrices, suffix, model)})"]
+            for path in found:
+                ranges.setdefault(path, set()).add((start, stop))
+        if missed or not ranges:
+            raise ValueError(f"Nothing was attached, because no layer matches {'; '.join(missed) or 'an empty list'}.")
+    return [target for path in matrices if path in ranges for target in _cut(path, matrices[path], ranges[path])]
+
+
+def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> list[str]:
+    if name not in ("all-linear", "attention", "mlp"):
+        raise ValueError(f'targets={name!r} is not "all-linear", "attention" or "mlp"; for suffixes write [{name!r}].')
+    outputs = set(head(model))
+    paths = [p for p, m in matrices.items() if p not in outputs and not isinstance(m, nn.Embedding)]
+    attention = [p for p in paths if re.search(r"attn|attention", p, re.IGNORECASE)]
+    stack = [p for p in paths if p not in attention and re.search(r"(^|\.)\d+(\.|$)", p)]
+    found = {"all-linear": paths, "attention": attention, "mlp": stack}[name]
+    if not found:
+        raise ValueError(f"targets={name!r} matches nothing in {type(model).__name__}; {_near_misses(matrices, name)}.")
+    return found
+
+
+def _parse(pattern: str) -> tuple[str, int, int]:
+    """("c_attn", 0, 768) from "c_attn[0:768]"; a stop of 0 means the end."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"A target is a dotted suffix such as 'q_proj', not the {type(pattern).__name__} {pattern!r}.")
+    match = re.fullmatch(r"(.+?)(?:\[(\d*):(\d*)\])?", pattern)
+    if match is None or re.search(r"[\[\]]", match[1]) or match[3] == "0":
+        raise ValueError(f"The target {pattern!r} is neither a suffix ('c_attn') nor a slice of one ('c_attn[0:768]').")
+    return match[1], int(match[2] or 0), int(match[3] or 0)
+
+
+def _cut(path: str, module: nn.Module, ranges: set[tuple[int, int]]) -> list[Target]:
+    if not torch.is_floating_point(module.weight):
+        raise ValueError(f"{path!r} holds {module.weight.dtype} weights; a target needs floating-point weights.")
+    if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+        raise ValueError(f"{path!r} is a {type(module).__name__} with a forward of its own; only nn.Embedding works.")
+    width = Target(path, module, 0, 0).width
+    cuts = sorted({(start, stop or width) for start, stop in ranges})
+    for start, stop in cuts:
+        if not start < stop <= width:
+            raise ValueError(f"The slice [{start}:{stop}] is outside {path!r}, which has output features 0 to {width}.")
+    for (a, b), (c, d) in itertools.pairwise(cuts):
+        if c < b:
+            raise ValueError(f"The slices [{a}:{b}] and [{c}:{d}] of {path!r} overlap; give each row to one target.")
+    return [Target(path, module, start, stop) for start, stop in cuts]
+
+
+def _near_misses(matrices: dict[str, nn.Module], pattern: str | re.Pattern, model: nn.Module | None = None) -> str:
+    """What the pattern could have meant: other kinds of module by that name, else the most similar suffixes."""
+    if model is not None:
+        found = {type(m).__name__ for p, m in model.named_modules() if p and f".{p}".endswith(f".{pattern}")}
+        if found:
+            return f"it names {', '.join(sorted(found))}, not a linear, Conv1D or embedding layer to adapt"
+    if isinstance(pattern, re.Pattern):
+        return f"paths look like {', '.join(list(matrices)[:3]) or 'nothing: the model has no linear layer'}"
+    parts = [path.split(".") for path in matrices]
+    suffixes = dict.fromkeys(".".join(p[-n:]) for p in parts for n in range(1, len(p) + 1))
+    near = difflib.get_close_matches(pattern, suffixes, n=3) or list(dict.fromkeys(p[-1] for p in parts))[:12]
+    return f"there is {', '.join(near) or 'no linear layer at all'}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hook
+# ---------------------------------------------------------------------------------------------------------------------
+class State:
+    """What all seats of one model look at when called. Plain attributes, so that `torch.compile` guards them."""
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.silent = False  # disabled or merged: the seats add nothing
+        self.rows: dict[str, torch.Tensor] | None = None  # per-row choice: adapter name -> its rows of the batch
+        self.batch = 0
+
+
+class Seat:
+    """The hook on one module of the base, and the layers that sit there: {adapter name: layers}."""
+
+    def __init__(self, state: State):
+        self.state = state
+        self.layers: dict[str, list[WeightLayer]] = {}
+
+    def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        state = self.state
+        if state.silent:
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        if state.rows is None:
+            for name in state.active:
+                for layer in self.layers.get(name, ()):
+                    output = layer.after(output, x)
+            return output
+        if x.shape[0] != state.batch:
+            raise ValueError(
+                f"adapters= has {state.batch} entries, but a {type(module).__name__} got a batch of {x.shape[0]}; "
+                "per-row choice works where dimension 0 of every adapted module's input is the batch."
+            )
+        for name, rows in state.rows.items():
+            rows = rows.to(output.device)
+            for layer in self.layers.get(name, ()):
+                output = output.index_copy(0, rows, layer.after(output[rows], x[rows]))
+        return output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tuned model
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Count:
+    """How many numbers train, and how many the adapted model has in all (base + what the active adapters add)."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return f"trainable {self.trainable:,} of {self.total:,} ({100 * self.share:.3g} %)"
+
+
+def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default", seed: int = 0) -> Tuned:
+    """Freezes `model`, adds what `method` trains, and returns a `Tuned` that stands in for the model.
+
+    `method` may be a sequence, such as `[LoRA(rank=8), Softmax()]`: all of it becomes one adapter. The random numbers
+    are drawn on the CPU, in path order, from a generator of their own: one seed gives one initialisation on any device,
+    and the global generator is left alone. On the meta device nothing is drawn.
+
+    All or nothing: ValueError or TypeError leaves the model as it was.
+    """
+    if isinstance(model, Tuned) or (isinstance(model, nn.Module) and carries_adapters(model)):
+        raise ValueError("This model already carries adapters; use tuned.add(name, method), or tuned.detach() first.")
+    methods, layers = build(model, method, seed)
+    return wrap(model, name, methods, layers)
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return hasattr(model, "_tuned") or any(isinstance(getattr(hook, "__self__", None), Seat) for hook in hooks)
+
+
+def build(
+    model: nn.Module, method: Method | Sequence[Method], seed: int
+) -> tuple[tuple[Method, ...], dict[str, Layer]]:
+    """The layers of `method` for `model`, which is only read."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; attach needs a torch.nn.Module.")
+    methods = (method,) if isinstance(method, Method) else tuple(method) if isinstance(method, list | tuple) else ()
+    if not methods or not all(isinstance(m, Method) for m in methods):
+        raise TypeError(f"method is {method!r}; attach needs a method such as LoRA(rank=8), or a list of them.")
+    makers: dict[str, Callable[[torch.Generator], Layer]] = {}
+    for each in methods:
+        for key, maker in each.places(model).items():
+            if key in makers:
+                raise ValueError(f"Two of the methods want to train {key!r}; name it in one of them only.")
+            makers[key] = maker
+    generator = torch.Generator().manual_seed(seed)
+    layers = {key: maker(generator) for key, maker in makers.items()}
+    if clash := _claimed_twice({key: [layer] for key, layer in layers.items()}):
+        raise ValueError(f"Two of the methods want to train {'.'.join(clash[2])!r}; name it in one of them only.")
+    return methods, layers
+
+
+def _claimed_twice(layers: dict[str, Iterable[Layer]]) -> tuple[str, str, Slot] | None:
+    """Two owners of one slot, and the slot."""
+    owner: dict[Slot, str] = {}
+    for name, slot in ((n, slot) for n, several in layers.items() for layer in several for slot in layer.slots):
+        if slot in owner:
+            return owner[slot], name, slot
+        owner[slot] = name
+    return None
+
+
+def wrap(model: nn.Module, name: str, methods: tuple[Method, ...], layers: dict[str, Layer]) -> Tuned:
+    check_name(name, ())
+    tuned = tuned_class(type(model))(model)
+    tuned.seat(name, methods, layers)
+    tuned.use(name)
+    return tuned
+
+
+def check_name(name: str, used: Sequence[str]) -> None:
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
+        raise ValueError(
+            f"{name!r} cannot name an adapter; use a word without dots that nn.ModuleDict does not define."
+        )
+    if name in used:
+        raise ValueError(f"The name {name!r} is in use; this model carries {', '.join(map(repr, used))}.")
+
+
+class Tuned(nn.Module):
+    """A frozen base with one or more named adapters; it behaves like the base (attributes fall through to it).
+
+    `adapters`: {name: {path with "/" for ".": layer}}; `base`: the model itself; `methods`: {name: methods}.
+    `state_dict()` holds the adapters only, so a checkpoint is small and tied weights of the base do not matter.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.base = base
+        self.methods: dict[str, tuple[Method, ...]] = {}
+        self._state = State()
+        self._seats: dict[str, Seat] = {}
+        self._originals: dict[Slot, nn.Parameter] = {}  # what the installed pointers replaced
+        self._merged: dict[Slot, nn.Parameter] | None = None
+        self._disabled = False
+        self._required = {slot: p.requires_grad for slot, p in slots(base)}
+        self.training = base.training
+        base.requires_grad_(False)
+        base._tuned = True
+
+    # -- standing in for the base -------------------------------------------------------------------------------------
+    def forward(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
+        """The base's forward; `adapters` gives each row of the batch its own adapter, None meaning the bare base."""
+        if adapters is None:
+            return self.base(*args, **kwargs)
+        with self._per_row(adapters, args, kwargs):
+            return self.base(*args, **kwargs)
+
+    def generate(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
+        """The base's generate, with the same `adapters` (no beams: they would multiply the rows)."""
+        if adapters is None:
+            return self.base.generate(*args, **kwargs)
+        with self._per_row(adapters, args, kwargs):
+            return self.base.generate(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "base" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.base, name)
+
+    def __reduce__(self):  # copy and pickle: the class is made at run time, see tuned_class
+        return _empty, (type(self.base),), self.__dict__
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Tuned:
+        with self.disabled():  # the originals must move too; merged weights are computed again
+            super()._apply(fn, recurse)
+        if self._merged is not None:
+            self._merged = self._merge()
+        self._refresh()
+        return self
+
+    def state_dict(self, *args, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
+        return self.adapters.state_dict(
+            *args, destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars
+        )
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        result = self.adapters.load_state_dict(
+            {key.removeprefix("adapters."): value for key, value in state_dict.items()}, strict=strict, assign=assign
+        )
+        self._refresh()
+        return result
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+    def add(self, name: str, method: Method | Sequence[Method], seed: int = 0) -> None:
+        """Adds another adapter, inactive until `use(name)`. Raises like `attach`, and if the name is in use."""
+        self._must_be_open("add")
+        check_name(name, list(self.adapters))
+        with self.disabled():
+            methods, layers = build(self.base, method, seed)
+        self.seat(name, methods, layers)
+
+    def seat(self, name: str, methods: tuple[Method, ...], layers: dict[str, Layer]) -> None:
+        """Puts built layers under a free name, inactive."""
+        self.adapters[name] = nn.ModuleDict({key.replace(".", "/") or "/": layer for key, layer in layers.items()})
+        self.adapters[name].train(self.training).requires_grad_(False)
+        self.methods[name] = methods
+        for layer in layers.values():
+            if layer.slots:
+                continue
+            if layer.path not in self._seats:
+                self._seats[layer.path] = Seat(self._state)
+                module = self.base.get_submodule(layer.path)
+                module.register_forward_hook(self._seats[layer.path].hook, with_kwargs=True)
+            self._seats[layer.path].layers.setdefault(name, []).append(layer)
+
+    def use(self, *names: str) -> None:
+        """Activates these adapters, together if several (their changes add up), and only them; none is the bare base.
+
+        Only the active adapters' parameters require gradients. Raises ValueError for an unknown name, and for two
+        adapters that both replace one parameter.
+        """
+        self._must_be_open("use")
+        names = self._known(names)
+        if clash := _claimed_twice({name: self.adapters[name].values() for name in names}):
+            a, b, slot = clash
+            raise ValueError(f"{a!r} and {b!r} both replace {'.'.join(slot)}, so they cannot be active together.")
+        self._state.active = names
+        for name, layers in self.adapters.items():
+            layers.requires_grad_(name in names)
+        self._refresh()
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the active adapters."""
+        return self._state.active
+
+    @contextlib.contextmanager
+    def disabled(self):
+        """Within it, the model is the base, bit for bit."""
+        before, self._disabled = self._disabled, True
+        self._refresh()
+        try:
+            yield self
+        finally:
+            self._disabled = before
+            self._refresh()
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+    def count(self) -> Count:
+        """Exact also on the meta device. A trained copy replaces a parameter, so it adds nothing to the total, except
+        where it breaks a tie (softmax tuning of a tied head adds V·d)."""
+        with self.disabled():
+            base = {id(p): p.numel() for _, p in slots(self.base)}
+        trained = {id(p): p.numel() for layer in self._layers() for p in layer.parameters() if p.requires_grad}
+        return Count(sum(trained.values()), sum(base.values()) + sum(layer.added() for layer in self._layers()))
+
+    @torch.no_grad()
+    def deltas(self) -> dict[str, torch.Tensor]:
+        """{path: ΔW} of the active adapters, summed where several meet; a weight's ΔW has shape (d_out, d_in)."""
+        result: dict[str, torch.Tensor] = {}
+        with self.disabled():
+            for layer in self._layers():
+                delta = layer.full_delta() if isinstance(layer, WeightLayer) else layer.delta()
+                result[layer.path] = result[layer.path] + delta if layer.path in result else delta
+        return result
+
+    def save(self, path: str | os.PathLike, name: str | None = None) -> None:
+        """Writes one adapter (the active one) to a directory; see `minipeft.serve.checkpoint`."""
+        from minipeft.serve.checkpoint import save_adapter
+
+        save_adapter(self, path, name)
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+    def merge(self) -> None:
+        """W' = W + ΔW, computed in float32 and stored in W's dtype, replaces W; the hooks fall silent.
+
+        In bfloat16 the sum is rounded to 8 bits, which swallows a ΔW that is small beside W.
+        Raises ValueError when merged already, and for adapters that change no weight.
+        """
+        self._must_be_open("merge")
+        if not self.active:
+            raise ValueError(f"No adapter is active, so there is nothing to merge; use() one of {list(self.adapters)}.")
+        self._merged = self._merge()
+        if ties := self._broken_ties():
+            warnings.warn(f"Merging unties {', '.join(ties)} from a weight that stays as it was.", stacklevel=2)
+        self._refresh()
+
+    def unmerge(self) -> None:
+        """Puts the original weights back, bit for bit."""
+        if self._merged is None:
+            raise ValueError("The adapters are not merged, so there is nothing to unmerge; call merge() first.")
+        self._merged = None
+        self._refresh()
+
+    def detach(self) -> nn.Module:
+        """Takes everything off and returns the base: with merged weights if merged, else as it was before `attach`."""
+        self._must_be_attached("detach")
+        merged, untied = self._merged or {}, self._broken_ties()
+        self._disabled = True
+        self._refresh()
+        for (path, name), flag in self._required.items():
+            owner = self.base.get_submodule(path)
+            owner._parameters[name] = merged.get((path, name), owner._parameters[name]).requires_grad_(flag)
+        for path, seat in self._seats.items():
+            hooks = self.base.get_submodule(path)._forward_hooks
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is seat]:
+                del hooks[key]
+                self.base.get_submodule(path)._forward_hooks_with_kwargs.pop(key, None)
+        if untied and hasattr(self.base, "config"):
+            self.base.config.tie_word_embeddings = False
+        del self.base._tuned
+        self.adapters, self.methods, self._seats, self._merged = nn.ModuleDict(), {}, {}, None
+        self._state.active = ()
+        return self.base
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+    def _layers(self) -> list[Layer]:
+        return [layer for name in self.active for layer in self.adapters[name].values()]
+
+    def _known(self, names: Sequence[str]) -> tuple[str, ...]:
+        for name in names:
+            if name not in self.adapters:
+                raise ValueError(f"There is no adapter {name!r}; this model carries {list(self.adapters)}.")
+        return tuple(dict.fromkeys(names))
+
+    def _must_be_attached(self, verb: str) -> None:
+        if not hasattr(self.base, "_tuned"):
+            raise ValueError(f"This Tuned is detached, so it cannot {verb}; call attach(model, method) again.")
+
+    def _must_be_open(self, verb: str) -> None:
+        self._must_be_attached(verb)
+        if self._merged is not None:
+            raise ValueError(f"The adapters {list(self.active)} are merged; call unmerge() before {verb}.")
+
+    def _refresh(self) -> None:
+        """Makes the base's pointers agree with what is active, merged and disabled."""
+        bare = self._disabled or self._state.rows is not None
+        self._state.silent = self._disabled or self._merged is not None
+        merged = self._merged or {slot: layer.value for layer in self._layers() for slot in layer.slots}
+        for (path, name), original in self._originals.items():
+            self.base.get_submodule(path)._parameters[name] = original
+        self._originals = {}
+        for (path, name), new in ({} if bare else merged).items():
+            parameters = self.base.get_submodule(path)._parameters
+            self._originals[path, name], parameters[name] = parameters[name], new
+
+    @torch.no_grad()
+    def _merge(self) -> dict[Slot, nn.Parameter]:
+        """The parameters of the merged model that differ from the base's."""
+        new: dict[Slot, torch.Tensor] = {}
+        with self.disabled():
+            for layer in self._layers():
+                if layer.slots:
+                    new |= dict.fromkeys(layer.slots, layer.value.detach())
+            for layer in self._layers():
+                if layer.slots:
+                    continue
+                owner, slot = self.base.get_submodule(layer.path), (layer.path, "weight")
+                if "weight" not in owner._parameters:
+                    raise ValueError(
+                        f"{layer.path!r} computes its weight from other tensors, so nothing can be merged."
+                    )
+                weight = new.get(slot, owner.weight)
+                delta = layer.full_delta() if isinstance(layer, WeightLayer) else layer.delta()
+                # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                new[slot] = weight.to(wide) + (delta.T if flipped(owner) else delta).to(weight.device, wide)
+            dtypes = {slot: self.base.get_submodule(slot[0])._parameters[slot[1]].dtype for slot in new}
+        # one parameter for each value, so that what is tied stays tied
+        shared = {id(v): nn.Parameter(v.to(dtypes[slot]), requires_grad=False) for slot, v in new.items()}
+        return {slot: shared[id(value)] for slot, value in new.items()}
+
+    def _broken_ties(self) -> list[str]:
+        """Merged parameters of which another alias in the base stays as it was."""
+        with self.disabled():
+            everywhere = list(slots(self.base))
+        merged = self._merged or {}
+        left = {id(p) for slot, p in everywhere if slot not in merged}
+        return [".".join(slot) for slot, p in everywhere if slot in merged and id(p) in left]
+
+    @contextlib.contextmanager
+    def _per_row(self, adapters: Sequence[str | None], args: tuple, kwargs: dict):
+        self._must_be_open("choosing adapters per row")
+        if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
+            raise TypeError(f"adapters={adapters!r} is not a list with one adapter name or None per row of the batch.")
+        names = self._known([name for name in adapters if name is not None])
+        for name in names:
+            if any(layer.slots for layer in self.adapters[name].values()):
+                raise ValueError(
+                    f"{name!r} replaces parameters of the base, so it cannot be chosen per row; use({name!r})."
+                )
+        batch = next(
+            (len(v) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), len(adapters)
+        )
+        if batch != len(adapters):
+            raise ValueError(
+                f"adapters= has {len(adapters)} entries for a batch of {batch}; give one name or None per row."
+            )
+        if self.training and torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "Gradient checkpointing runs layers again after the call, when the choice per row is forgotten; "
+                "turn it off with gradient_checkpointing_disable()."
+            )
+        state = self._state
+        state.batch = batch
+        state.rows = {name: torch.tensor([i for i, each in enumerate(adapters) if each == name]) for name in names}
+        self._refresh()
+        try:
+            yield
+        finally:
+            state.rows = None
+            self._refresh()
+
+
+@functools.cache
+def tuned_class(base: type[nn.Module]) -> type[Tuned]:
+    """`Tuned` with the signature of the base's forward, which `transformers.Trainer` reads to choose its columns."""
+
+    def forward(self, *args, adapters=None, **kwargs):
+        return Tuned.forward(self, *args, adapters=adapters, **kwargs)
+
+    signature = inspect.signature(base.forward)
+    parameters = list(signature.parameters.values())
+    last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(last, inspect.Parameter("adapters", inspect.Parameter.KEYWORD_ONLY, default=None))
+    forward.__signature__ = signature.replace(parameters=parameters)
+    forward.__doc__ = Tuned.forward.__doc__
+    return type(
+        f"Tuned{base.__name__}", (Tuned,), {"forward": forward, "__doc__": Tuned.__doc__, "__module__": __name__}
+    )
+
+
+def _empty(base: type[nn.Module]) -> Tuned:
+    cls = tuned_class(base)
+    return cls.__new__(cls)

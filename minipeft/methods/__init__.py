@@ -1,0 +1,6 @@
+"""Where do the trainable numbers go? One file for each answer."""
+
+from minipeft.methods.lora import LoRA
+from minipeft.methods.select import BitFit, Full, Softmax
+
+__all__ = ["BitFit", "Full", "LoRA", "Softmax"]

