@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: help lab test notebooks
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Options: PYTHON=/path/to/python3.11, PORT=8890, LABFLAGS=--no-browser"
 
 # JupyterLab refuses to run as root, the only user that many containers have, unless it is told to.

@@ -34,7 +34,7 @@ def test_the_command_finds_this_environment_complete():
 def test_it_is_quick_once_pytorch_is_imported():
     start = time.perf_counter()
     rows = doctor.examine()
-    assert time.perf_counter() - start < 10  # 2 s alone; other tests may share the cores
+    assert time.perf_counter() - start < 20  # about 2 s on an idle machine; other tests share the cores here
     assert len({row.name for row in rows}) == len(rows)
 
 
@@ -160,3 +160,11 @@ def test_reviews_in_the_cache_are_seen(monkeypatch, tmp_path):
     assert "fetched once" in doctor.reviews().found
     (tmp_path / "reviews.tar.gz").touch()
     assert "in the cache" in doctor.reviews().found
+
+
+def test_a_call_longer_than_the_budget_is_made_once():
+    calls = []
+    assert doctor.typical_seconds(lambda: calls.append(time.sleep(0.02)), budget=0.01) >= 0.02
+    assert len(calls) == 1
+    assert 0.001 < doctor.typical_seconds(lambda: calls.append(time.sleep(0.002)), budget=0.02) < 1
+    assert len(calls) > 2

@@ -97,3 +97,19 @@ class untouched:
     def __exit__(self, *error):
         assert self.look() == self.before
         assert same(snapshot(self.model), self.values)
+
+
+def small(labels: int | None = None) -> nn.Module:
+    """A tiny untrained model of the pocket family with its tokenizer."""
+    from minipeft.world.base import build_model, build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer), hidden=32, layers=2, heads=2, ff=48)
+    if labels:
+        from transformers import LlamaForSequenceClassification
+
+        model.config.num_labels = labels
+        model = LlamaForSequenceClassification(model.config)
+    model.tokenizer = tokenizer
+    return model.eval()

@@ -1,6 +1,7 @@
 """The widgets: each is a plain function that draws a figure, and the sliders that call it."""
 
 from minipeft.explore.lora import LoRAExplorer
+from minipeft.explore.predict import Predict
 from minipeft.explore.slider import SliderPlot
 
-__all__ = ["LoRAExplorer", "SliderPlot"]
+__all__ = ["LoRAExplorer", "Predict", "SliderPlot"]

@@ -76,9 +76,10 @@ def save_adapter(tuned: Tuned, path: str | os.PathLike, name: str | None = None)
     with tuned.disabled():
         config = describe(tuned.base, layers)
     config["base_model_name_or_path"] = getattr(getattr(tuned.base, "config", None), "name_or_path", "") or None
-    tensors = {key: p.detach().cpu().contiguous() for key, p in file_keys(layers, config).items()}
-    if any(value.device.type == "meta" for value in tensors.values()):
-        raise ValueError("The adapter is on the meta device, where it has no numbers to save.")
+    parameters = file_keys(layers, config)
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise ValueError(f"Adapter {name!r} is on the meta device, so it has no numbers to save; use tuned.to_empty().")
+    tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters.items()}
     write(Path(path), config, tensors)
 
 
@@ -96,6 +97,10 @@ def describe(base: nn.Module, layers: list[Layer]) -> dict:
     if not loras:
         return {"peft_type": "MINIPEFT_SELECT", "entries": entries}
     first = loras[0]
+    if not all(layer.path for layer in loras):
+        raise ValueError(
+            "The model is itself the adapted layer, so the layer has no name to save; wrap it in nn.Sequential."
+        )
     by_peft = whole is not None and not any(any(layer.padding) for layer in loras)
     scale = math.sqrt if first.rank_stabilized else float
     config = {
@@ -108,14 +113,26 @@ def describe(base: nn.Module, layers: list[Layer]) -> dict:
         "lora_dropout": first.dropout,
         "bias": "none",
         "fan_in_fan_out": any(flipped(base.get_submodule(x.path)) and not x.embedding for x in loras),
-        "target_modules": sorted({layer.path for layer in loras}),
-        "rank_pattern": {x.key: x.rank for x in loras if x.rank != first.rank},
+        "target_modules": target_modules(base, sorted({layer.path for layer in loras})),
+        "rank_pattern": {exactly(x.key): x.rank for x in loras if x.rank != first.rank},
         "alpha_pattern": {
-            x.key: x.gamma * scale(x.rank) for x in loras if (x.rank, x.gamma) != (first.rank, first.gamma)
+            exactly(x.key): x.gamma * scale(x.rank) for x in loras if (x.rank, x.gamma) != (first.rank, first.gamma)
         },
         "modules_to_save": whole or None,
     }
     return config if by_peft else config | {"entries": entries}
+
+
+def exactly(path: str) -> str:
+    """A pattern for rank_pattern and alpha_pattern that fits this path and no longer one that ends alike."""
+    return f"^{re.escape(path)}"
+
+
+def target_modules(base: nn.Module, paths: list[str]) -> list[str] | str:
+    """The paths, or one expression where PEFT, which matches list entries as suffixes, would find further layers."""
+    suffixes = tuple(f".{path}" for path in paths)
+    found = [path for path, module in base.named_modules() if is_matrix(module) and f".{path}".endswith(suffixes)]
+    return paths if len(found) == len(paths) else "|".join(map(re.escape, paths))
 
 
 def whole_modules(base: nn.Module, selected: list[Selected]) -> list[str] | None:
@@ -189,11 +206,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     if tuned is not None:
         tuned._must_be_open("load_adapter")
     check_name(name, list(tuned.adapters) if tuned else ())
-    config, tensors = read(Path(path))
-    with tuned.disabled() if tuned else contextlib.nullcontext():
-        base = tuned.base if tuned else model
-        methods, layers = build(base, interpret(base, config, tensors, path), seed=0)
-        fill(file_keys(list(layers.values()), config), tensors, path)
+    base = tuned.base if tuned else model
+    try:
+        config, tensors = read(Path(path))
+        with tuned.disabled() if tuned else contextlib.nullcontext():
+            methods, layers = build(base, interpret(base, config, tensors), seed=0)
+            fill(file_keys(list(layers.values()), config), tensors)
+    except ValueError as error:
+        raise ValueError(f"The adapter in {str(path)!r} does not load: {error}") from error
     if tuned is None:
         return wrap(model, name, methods, layers)
     tuned.seat(name, methods, layers)
@@ -207,48 +227,70 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
-            raise ValueError(f"{str(path)!r} has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
+            raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(path / CONFIG)!r} is not JSON ({error}); save the adapter again.") from error
+        raise ValueError(f"{CONFIG} is not JSON ({error}); save the adapter again.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{str(path / CONFIG)!r} holds a {type(config).__name__}; it must be a JSON object.")
+        raise ValueError(f"{CONFIG} holds a {type(config).__name__}; it must be a JSON object.")
     try:
         return config, load_file(path / WEIGHTS)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{str(path / WEIGHTS)!r} is not a safetensors file ({error}); save the adapter again."
-        ) from error
+        raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
 
 
-def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor], path: str | os.PathLike) -> list[Method]:
+def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> list[Method]:
     """The methods that build what the files hold. The layers are the ones that the keys name, not what
     `target_modules` matches (PEFT writes short suffixes there), but a layer that it does match must not be missing."""
     kind = config.get("peft_type")
     if kind not in ("LORA", "MINIPEFT_LORA", "MINIPEFT_SELECT"):
-        raise ValueError(
-            f"{str(path)!r} holds peft_type {kind!r}; LORA, MINIPEFT_LORA and MINIPEFT_SELECT can be loaded."
-        )
+        raise ValueError(f"it holds peft_type {kind!r}; LORA, MINIPEFT_LORA and MINIPEFT_SELECT can be loaded.")
+    check_config(config)
     if used := [option for option in FOREIGN if config.get(option)]:
-        raise ValueError(
-            f"{str(path)!r} uses {', '.join(used)}, which plain LoRA does not have; only plain LoRA loads."
-        )
+        raise ValueError(f"it uses {', '.join(used)}, which plain LoRA does not have; only plain LoRA loads.")
     if config.get("init_lora_weights") not in PLAIN_INITS:
         init = config["init_lora_weights"]
-        raise ValueError(f"{str(path)!r} was initialised by {init!r}, which changes the base; only plain LoRA loads.")
+        raise ValueError(f"it was initialised by {init!r}, which changes the base; only plain LoRA loads.")
     for key in [key for key in tensors if key.endswith(".base_layer.weight")]:
-        drop_if_equal(base, key, tensors, path)
+        drop_if_equal(base, key, tensors)
     found = {key: LORA_KEY.fullmatch(key) for key in tensors}
-    methods = loras(config, list(dict.fromkeys(m[1] for m in found.values() if m)), path)
+    methods = loras(config, list(dict.fromkeys(m[1] for m in found.values() if m)))
     if kind == "LORA":
-        check_complete(base, config, {m[1] for m in found.values() if m}, path)
+        check_complete(base, config, {m[1] for m in found.values() if m})
     rest = [key.removeprefix(PREFIX) for key in found if not found[key] and key.startswith(PREFIX)]
     names = config.get("entries", []) if kind != "LORA" else with_aliases(base, rest)
     return methods + ([Full(targets=tuple(names))] if names else [])
 
 
-def loras(config: dict, keys: list[str], path: str | os.PathLike) -> list[LoRA]:
+def check_config(config: dict) -> None:
+    """Refuses entries of a wrong type, which would fail later in words that say nothing about the file."""
+    words, mapping = (list, type(None)), (dict, type(None))
+    kinds = {
+        "target_modules": (str, *words),
+        "modules_to_save": words,
+        "rank_pattern": mapping,
+        "alpha_pattern": mapping,
+    }
+    if config["peft_type"] != "LORA":
+        kinds["entries"] = words
+    if config["peft_type"] != "MINIPEFT_SELECT":
+        kinds |= {"lora_alpha": (int, float), "lora_dropout": (int, float, type(None))}
+    for option, types in kinds.items():
+        value = config.get(option)
+        if not isinstance(value, types) or (isinstance(value, list) and not all(isinstance(v, str) for v in value)):
+            raise ValueError(f"{CONFIG} has {option} = {value!r}, which is of the wrong type.")
+    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    targets = config.get("target_modules")
+    for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            which = "target_modules" if pattern is targets else "rank_pattern or alpha_pattern"
+            raise ValueError(f"{CONFIG} has {pattern!r} in {which}, no regular expression ({error}).") from error
+
+
+def loras(config: dict, keys: list[str]) -> list[LoRA]:
     """One LoRA for each combination of rank and γ."""
     groups: dict[tuple, list[tuple[str, int, int]]] = {}
     for key in keys:
@@ -256,21 +298,16 @@ def loras(config: dict, keys: list[str], path: str | os.PathLike) -> list[LoRA]:
         alpha = by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha"))
         place = re.fullmatch(r"(.+?)(?:\[(\d+):(\d+)\])?", key)
         groups.setdefault((rank, alpha), []).append((place[1], int(place[2] or 0), int(place[3] or 0)))
-    try:
-        stable, dropout = bool(config.get("use_rslora")), config.get("lora_dropout", 0.0)
-        return [
-            LoRA(rank=rank, alpha=alpha, rank_stabilized=stable, dropout=dropout, targets=places)
-            for (rank, alpha), places in groups.items()
-        ]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{str(path)!r}: its configuration is no LoRA: {error}") from error
+    stable, dropout = bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0
+    return [
+        LoRA(rank=rank, alpha=alpha, rank_stabilized=stable, dropout=dropout, targets=places)
+        for (rank, alpha), places in groups.items()
+    ]
 
 
 def by_pattern(patterns: dict | None, key: str, default):
     """PEFT's rule: the first pattern that matches the end of the path, at a dot."""
-    fits = (
-        value for pattern, value in (patterns or {}).items() if key == pattern or re.match(rf"(.*\.)?{pattern}$", key)
-    )
+    fits = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", key))
     return next(fits, default)
 
 
@@ -284,16 +321,16 @@ def with_aliases(base: nn.Module, names: list[str]) -> list[str]:
     return known + [name for name in names if name not in every]
 
 
-def drop_if_equal(base: nn.Module, key: str, tensors: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+def drop_if_equal(base: nn.Module, key: str, tensors: dict[str, torch.Tensor]) -> None:
     """PEFT stores the frozen weight of an adapted embedding too. It is not needed, if it is this model's."""
     name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
     own = {f"{p}.{n}": value for (p, n), value in slots(base)}.get(f"{name}.weight")
     if own is None or own.shape != tensors[key].shape or not torch.equal(own.cpu(), tensors[key].to(own.dtype)):
-        raise ValueError(f"{str(path)!r} was trained over another {name!r} than this model's; load it on its own base.")
+        raise ValueError(f"it was trained over another {name!r} than this model's; load it on its own base.")
     del tensors[key]
 
 
-def check_complete(base: nn.Module, config: dict, present: set[str], path: str | os.PathLike) -> None:
+def check_complete(base: nn.Module, config: dict, present: set[str]) -> None:
     targets = config.get("target_modules")
     partial = any(config.get(o) is not None for o in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     if partial or not targets or targets == "all-linear":
@@ -307,27 +344,23 @@ def check_complete(base: nn.Module, config: dict, present: set[str], path: str |
     matrices = [p for p, m in base.named_modules() if is_matrix(m) and not (saved and f".{p}".endswith(saved))]
     if missing := [p for p in matrices if matches(p) and p not in present]:
         raise ValueError(
-            f"{str(path)!r} has no lora_A and lora_B for {len(missing)} of its targets, such as {missing[0]!r}; "
+            f"it has no lora_A and lora_B for {len(missing)} of its targets, such as {missing[0]!r}; "
             "it was saved incompletely, or from another model."
         )
 
 
 @torch.no_grad()
-def fill(places: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
+def fill(places: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
     """Copies the file's numbers into built layers, each into its own place."""
     for what, keys in (("lacks", places.keys() - tensors.keys()), ("has", tensors.keys() - places.keys())):
         if keys:
             use = "which this model needs" if what == "lacks" else "for which this model has no place"
-            raise ValueError(f"{str(path)!r} {what} {len(keys)} tensors, such as {min(keys)!r}, {use}.")
+            raise ValueError(f"it {what} {len(keys)} tensors, such as {min(keys)!r}, {use}.")
     for key, parameter in places.items():
         value = tensors[key]
         if value.shape != parameter.shape:
-            raise ValueError(
-                f"{str(path)!r}: {key!r} has shape {tuple(value.shape)}, but this model needs {tuple(parameter.shape)}."
-            )
+            raise ValueError(f"{key!r} has shape {tuple(value.shape)}, but this model needs {tuple(parameter.shape)}.")
         if not torch.isfinite(value).all():
-            raise ValueError(
-                f"{str(path)!r}: {key!r} holds NaN or infinite numbers; save it from a run that converged."
-            )
+            raise ValueError(f"{key!r} holds NaN or infinite numbers; save it from a run that converged.")
     for key, parameter in places.items():
         parameter.copy_(tensors[key])

@@ -1,0 +1,1 @@
+"""The course around the package: shipped adapters, running the lessons, predictions."""

@@ -1,0 +1,72 @@
+"""Run every lesson from top to bottom and keep what it shows: `python -m minipeft.course.notebooks [lesson …]`.
+
+The committed lesson is the only source. It is run in a fresh kernel and normalised, so that running it twice gives the
+same file wherever its figures reproduce: cell ids by number, no widget state, no progress bars, no version of Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def normalise(notebook) -> None:
+    """Drop from an executed notebook what differs from run to run, or cannot be shown without a kernel."""
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{i}"
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _stays(output)]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)  # its picture stays: a view needs a kernel
+
+
+def _stays(output) -> bool:
+    if output.output_type == "stream":
+        return not (output.name == "stderr" and "it/s]" in output.text)
+    data = output.get("data", {})
+    return WIDGET not in data or "image/png" in data or "text/html" in data  # else it is a progress bar
+
+
+def execute(path: Path, timeout: int = 600) -> float:
+    """Run one lesson in its folder and write it back, whole or not at all; returns the seconds that it took.
+
+    Raises `nbclient.exceptions.CellExecutionError` when a cell fails; the file is then as it was.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    started = time.perf_counter()
+    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
+    seconds = time.perf_counter() - started
+    normalise(notebook)
+    half = path.with_suffix(".half")
+    nbformat.write(notebook, half)
+    os.replace(half, path)
+    return seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lessons", nargs="*", type=Path, help="notebook files; all in notebooks/ if none is named")
+    lessons = parser.parse_args().lessons or sorted(Path("notebooks").glob("*.ipynb"))
+    if not lessons:
+        print("There is no notebook in ./notebooks: run this from the project's root, or name the files.")
+        return 1
+    for path in lessons:
+        print(f"{path}: {execute(path):.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Adapters on disk: what is written comes back, and what is damaged is refused with the model untouched."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minipeft.attach import attach
+from minipeft.methods.lora import LoRA
+from minipeft.methods.select import BitFit, Full, Softmax
+from minipeft.serve import checkpoint
+from minipeft.serve.checkpoint import CONFIG, PREFIX, WEIGHTS, load_adapter
+
+Q0 = PREFIX + "model.layers.0.self_attn.q_proj"
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny.batch(model)["input_ids"]).logits
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A LoRA on a tiny Llama, on disk."""
+    tuned = attach(tiny.llama(), LoRA(rank=2, alpha=3, targets=["q_proj", "v_proj"]))
+    tiny.randomise(tuned)
+    tuned.save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+SELECT, OWN, PEFT = "MINIPEFT_SELECT", "MINIPEFT_LORA", "LORA"
+
+
+@pytest.mark.parametrize(
+    "family, method, kind, modules",
+    [
+        ("llama", LoRA(rank=2), PEFT, None),
+        ("llama", LoRA(rank=3, alpha=5, rank_stabilized=True, dropout=0.1), PEFT, None),
+        ("llama", LoRA(rank=2, targets=["embed_tokens", "q_proj", "lm_head"]), PEFT, None),
+        ("llama", [LoRA(rank=2, targets="mlp"), LoRA(rank=4, gamma=0.3, targets="attention")], PEFT, None),
+        ("llama", [LoRA(rank=2), Softmax()], PEFT, ["lm_head"]),
+        ("bert", [LoRA(rank=2), Softmax()], PEFT, ["cls.predictions.decoder"]),
+        ("classifier", [LoRA(rank=2), Softmax()], PEFT, ["classifier"]),
+        ("gpt2", LoRA(rank=2, targets=["c_attn"]), PEFT, None),
+        ("gpt2", LoRA(rank=2, targets=["c_attn[0:16]", "c_attn[32:48]"]), OWN, None),
+        ("gpt2", [LoRA(rank=2, targets=["c_attn[:16]", "c_proj"]), Softmax()], OWN, ["lm_head"]),
+        ("llama", [LoRA(rank=2), BitFit()], OWN, None),
+        ("llama", BitFit(), SELECT, None),
+        ("llama", Full(), SELECT, None),
+        ("llama", Softmax(), SELECT, None),
+        ("gpt2", Full(targets=re.compile(r"transformer\.h\.1\..*")), SELECT, None),
+    ],
+    ids=str,
+)
+def test_round_trip(family, method, kind, modules, tmp_path):
+    tuned = attach(tiny.MODELS[family](), method)
+    tiny.randomise(tuned)
+    expected, path = logits(tuned), tmp_path / "a b" / "adapter"
+    tuned.save(path)
+    config = json.loads((path / CONFIG).read_text())
+    assert config["peft_type"] == kind and config.get("modules_to_save") == modules
+    assert sorted(p.name for p in path.iterdir()) == [CONFIG, WEIGHTS] and len(list(path.parent.iterdir())) == 1
+    model = tiny.MODELS[family]()
+    loaded = load_adapter(model, path, name="again")
+    assert torch.equal(logits(loaded), expected) and loaded.active == ("again",)
+    assert loaded.count() == tuned.count() and all(p.requires_grad for p in loaded.adapters.parameters())
+    loaded.save(path)
+    assert torch.equal(logits(load_adapter(tiny.MODELS[family](), path)), expected), "and once more, over the old files"
+    tied = getattr(model, "lm_head", None) is not None and model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied == (tuned.base.get_output_embeddings() is not None and family in ("llama", "gpt2") and not any(
+        s[0] == "lm_head" and len(layer.slots) == 1 for layer in tuned.adapters["default"].values() for s in layer.slots
+    ))  # fmt: skip
+
+
+def test_a_loaded_adapter_joins_a_tuned_model(saved):
+    tuned = attach(tiny.llama(), Full())
+    tiny.randomise(tuned)
+    assert load_adapter(tuned, saved, name="second") is tuned and tuned.active == ("second",)
+    assert torch.equal(logits(tuned), logits(load_adapter(tiny.llama(), saved)))
+    for name in ("second", "a.b"):
+        with tiny.untouched(tuned.base), pytest.raises(ValueError, match="name"):
+            load_adapter(tuned, saved, name=name)
+    with pytest.raises(ValueError, match="Tuned"):
+        load_adapter(tuned.base, saved)
+    tuned.merge()
+    with pytest.raises(ValueError, match="unmerge"):
+        load_adapter(tuned, saved, name="third")
+
+
+def test_what_to_save_must_be_clear(tmp_path):
+    tuned = attach(tiny.llama(), LoRA(rank=2))
+    tuned.add("b", LoRA(rank=1))
+    tuned.use("default", "b")
+    with pytest.raises(ValueError, match="2 adapters are active"):
+        tuned.save(tmp_path / "x")
+    with pytest.raises(ValueError, match="no adapter 'c'"):
+        tuned.save(tmp_path / "x", name="c")
+    assert not list(tmp_path.iterdir())
+    tuned.save(tmp_path / "x", name="b")
+    assert load_file(tmp_path / "x" / WEIGHTS)[f"{Q0}.lora_A.weight"].shape == (1, tiny.D)
+    with torch.device("meta"):
+        model = tiny.llama()
+    with pytest.raises(ValueError, match="meta"):
+        attach(model, LoRA(rank=2)).save(tmp_path / "y")
+
+
+def test_saving_while_merged_or_disabled_writes_the_same(tmp_path):
+    for method in (LoRA(rank=2), Full()):
+        tuned = attach(tiny.llama(), method)
+        tiny.randomise(tuned)
+        tuned.save(tmp_path / "a")
+        tuned.merge()
+        tuned.save(tmp_path / "b")
+        with tuned.disabled():
+            tuned.save(tmp_path / "c")
+        files = [load_file(tmp_path / each / WEIGHTS) for each in "abc"]
+        assert tiny.same(files[0], files[1]) and tiny.same(files[0], files[2])
+
+
+@pytest.mark.parametrize("fail_at", ["save_file", CONFIG])
+def test_written_whole_or_not_at_all(saved, tmp_path, monkeypatch, fail_at):
+    old = {file: (saved / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+    tuned = attach(tiny.llama(), LoRA(rank=4))
+    if fail_at == "save_file":
+        monkeypatch.setattr("safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    else:
+        replace = checkpoint.os.replace
+
+        def broken(source, target):
+            if str(source).endswith(CONFIG) and "old-" not in str(source) and str(target) == str(saved / CONFIG):
+                raise OSError("disk full")
+            return replace(source, target)
+
+        monkeypatch.setattr(checkpoint.os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        tuned.save(saved)
+    assert {file: (saved / file).read_bytes() for file in (CONFIG, WEIGHTS)} == old
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_other_files_in_the_directory_stay(saved):
+    (saved / "notes.txt").write_text("mine")
+    attach(tiny.llama(), LoRA(rank=1)).save(saved)
+    assert (saved / "notes.txt").read_text() == "mine" and json.loads((saved / CONFIG).read_text())["r"] == 1
+    assert stat.S_IMODE(saved.stat().st_mode) & 0o055 == 0o055, "others can read it, unlike a temporary directory"
+
+
+def test_a_path_that_ends_another_is_not_mistaken_for_it(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"fc": nn.Linear(4, 4), "deep": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
+
+    only = attach(model(), LoRA(rank=2, targets=re.compile("fc")))
+    both = attach(model(), [LoRA(1, 0.5, targets=re.compile("fc")), LoRA(1, 3.0, targets=re.compile("deep.fc"))])
+    both_again = attach(model(), [LoRA(1, 3.0, targets=re.compile("deep.fc")), LoRA(1, 0.5, targets=re.compile("fc"))])
+    for i, tuned in enumerate((only, both, both_again)):
+        tiny.randomise(tuned)
+        tuned.save(tmp_path / str(i))
+        deltas = load_adapter(model(), tmp_path / str(i)).deltas()
+        assert tiny.same(dict(sorted(deltas.items())), dict(sorted(tuned.deltas().items())))
+    with pytest.raises(ValueError, match="Sequential"):
+        attach(nn.Linear(4, 4), LoRA(rank=1)).save(tmp_path / "root")
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+def edit_config(**changes):
+    def edit(path):
+        config = json.loads((path / CONFIG).read_text())
+        (path / CONFIG).write_text(json.dumps(config | changes))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(path):
+        tensors = load_file(path / WEIGHTS)
+        change(tensors)
+        save_file(tensors, path / WEIGHTS)
+
+    return edit
+
+
+def drop_layer(tensors):
+    for key in [key for key in tensors if key.startswith(Q0)]:
+        del tensors[key]
+
+
+def rename(tensors):
+    for key in list(tensors):
+        tensors[key.replace("base_model.model.", "")] = tensors.pop(key)
+
+
+DAMAGE = {
+    "no weights": (lambda p: (p / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+    "no config": (lambda p: (p / CONFIG).unlink(), "has no adapter_config.json"),
+    "not json": (lambda p: (p / CONFIG).write_text("{"), "not JSON"),
+    "not utf-8": (lambda p: (p / CONFIG).write_bytes(b"\xff\xfe\x00"), "not JSON"),
+    "json list": (lambda p: (p / CONFIG).write_text("[]"), "holds a list"),
+    "empty": (lambda p: (p / WEIGHTS).write_bytes(b""), "not a safetensors file"),
+    "truncated": (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-8]), "not a safetensors file"),
+    "corrupt header": (lambda p: (p / WEIGHTS).write_bytes(b"\xff" * 64), "not a safetensors file"),
+    "pickle": (lambda p: torch.save({}, p / WEIGHTS), "not a safetensors file"),
+    "other method": (edit_config(peft_type="IA3"), "'IA3'"),
+    "no method": (edit_config(peft_type=None), "None"),
+    "odd method": (edit_config(peft_type=["LORA"]), "LORA"),
+    "dora": (edit_config(use_dora=True), "use_dora"),
+    "pissa": (edit_config(init_lora_weights="pissa"), "pissa"),
+    "rank 0": (edit_config(r=0), "rank=0"),
+    "rank of words": (edit_config(r="two"), "rank='two'"),
+    "another rank": (edit_config(r=4), r"has shape \(2, 16\), but this model needs \(4, 16\)"),
+    "alpha NaN": (edit_config(lora_alpha=float("nan")), "nan"),
+    "no alpha": (edit_config(lora_alpha=None), "lora_alpha"),
+    "alpha of words": (edit_config(lora_alpha="x"), "'x'"),
+    "patterns": (edit_config(rank_pattern=[1]), "rank_pattern"),
+    "targets": (edit_config(target_modules=3), "target_modules"),
+    "bad regex": (edit_config(target_modules="("), "target_modules"),
+    "entries": (edit_config(peft_type="MINIPEFT_SELECT", entries=3), "entries"),
+    "lost B": (edit_weights(lambda t: t.pop(f"{Q0}.lora_B.weight")), "lacks 1 tensors.*q_proj.lora_B"),
+    "lost A": (edit_weights(lambda t: t.pop(f"{Q0}.lora_A.weight")), "lacks 1 tensors.*q_proj.lora_A"),
+    "lost layer": (edit_weights(drop_layer), "layers.0.self_attn.q_proj"),
+    "nothing": (edit_weights(dict.clear), "no lora_A"),
+    "extra": (edit_weights(lambda t: t.update({"x": torch.ones(1)})), "has 1 tensors, such as 'x'"),
+    "extra parameter": (edit_weights(lambda t: t.update({PREFIX + "x.bias": torch.ones(1)})), "'x.bias'"),
+    "other names": (edit_weights(rename), "no lora_A"),
+    "transposed": (edit_weights(lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(16, 2)})), r"shape \(16, 2\)"),
+    "NaN": (edit_weights(lambda t: t[f"{Q0}.lora_A.weight"].fill_(float("nan"))), "NaN"),
+    "infinite": (edit_weights(lambda t: t[f"{Q0}.lora_A.weight"].fill_(float("inf"))), "infinite"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_and_changes_nothing(damage, saved):
+    spoil, message = DAMAGE[damage]
+    spoil(saved)
+    with tiny.untouched(model := tiny.llama()), pytest.raises(ValueError, match=message) as error:
+        load_adapter(model, saved)
+    assert str(saved) in str(error.value)
+    tuned = attach(model, LoRA(rank=1))
+    with tiny.untouched(model), pytest.raises(ValueError, match=message):
+        load_adapter(tuned, saved, name="second")
+    assert list(tuned.adapters) == ["default"] and tuned.active == ("default",)
+
+
+def test_another_model_is_refused(saved, tmp_path):
+    for other in (tiny.gpt2(), tiny.llama().model):
+        with tiny.untouched(other), pytest.raises(ValueError, match="q_proj"):
+            load_adapter(other, saved)
+    with pytest.raises(ValueError, match="has no adapter_config.json"):
+        load_adapter(tiny.llama(), tmp_path / "nowhere")
+    full = attach(tiny.llama(tied=True), Full())
+    full.save(tmp_path / "full")
+    with tiny.untouched(untied := tiny.llama(tied=False)), pytest.raises(ValueError, match="lm_head.weight"):
+        load_adapter(untied, tmp_path / "full")
+
+
+def test_unpickling_never_happens(saved):
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    with pytest.raises(ValueError, match="has no adapter_model.safetensors"):
+        load_adapter(tiny.llama(), saved)

@@ -1,0 +1,121 @@
+"""The widgets without a browser: values in, pictures and artists out, and a run that a second move cancels."""
+
+import asyncio
+import time
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+import minipeft as mp
+from minipeft.explore import LoRAExplorer, Predict, SliderPlot
+from minipeft.explore.lora import singular_values
+from tiny import small
+
+
+def lines(explorer):
+    return {line.get_label(): line for line in explorer.figure.axes[0].get_lines()}
+
+
+def test_a_slider_redraws_its_figure_at_once():
+    import ipywidgets
+
+    def draw(figure, rank):
+        figure.subplots().plot([0, rank])
+        return f"rank {rank}"
+
+    plot = SliderPlot(draw, {"rank": ipywidgets.IntSlider(value=1, min=1, max=9)})
+    plot.controls["rank"].value = 7
+    assert plot.text.value == "rank 7" and plot.values == {"rank": 7}
+    assert list(plot.figure.axes[0].get_lines()[0].get_ydata()) == [0, 7]
+    first = plot.image.value
+    plot.controls["rank"].value = 8
+    assert plot.image.value != first and plot.image.value.startswith(b"\x89PNG")
+    plot.controls["rank"].value = 7
+    assert plot.image.value == first, "the same values give the same picture, to the byte"
+
+
+def test_the_lora_explorer_trains_and_shows_loss_floor_spectrum_count_and_text():
+    explorer = LoRAExplorer(small())
+    explorer.controls["rank"].value = 4  # no event loop here, so it works until done
+    assert len(explorer.history.losses) == 60 and explorer.history.stopped == "finished"
+    shown = lines(explorer)
+    assert list(shown["this run, each batch"].get_ydata()) == explorer.history.losses
+    floor = mp.world.pirate().floor
+    assert shown[f"floor of the task {floor:.3f}"].get_ydata()[0] == floor
+    assert f"{explorer.tuned.count()}" in explorer.text.value
+    assert f"test loss {explorer.score.loss:.3f}" in explorer.text.value
+    values = singular_values(explorer.tuned)
+    assert all(len(v) == 4 for v in values)
+    import torch
+
+    for v, delta in zip(values, explorer.tuned.deltas().values(), strict=True):
+        torch.testing.assert_close(v, torch.linalg.svdvals(delta)[:4], atol=1e-5, rtol=1e-4)
+    explorer.controls["gamma"].value = 4.0
+    assert any(label.startswith("before: r=4, γ=2") for label in lines(explorer))
+    assert explorer.tuned.methods["default"][0].gamma == 4.0
+
+
+@pytest.mark.parametrize("task", ["flip", "cipher"])
+def test_every_task_of_the_explorer_can_be_chosen(task):
+    explorer = LoRAExplorer(small(), task=task)
+    explorer.controls["targets"].value = "attention"
+    assert explorer.score is not None and explorer.samples[task]
+
+
+def test_a_second_move_cancels_the_run_and_the_loop_stays_free():
+    explorer = LoRAExplorer(small())
+
+    async def moves():
+        explorer.controls["rank"].value = 2
+        first = explorer.running
+        free = 0
+        while len(explorer.history.losses) < 3:
+            await asyncio.sleep(0.001)
+            free += 1
+        explorer.controls["rank"].value = 16
+        second = explorer.running
+        await asyncio.gather(first, return_exceptions=True)
+        assert first.cancelled() and free > 2
+        await second
+
+    asyncio.run(moves())
+    assert explorer.tuned.methods["default"][0].rank == 16
+    assert len(explorer.history.losses) == 60
+    assert sum(1 for m in explorer.model.modules() for _ in m._forward_hooks) == 14, "the first adapter is gone"
+
+
+def test_a_setting_that_cannot_work_is_said_in_one_sentence():
+    explorer = LoRAExplorer(small())
+    explorer.controls["rank"].value = 64  # the small model is 32 wide
+    assert "rank=64 is above" in explorer.text.value
+
+
+def test_the_display_carries_a_picture_for_readers_without_a_kernel(monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        "minipeft.explore.slider.display", lambda data, **_: shown.append(data) or type("H", (), {"update": _update})()
+    )
+
+    def _update(self, data, raw):
+        shown.append(data)
+
+    InteractiveShell.instance()
+    LoRAExplorer(small())._ipython_display_()
+    assert "image/png" in shown[-1] and "rank = 8" in shown[-1]["text/plain"]
+    assert shown[0]["image/png"] != shown[-1]["image/png"], "the picture that stays shows the finished run"
+
+
+def test_a_prediction_is_committed_once():
+    question = Predict("How many?", ["few", "many"], "Now measure.")
+    question.buttons[1].click()
+    assert question.chosen == "many" and "Now measure." in question.answer.value
+    assert all(button.disabled for button in question.buttons)
+
+
+def test_a_redraw_is_quick_enough_to_drag():
+    """Not a benchmark: a redraw that does hidden work, such as training again, would take seconds."""
+    explorer = LoRAExplorer(small())
+    explorer.finish()
+    started = time.process_time()
+    explorer.redraw()
+    assert time.process_time() - started < 2
