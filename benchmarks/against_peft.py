@@ -1,6 +1,6 @@
-"""One LoRA training step here and in HF PEFT, on the same model and batch, in turn: `python benchmarks/against_peft.py`.
+"""One LoRA training step here and in HF PEFT, on the same model and batch: `python benchmarks/against_peft.py`.
 
-Printed are ratios of step times, pair by pair, so a change of the machine's speed cancels.
+The two run in turn; printed are ratios of step times, pair by pair, so a change of the machine's speed cancels.
 """
 
 import copy

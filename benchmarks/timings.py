@@ -50,7 +50,8 @@ def main() -> None:
     import minipeft as mp
 
     mp.load("pocket")
-    rows = [("import minipeft, beyond torch", statistics.median(import_seconds("import minipeft") for _ in range(5)), 0.3)]
+    imported = statistics.median(import_seconds("import minipeft") for _ in range(5))
+    rows = [("import minipeft, beyond torch", imported, 0.3)]
     rows.append(('mp.load("pocket"), after the imports', median(lambda: mp.load("pocket")), 1.0))
     first, whole, redraw = explorer_seconds()
     rows.append(("slider move to the first point", first, 0.5))

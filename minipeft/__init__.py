@@ -5,14 +5,14 @@
     tuned = mp.attach(model, mp.LoRA(rank=8, gamma=2.0))
     mp.fit(tuned, mp.world.pirate())
 
-Names are imported when they are first used, so that `import minipeft` costs little more than `import torch`.
+All names but `attach` are imported when they are first used, so that `import minipeft` costs little more than torch.
 """
 
 from importlib import import_module
 
+from minipeft.attach import Tuned, attach  # at once: the module of that name would else take the function's place
+
 _HOME = {
-    "attach": "attach",
-    "Tuned": "attach",
     "LoRA": "methods.lora",
     "Full": "methods.select",
     "BitFit": "methods.select",
@@ -29,14 +29,14 @@ _HOME = {
     "pretty": "world.corpus",
 }
 _ROOMS = ("world", "methods", "learn", "analyze", "serve", "explore")
-__all__ = [*_HOME, *_ROOMS]
+__all__ = ["attach", "Tuned", *_HOME, *_ROOMS]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
     if name in _HOME:
         value = getattr(import_module(f"minipeft.{_HOME[name]}"), name)
-        globals()[name] = value  # also in the place of a module of the same name, such as minipeft.attach
+        globals()[name] = value
         return value
     if name in _ROOMS:
         return import_module(f"minipeft.{name}")

@@ -5,11 +5,11 @@ import time
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from tiny import small
 
 import minipeft as mp
 from minipeft.explore import LoRAExplorer, Predict, SliderPlot
 from minipeft.explore.lora import singular_values
-from tiny import small
 
 
 def lines(explorer):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from sklearn.metrics import precision_recall_fscore_support
+from tiny import small
 
 import minipeft as mp
 from minipeft.analyze.memory import PeakMemory
 from minipeft.learn.fit import IGNORE, collate, encode, evaluate, fit, report, training
 from minipeft.world import tasks
 from minipeft.world.base import build_model, build_tokenizer, held_out_loss
-from tiny import small
 
 
 def weights(model):

@@ -12,8 +12,9 @@ import tiny
 import torch
 from torch import nn
 
-from minipeft.attach import attach, resolve
+from minipeft.attach import attach
 from minipeft.methods.lora import LoRA
+from minipeft.targets import resolve
 
 INF = float("inf")
 

@@ -34,7 +34,8 @@ def test_a_lesson_that_fails_is_left_as_it_was(tmp_path):
 
 def test_views_and_progress_bars_go_and_pictures_stay():
     book = notebook("x", "y", "z")
-    data = [{WIDGET: {}, "text/plain": "0%"}, {WIDGET: {}, "image/png": "…", "text/plain": "r = 8"}, {"text/plain": "5"}]
+    bar, plot = {WIDGET: {}, "text/plain": "0%"}, {WIDGET: {}, "image/png": "…", "text/plain": "r = 8"}
+    data = [bar, plot, {"text/plain": "5"}]
     for cell, bundle in zip(book.cells, data, strict=True):
         cell.outputs = [nbformat.v4.new_output("display_data", data=bundle)]
     book.cells[0].outputs.append(nbformat.v4.new_output("stream", name="stderr", text=" 10%| 1/10 [00:01, 9it/s]"))

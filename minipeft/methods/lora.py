@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import Method, Target, Targets, WeightLayer, resolve
+from minipeft.attach import Method, WeightLayer
+from minipeft.targets import Target, Targets, resolve
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LoRA(Method):
     `rank`: r, from 1 to min(d_in, d_out) of every target (§7.2 asks how small it can be).
     `gamma`: γ, 2.0 if nothing is said. `alpha` is the papers' way to say it: γ = α/r (§4.1), or γ = α/√r with
         `rank_stabilized` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", §3).
-    `targets`: see `minipeft.attach.resolve`.
+    `targets`: see `minipeft.targets.resolve`.
     `init` of A: "kaiming" U(−1/√d_in, 1/√d_in), as in the authors' code; "gaussian" N(0, 1/r²), as in PEFT;
         "orthogonal": orthonormal rows.
     `dropout`: the probability that an input of A is dropped while training; embeddings have no such input.

@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from minipeft.attach import Layer, Method, Slot, flipped, head, is_matrix, slots
+from minipeft.attach import Layer, Method
+from minipeft.targets import Slot, flipped, head, is_matrix, slots
 
 
 class Selected(Layer):

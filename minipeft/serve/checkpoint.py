@@ -34,13 +34,11 @@ from minipeft.attach import (
     build,
     carries_adapters,
     check_name,
-    flipped,
-    is_matrix,
-    slots,
     wrap,
 )
 from minipeft.methods.lora import LoRA, LoRALayer
 from minipeft.methods.select import Full, Selected, parameter_name
+from minipeft.targets import flipped, is_matrix, slots
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 LORA_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:embedding_[AB]|[AB]\.weight)")

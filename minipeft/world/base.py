@@ -64,6 +64,8 @@ def load(name: str, labels: int | None = None):
                 model = transformers.AutoModelForSequenceClassification.from_pretrained(
                     path, num_labels=labels, dtype=torch.float32
                 )
+    if name in ("pocket", "minilm"):  # not the folder that this machine happens to keep it in
+        model.name_or_path = model.config.name_or_path = name
     model.tokenizer = tokenizer  # so that fit, evaluate and the widgets need not be told
     return model.eval(), tokenizer
 
@@ -133,28 +135,39 @@ def build_model(vocabulary: int, hidden: int = 128, layers: int = 4, heads: int 
     return LlamaForCausalLM(config)
 
 
+# (steps, peak learning rate, share of batches from `REMEMBER`). Stories mention a friend again only now and then, so
+# the second phase asks who spoke after many a story, until the model has learnt to look back; the third forgets that.
+PHASES = ((9000, 4e-3, 0.0), (2000, 2e-3, 0.5), (5000, 2e-3, 0.0))
+REMEMBER = "QUESTION = question : ask~ASK QUESTION.$ask\nASK = who | who | what | where | mood"
+
+
 class _Batches(torch.utils.data.IterableDataset):
     """Endless batches of fresh stories, each of about `tokens` tokens of nearly equal length: (ids, labels)."""
 
-    def __init__(self, ids: dict[str, int], tokens: int, seed: int):
-        self.ids, self.tokens, self.seed = ids, tokens, seed
+    def __init__(self, ids: dict[str, int], tokens: int, seed: int, share: float = 0.0):
+        self.ids, self.tokens, self.seed, self.share = ids, tokens, seed, share
 
     def __iter__(self):
-        rng, grammar = random.Random(self.seed), corpus.stories()
+        rng, plain, remember = random.Random(self.seed), corpus.stories(), corpus.stories().replace(REMEMBER)
         while True:
-            pool = [[1, *(self.ids[w] for w in grammar.sample(rng).text.split()), 2] for _ in range(4096)]
-            pool.sort(key=len)
-            batches, batch = [], []
-            for row in pool:
-                if batch and len(row) * (len(batch) + 1) > self.tokens:
-                    batches.append(batch)
-                    batch = []
-                batch.append(row)
+            batches = []
+            for grammar, share in ((remember, self.share), (plain, 1 - self.share)):
+                texts = [grammar.sample(rng).text for _ in range(round(4096 * share))]
+                batches += self._cut(sorted(([1, *map(self.ids.get, text.split()), 2] for text in texts), key=len))
             rng.shuffle(batches)
             for batch in batches:
                 width = max(map(len, batch))
                 ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
                 yield ids, ids.masked_fill(ids == 0, -100)
+
+    def _cut(self, pool: list[list[int]]) -> list[list[list[int]]]:
+        """Rows in order of length, cut into batches of at most `tokens` tokens with their padding."""
+        batches: list[list[list[int]]] = [[]]
+        for row in pool:
+            if len(row) * (len(batches[-1]) + 1) > self.tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return [batch for batch in batches if batch]
 
 
 @torch.no_grad()
@@ -187,14 +200,20 @@ def write(model, tokenizer, prompt: str = "", n: int = 1, seed: int = 0, tempera
     return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 
 
-def train(steps: int, tokens: int = 2048, lr: float = 4e-3, seed: int = 0, folder: Path = FOLDER) -> dict:
+def train(phases=PHASES, seed: int = 0, folder: Path = FOLDER) -> dict:
     """Train the pocket model on fresh stories and write model, tokenizer and card to `folder`, whole or not at all."""
-    from tqdm.auto import tqdm
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer)).to(device)
+    done = [train_phase(model, tokenizer, *phase, seed=seed + 1 + i) for i, phase in enumerate(phases)]
+    return finish(model, tokenizer, done, device, seed, folder)
+
+
+def train_phase(model, tokenizer, steps: int, lr: float, share: float, seed: int, tokens: int = 2048) -> dict:
+    """AdamW from fresh moments: the learning rate warms up over 2 % of the steps and falls to 0 along a cosine."""
+    from tqdm.auto import tqdm
+
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
@@ -204,13 +223,11 @@ def train(steps: int, tokens: int = 2048, lr: float = 4e-3, seed: int = 0, folde
         optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
     )
     seen, started, floor = 0, time.perf_counter(), corpus.stories().floor()
+    batches = iter(_Batches(tokenizer.get_vocab(), tokens, seed, share))
     model.train()
-    batches = iter(_Batches(tokenizer.get_vocab(), tokens, seed + 1))
     for step in (bar := tqdm(range(steps), mininterval=10)):
-        ids, labels = (tensor.to(device) for tensor in next(batches))
-        loss = model(
-            input_ids=ids, labels=labels
-        ).loss  # rows are right-padded: causal attention never sees the padding
+        ids, labels = (tensor.to(model.device) for tensor in next(batches))
+        loss = model(input_ids=ids, labels=labels).loss  # padded on the right, where causal attention does not look
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -219,7 +236,12 @@ def train(steps: int, tokens: int = 2048, lr: float = 4e-3, seed: int = 0, folde
         seen += (labels != -100).sum().item()
         if step % 100 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}, floor {floor:.3f}")
-    seconds = time.perf_counter() - started
+    seconds = round(time.perf_counter() - started)
+    return {"steps": steps, "learning rate": lr, "share of questions": share, "tokens": seen, "seconds": seconds}
+
+
+def finish(model, tokenizer, phases: list[dict], device: str, seed: int, folder: Path) -> dict:
+    """Measure the model, write it with its card, and return the card."""
     card = measure(model.eval(), tokenizer) | {
         "trained on": {
             "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
@@ -227,10 +249,9 @@ def train(steps: int, tokens: int = 2048, lr: float = 4e-3, seed: int = 0, folde
             "python": platform.python_version(),
             "date": date.today().isoformat(),
             "seed": seed,
-            "steps": steps,
-            "tokens": seen,
-            "learning rate": lr,
-            "wall time in seconds": round(seconds),
+            "tokens": sum(phase["tokens"] for phase in phases),
+            "wall time in seconds": sum(phase["seconds"] for phase in phases),
+            "phases": phases,
         }
     }
     _save(model, tokenizer, card, folder)
@@ -275,4 +296,4 @@ if __name__ == "__main__":
     if options.measure:
         print(json.dumps(measure(*load(str(options.folder))), indent=2))
     else:
-        print(json.dumps(train(options.steps, seed=options.seed, folder=options.folder), indent=2))
+        print(json.dumps(train(seed=options.seed, folder=options.folder), indent=2))

@@ -126,4 +126,4 @@ def test_the_rank_slider_moves_by_key_and_by_mouse_and_the_picture_follows(lab, 
     readout = cell.locator(".widget-readout").first.inner_text()
     assert readout in ("1", "2", "4")
     with capsys.disabled():
-        print(f"\nkey to first picture {first:.2f} s, to the end of the retraining {whole:.1f} s; pictures in {tmp_path}")
+        print(f"\nkey to first picture {first:.2f} s, to the end of the run {whole:.1f} s; pictures in {tmp_path}")

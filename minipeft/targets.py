@@ -1,0 +1,173 @@
+"""Where a method can go: which modules of a model a pattern names, and which is its output layer."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+Slot = tuple[str, str]  # (path of the module that owns a parameter, the parameter's name there)
+Targets = str | re.Pattern | Sequence[str]
+
+
+def flipped(module: nn.Module) -> bool:
+    """Whether the weight is stored (d_in, d_out): GPT-2's Conv1D, and an embedding seen as a map of one-hot rows."""
+    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a weight method can sit on the module: a linear layer, a Conv1D or an embedding."""
+    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return isinstance(module, nn.Linear | nn.Embedding) or conv1d
+
+
+def slots(model: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
+    """Every place that holds a parameter. A tied parameter has several; a module that is used twice is listed once."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (path, name), parameter
+
+
+def head(model: nn.Module) -> list[str]:
+    """The paths of the modules that make up the output layer, as far as the model says which they are.
+
+    A transformers language model names it (`get_output_embeddings`); a transformers model with a task head keeps it
+    beside its `base_model`. A plain `nn.Module` says nothing: [].
+    """
+    try:
+        output = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        output = None
+    if output is not None:
+        return [path for path, module in model.named_modules() if module is output]
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if inner is None:
+        return []
+    outside = [name for name, child in model.named_children() if child is not inner]
+    return [path for path, module in model.named_modules() if path.split(".")[0] in outside and module._parameters]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Output rows `start:stop` of the matrix at `path`."""
+
+    path: str
+    module: nn.Module
+    start: int
+    stop: int
+
+    @property
+    def width(self) -> int:
+        """All output features of the module."""
+        return self.module.weight.shape[1 if flipped(self.module) else 0]
+
+    @property
+    def d_in(self) -> int:
+        return self.module.weight.shape[0 if flipped(self.module) else 1]
+
+    @property
+    def d_out(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def key(self) -> str:
+        whole = (self.start, self.stop) == (0, self.width)
+        return self.path if whole else f"{self.path}[{self.start}:{self.stop}]"
+
+
+def resolve(model: nn.Module, targets: Targets) -> list[Target]:
+    """The matrices that `targets` names, in the model's order.
+
+    - `"all-linear"`: every linear layer and Conv1D but the output layer (where the model says which that is);
+    - `"attention"`: those of them with "attn" or "attention" in a component of the path;
+    - `"mlp"`: the others that belong to a numbered stack of layers;
+    - a sequence of dotted suffixes: "q_proj" matches "layers.0.self_attn.q_proj", not "layers.0.xq_proj";
+      "c_attn[0:768]" means output features 0…767 of a fused projection;
+    - a compiled regular expression that matches the whole path.
+
+    Raises ValueError when a pattern matches nothing, with near misses for each such pattern, and for a slice that is
+    outside its module or overlaps another.
+    """
+    # The output projection of nn.MultiheadAttention is read, never called: a hook there would silently do nothing.
+    silent = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    matrices = {p: m for p, m in model.named_modules() if is_matrix(m) and id(m) not in silent}
+    ranges: dict[str, set[tuple[int, int]]] = {}
+    if isinstance(targets, str):
+        ranges = {path: {(0, 0)} for path in _shorthand(model, matrices, targets)}
+    elif isinstance(targets, re.Pattern):
+        ranges = {path: {(0, 0)} for path in matrices if targets.fullmatch(path)}
+        if not ranges:
+            raise ValueError(
+                f"The pattern {targets.pattern!r} matches no whole path; {_near_misses(matrices, targets)}."
+            )
+    else:
+        missed = []
+        for pattern in targets:
+            suffix, start, stop = pattern if isinstance(pattern, tuple) else _parse(pattern)
+            ends = "" if isinstance(pattern, tuple) else "."  # a triple (path, start, stop) names one place exactly
+            found = [path for path in matrices if path == suffix or (ends and path.endswith(ends + suffix))]
+            missed += [] if found else [f"{suffix!r} ({_near_misses(matrices, suffix, model)})"]
+            for path in found:
+                ranges.setdefault(path, set()).add((start, stop))
+        if missed or not ranges:
+            raise ValueError(f"Nothing was attached, because no layer matches {'; '.join(missed) or 'an empty list'}.")
+    return [target for path in matrices if path in ranges for target in _cut(path, matrices[path], ranges[path])]
+
+
+def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> list[str]:
+    if name not in ("all-linear", "attention", "mlp"):
+        raise ValueError(f'targets={name!r} is not "all-linear", "attention" or "mlp"; for suffixes write [{name!r}].')
+    outputs = set(head(model))
+    paths = [p for p, m in matrices.items() if p not in outputs and not isinstance(m, nn.Embedding)]
+    attention = [p for p in paths if re.search(r"attn|attention", p, re.IGNORECASE)]
+    stack = [p for p in paths if p not in attention and re.search(r"(^|\.)\d+(\.|$)", p)]
+    found = {"all-linear": paths, "attention": attention, "mlp": stack}[name]
+    if not found:
+        raise ValueError(f"targets={name!r} matches nothing in {type(model).__name__}; {_near_misses(matrices, name)}.")
+    return found
+
+
+def _parse(pattern: str) -> tuple[str, int, int]:
+    """("c_attn", 0, 768) from "c_attn[0:768]"; a stop of 0 means the end."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"A target is a dotted suffix such as 'q_proj', not the {type(pattern).__name__} {pattern!r}.")
+    match = re.fullmatch(r"(.+?)(?:\[(\d*):(\d*)\])?", pattern)
+    if match is None or re.search(r"[\[\]]", match[1]) or match[3] == "0":
+        raise ValueError(f"The target {pattern!r} is neither a suffix ('c_attn') nor a slice of one ('c_attn[0:768]').")
+    return match[1], int(match[2] or 0), int(match[3] or 0)
+
+
+def _cut(path: str, module: nn.Module, ranges: set[tuple[int, int]]) -> list[Target]:
+    if not torch.is_floating_point(module.weight):
+        raise ValueError(f"{path!r} holds {module.weight.dtype} weights; a target needs floating-point weights.")
+    if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+        raise ValueError(f"{path!r} is a {type(module).__name__} with a forward of its own; only nn.Embedding works.")
+    width = Target(path, module, 0, 0).width
+    cuts = sorted({(start, stop or width) for start, stop in ranges})
+    for start, stop in cuts:
+        if not start < stop <= width:
+            raise ValueError(f"The slice [{start}:{stop}] is outside {path!r}, which has output features 0 to {width}.")
+    for (a, b), (c, d) in itertools.pairwise(cuts):
+        if c < b:
+            raise ValueError(f"The slices [{a}:{b}] and [{c}:{d}] of {path!r} overlap; give each row to one target.")
+    return [Target(path, module, start, stop) for start, stop in cuts]
+
+
+def _near_misses(matrices: dict[str, nn.Module], pattern: str | re.Pattern, model: nn.Module | None = None) -> str:
+    """What the pattern could have meant: other kinds of module by that name, else the most similar suffixes."""
+    if model is not None:
+        found = {type(m).__name__ for p, m in model.named_modules() if p and f".{p}".endswith(f".{pattern}")}
+        if found:
+            return f"it names {', '.join(sorted(found))}, not a linear, Conv1D or embedding layer to adapt"
+    if isinstance(pattern, re.Pattern):
+        return f"paths look like {', '.join(list(matrices)[:3]) or 'nothing: the model has no linear layer'}"
+    parts = [path.split(".") for path in matrices]
+    suffixes = dict.fromkeys(".".join(p[-n:]) for p in parts for n in range(1, len(p) + 1))
+    near = difflib.get_close_matches(pattern, suffixes, n=3) or list(dict.fromkeys(p[-1] for p in parts))[:12]
+    return f"there is {', '.join(near) or 'no linear layer at all'}"
