@@ -25,7 +25,7 @@ test: ## lint, tests, and every lesson executed and compared with its committed 
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m pytest -rs -n 2 --dist loadfile tests
 	.venv/bin/python -m pytest -rs --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg \
-		--nbval-cell-timeout 120 -n 2 --dist loadfile notebooks/
+		--nbval-cell-timeout 300 notebooks/
 
 notebooks: ## execute every lesson again and normalise the files
 	@bash tools/setup.sh real

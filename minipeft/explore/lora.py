@@ -45,7 +45,7 @@ class LoRAExplorer(SliderPlot):
             return ipywidgets.Dropdown(options=options, description=label, style=style)
 
         controls = {
-            "rank": slider("rank r", [1, 2, 4, 8, 16, 32, 64, 128], 8),
+            "rank": slider("rank r", [1, 2, 4, 8, 16, 32, 64], 8),
             "gamma": slider("γ", [0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0], 2.0),
             "lr": slider("learning rate", [(f"{v:g}", v) for v in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)], 1e-2),
             "targets": choice("which layers", ["all-linear", "attention", "mlp"]),
