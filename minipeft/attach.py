@@ -173,14 +173,14 @@ def build(
     methods = (method,) if isinstance(method, Method) else tuple(method) if isinstance(method, list | tuple) else ()
     if not methods or not all(isinstance(m, Method) for m in methods):
         raise TypeError(f"method is {method!r}; attach needs a method such as LoRA(rank=8), or a list of them.")
-    makers: dict[str, Callable[[torch.Generator], Layer]] = {}
+    generator = torch.Generator().manual_seed(seed)
+    layers: dict[str, Layer] = {}
     for each in methods:
         for key, maker in each.places(model).items():
-            if key in makers:
+            layer = maker(generator)
+            if key in layers and not (layer.slots and layer.slots == layers[key].slots):
                 raise ValueError(f"Two of the methods want to train {key!r}; name it in one of them only.")
-            makers[key] = maker
-    generator = torch.Generator().manual_seed(seed)
-    layers = {key: maker(generator) for key, maker in makers.items()}
+            layers.setdefault(key, layer)  # one copy of a parameter serves two methods that both select it
     if clash := _claimed_twice({key: [layer] for key, layer in layers.items()}):
         raise ValueError(f"Two of the methods want to train {'.'.join(clash[2])!r}; name it in one of them only.")
     return methods, layers

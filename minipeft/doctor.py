@@ -26,7 +26,7 @@ SETUP = "run `make lab`, which installs what is missing"
 ENOUGH_MEMORY = 4 * GIB  # the real encoder, fully fine-tuned with Adam, with room for JupyterLab and a browser
 ENOUGH_DISK = 2 * GIB  # datasets, checkpoints and what a package update downloads
 FLUENT_SECONDS = 8.0  # a slider that answers later than this feels stuck
-# A step of LoRA (rank 8 on every linear, through HF PEFT) on the pocket model took 1.08 to 1.3 × a step of the stand-in
+# A step of LoRA (rank 8 on every linear, through HF PEFT) on the pocket model took 1.08 to 1.5 × a step of the stand-in
 # below, with one and with two threads.
 LORA_STEP_OVER_STAND_IN = 1.2
 

@@ -10,7 +10,7 @@ from tiny import small
 
 import minipeft as mp
 from minipeft.analyze.memory import PeakMemory
-from minipeft.learn.fit import IGNORE, collate, encode, evaluate, fit, report, training
+from minipeft.learn.fit import IGNORE, _order, collate, encode, evaluate, fit, report, training
 from minipeft.world import tasks
 from minipeft.world.base import build_model, build_tokenizer, held_out_loss
 
@@ -160,6 +160,7 @@ BAD = [
     ({"lr": 0.0}, "lr must be"),
     ({"lr": float("nan")}, "lr must be"),
     ({"batch": 0}, "batch must be"),
+    ({"schedule": "cosine"}, "schedule is"),
     ({"task": task_of([])}, "empty"),
     ({"task": LONG}, "at most 128"),
     ({"task": tasks.mood()}, "load it with labels"),
@@ -196,6 +197,35 @@ def test_models_and_tokenizers_that_do_not_fit_are_refused():
     three = task_of([{"text": "tom went", "label": 2}], "class")
     with pytest.raises(ValueError, match="3 classes"):
         fit(small(labels=2), three, progress=False)
+
+
+def test_batches_use_every_row_once_an_epoch_and_hold_similar_lengths():
+    lengths = [(7 * i) % 50 + 1 for i in range(128)]
+    order = _order(lengths, 4, seed=0)
+    epoch = [next(order) for _ in range(32)]
+    assert sorted(sum(epoch, [])) == list(range(128))
+    padding = sum(max(lengths[i] for i in batch) * 4 - sum(lengths[i] for i in batch) for batch in epoch)
+    assert padding < 0.15 * sum(lengths)
+    again = _order(lengths, 4, seed=0)
+    assert [next(again) for _ in range(32)] == epoch
+    few = _order([3, 1], 16, seed=0)
+    assert sorted(set(next(few))) == [0, 1]
+
+
+def test_a_linear_schedule_falls_to_nothing():
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(*args)
+
+    tuned = mp.attach(small(), mp.LoRA(rank=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Spy)
+        fit(tuned, tasks.pirate(), steps=4, lr=1.0e-3, schedule="linear", progress=False)
+        fit(tuned, tasks.pirate(), steps=3, lr=1.0e-3, progress=False)
+    assert seen == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-3, 1e-3, 1e-3])
 
 
 def test_collate_pads_on_the_right_and_masks_the_padding():

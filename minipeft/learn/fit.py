@@ -1,6 +1,6 @@
 """Training and scoring: the same few lines for every method, because a method only decides what is trainable.
 
-history = fit(tuned, task, steps=60, lr=1e-2)          # AdamW, constant learning rate, no weight decay
+history = fit(tuned, task, steps=60, lr=1e-2)          # AdamW, no weight decay
 score = evaluate(tuned, task)                          # loss in nats a token, and the task's accuracy
 """
 
@@ -69,17 +69,19 @@ def fit(
     lr: float = 1e-2,
     batch: int = 16,
     seed: int = 0,
+    schedule: str = "constant",
     tokenizer=None,
     callback: Callable[[int, History], object] | None = None,
     progress: bool = True,
 ) -> History:
     """Train whatever of `model` requires a gradient on `task.data["train"]`.
 
-    θ ← AdamW(θ, ∇ mean loss of a batch) with a constant learning rate and no weight decay. The order of the rows and
-    every dropout mask follow from `seed`. `callback(step, history)` is called after each step; returning False stops
+    θ ← AdamW(θ, ∇ mean loss of a batch) without weight decay. The order of the rows and every dropout mask follow from
+    `seed`. `callback(step, history)` is called after each step; returning False stops
     the run. Interrupting the kernel stops it too; model and history stay usable either way.
 
     Args:
+        lr: the learning rate, constant, or with `schedule="linear"` falling in a line to 0 at the end.
         tokenizer: the default is the one that `load` put on the model.
 
     Raises:
@@ -88,7 +90,7 @@ def fit(
     from tqdm.auto import tqdm
 
     history = History()
-    run = training(model, task, history, steps, lr, batch, seed, tokenizer)
+    run = training(model, task, history, steps, lr, batch, seed, schedule, tokenizer)
     with tqdm(total=steps, disable=not progress, leave=False, desc=task.name) as bar:
         try:
             for step in run:
@@ -111,21 +113,27 @@ def training(
     lr: float = 1e-2,
     batch: int = 16,
     seed: int = 0,
+    schedule: str = "constant",
     tokenizer=None,
 ) -> Iterator[int]:
     """The loop inside `fit` as a generator: it yields after each step, so a widget can draw, or stop by closing it."""
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    if schedule not in ("constant", "linear"):
+        raise ValueError(f'schedule is "constant" or "linear", but is {schedule!r}.')
     rows = _check(model, task, steps, lr, batch, tokenizer)
     encoded = encode(task.kind, rows, tokenizer, _context(model))
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("No parameter of the model requires a gradient: attach a method first, e.g. mp.LoRA(rank=8).")
-    return _train(model, task.kind, encoded, tokenizer, trainable, history, steps, lr, batch, seed)
+    return _train(model, task.kind, encoded, tokenizer, trainable, history, steps, lr, batch, seed, schedule)
 
 
-def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch, seed) -> Iterator[int]:
+def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch, seed, schedule) -> Iterator[int]:
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
-    order = _order(len(encoded), batch, seed)
+    order = _order([len(ids) for ids, _ in encoded], batch, seed)
+    falling = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1 - step / steps if schedule == "linear" else 1.0
+    )
     device = trainable[0].device
     started = time.perf_counter()
     model.train()
@@ -149,6 +157,7 @@ def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch
                     stacklevel=4,
                 )
                 return
+            falling.step()
             history.losses.append(loss)
             history.tokens += int(inputs["attention_mask"].sum())
             history.seconds.append(time.perf_counter() - started)
@@ -175,14 +184,18 @@ def _held(model, optimizer) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers(), *moments, *gradients]
 
 
-def _order(rows: int, batch: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers: a new permutation each epoch."""
+BLOCK = 8  # batches that are drawn together, so that each can hold rows of similar length: little padding, little waste
+
+
+def _order(lengths: list[int], batch: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of row numbers: a new permutation each epoch, sorted by length within blocks of BLOCK batches."""
     generator, waiting = torch.Generator().manual_seed(seed), []
     while True:
-        while len(waiting) < batch:
-            waiting += torch.randperm(rows, generator=generator).tolist()
-        yield waiting[:batch]
-        waiting = waiting[batch:]
+        while len(waiting) < BLOCK * batch:
+            waiting += torch.randperm(len(lengths), generator=generator).tolist()
+        block, waiting = sorted(waiting[: BLOCK * batch], key=lengths.__getitem__), waiting[BLOCK * batch :]
+        for i in torch.randperm(BLOCK, generator=generator).tolist():
+            yield block[i * batch : (i + 1) * batch]
 
 
 def encode(kind: str, rows, tokenizer, context: int | None) -> list[tuple[list[int], list[int] | int]]:
