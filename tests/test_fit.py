@@ -212,7 +212,7 @@ def test_batches_use_every_row_once_an_epoch_and_hold_similar_lengths():
     assert sorted(set(next(few))) == [0, 1]
 
 
-def test_a_linear_schedule_falls_to_nothing():
+def test_a_linear_schedule_rises_and_falls_to_nothing():
     seen = []
 
     class Spy(torch.optim.AdamW):
@@ -223,9 +223,10 @@ def test_a_linear_schedule_falls_to_nothing():
     tuned = mp.attach(small(), mp.LoRA(rank=2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", Spy)
-        fit(tuned, tasks.pirate(), steps=4, lr=1.0e-3, schedule="linear", progress=False)
+        fit(tuned, tasks.pirate(), steps=20, lr=1.0e-3, schedule="linear", progress=False)
         fit(tuned, tasks.pirate(), steps=3, lr=1.0e-3, progress=False)
-    assert seen == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 1e-3, 1e-3, 1e-3])
+    assert seen[:4] == pytest.approx([0.5e-3, 1e-3, 1e-3, 17e-3 / 18])
+    assert seen[18:20] == pytest.approx([2e-3 / 18, 1e-3 / 18]) and seen[20:] == [1e-3] * 3
 
 
 def test_collate_pads_on_the_right_and_masks_the_padding():

@@ -81,7 +81,8 @@ def fit(
     the run. Interrupting the kernel stops it too; model and history stay usable either way.
 
     Args:
-        lr: the learning rate, constant, or with `schedule="linear"` falling in a line to 0 at the end.
+        lr: the learning rate; constant, or with `schedule="linear"` rising over the first tenth of the steps and then
+            falling to 0.
         tokenizer: the default is the one that `load` put on the model.
 
     Raises:
@@ -131,9 +132,7 @@ def training(
 def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch, seed, schedule) -> Iterator[int]:
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
     order = _order([len(ids) for ids, _ in encoded], batch, seed)
-    falling = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1 - step / steps if schedule == "linear" else 1.0
-    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(schedule, step, steps))
     device = trainable[0].device
     started = time.perf_counter()
     model.train()
@@ -157,7 +156,7 @@ def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch
                     stacklevel=4,
                 )
                 return
-            falling.step()
+            scheduler.step()
             history.losses.append(loss)
             history.tokens += int(inputs["attention_mask"].sum())
             history.seconds.append(time.perf_counter() - started)
@@ -167,6 +166,14 @@ def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
+
+
+def _share(schedule: str, step: int, steps: int) -> float:
+    """The share of the learning rate that `step` (from 0) takes."""
+    if schedule == "constant":
+        return 1.0
+    warm = max(1, steps // 10)
+    return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
 def _step(model, inputs, optimizer) -> float:
