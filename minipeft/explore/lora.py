@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 from collections.abc import Iterator
 
@@ -20,18 +21,20 @@ from minipeft.world.corpus import pretty
 
 TASKS = {"pirate": tasks.pirate, "flip": tasks.flip, "cipher": tasks.cipher}
 RATES = {"pirate": 1e-2, "flip": 3e-3, "cipher": 1e-2}  # where the explorer begins: steady at rank 8, γ = 2
-STEPS = 60
+STEPS, BATCH = 60, 12
 
 
 class LoRAExplorer(SliderPlot):
     """Live LoRA on the pocket model: loss against the task's exact floor, spectrum of ΔW, count, and what it writes.
 
-    Every move trains a fresh adapter for 60 steps of 16 texts (seed 0) on the same frozen base; the last few runs stay
+    Every move trains a fresh adapter for 60 steps of 12 texts (seed 0) on the same frozen base; the last few runs stay
     in the picture in grey. `history`, `tuned` and `score` hold the present run.
     """
 
     def __init__(self, model=None, task: str = "pirate"):
-        self.model = load("pocket")[0] if model is None else model
+        self.model = (
+            load("pocket")[0] if model is None else copy.deepcopy(model)
+        )  # the lesson may use its own as it likes
         self.history, self.score, self.tuned = History(), None, None
         self.before: list[tuple[str, str, list[float]]] = []  # (task, settings, losses) of finished runs
         self.samples: dict[str, str] = {}
@@ -59,7 +62,7 @@ class LoRAExplorer(SliderPlot):
             self.tuned.detach()
         self.history, self.score, chosen = History(), None, TASKS[task]()
         self.tuned = attach(self.model, LoRA(rank=rank, gamma=gamma, targets=targets))
-        yield from training(self.tuned, chosen, self.history, steps=STEPS, lr=lr)
+        yield from training(self.tuned, chosen, self.history, steps=STEPS, lr=lr, batch=BATCH)
         yield None  # a picture of all steps before the slower test
         self.score = evaluate(self.tuned, chosen, n=100)
         self.samples[task] = sample(self.tuned, task)
@@ -68,6 +71,9 @@ class LoRAExplorer(SliderPlot):
 
     def _draw(self, figure: Figure, rank, gamma, lr, targets, task) -> str:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        figure.subplots_adjust(
+            left=0.06, right=0.985, top=0.92, bottom=0.13, wspace=0.17
+        )  # a layout engine takes 60 ms
         earlier = self.before[:-1] if self.score else self.before
         draw_losses(left, self.history, TASKS[task]().floor, [run[1:] for run in earlier if run[0] == task], self.score)
         left.set_title(f"{task}: LoRA r={rank}, γ={gamma:g}, {targets}, learning rate {lr:g}")

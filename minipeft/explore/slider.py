@@ -31,7 +31,7 @@ class SliderPlot:
     so the picture stays where no kernel runs.
     """
 
-    REDRAW = 0.25  # seconds between two pictures of a running `run`
+    REDRAW = 0.5  # seconds between two pictures of a running `run`
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class SliderPlot:
         size: tuple[float, float] = (9.6, 3.8),
     ):
         self.draw, self.controls, self.run = draw, controls, run
-        self.figure = Figure(figsize=size, dpi=100, layout="constrained")
+        self.figure = Figure(figsize=size, dpi=100)
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=f"{size[0] * 100:.0f}px"))
         self.text = ipywidgets.HTML()
         row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))

@@ -77,8 +77,18 @@ def picture_after(page, image, before: str, seconds: float) -> tuple[str, float]
         now = image.get_attribute("src")
         if now != before:
             return now, time.perf_counter() - started
-        page.wait_for_timeout(10)
+        page.wait_for_timeout(40)
     raise AssertionError(f"the picture did not change within {seconds} s")
+
+
+def idle_for(page, seconds: float) -> None:
+    """Wait until no cell has been waiting or running, and the kernel has been idle, for some seconds."""
+    since = time.perf_counter()
+    while time.perf_counter() - since < seconds:
+        page.wait_for_timeout(200)
+        waiting = page.locator(".jp-InputPrompt", has_text="[*]").count()
+        if waiting or "Python 3 (ipykernel) | Idle" not in page.inner_text("body"):
+            since = time.perf_counter()
 
 
 def settled(page, text, seconds: float) -> None:
@@ -97,7 +107,7 @@ def test_the_rank_slider_moves_by_key_and_by_mouse_and_the_picture_follows(lab, 
     cell = page.locator(".jp-CodeCell", has=page.locator("img.widget-image")).first
     image, text = cell.locator("img.widget-image").first, cell.locator(".widget-html").last
     image.wait_for(state="attached")
-    page.wait_for_function("document.body.innerText.includes('Python 3 (ipykernel) | Idle')", timeout=180_000)
+    idle_for(page, 3)
     image.scroll_into_view_if_needed()
     settled(page, text, 60)
 
