@@ -21,13 +21,13 @@ from minipeft.world.corpus import pretty
 
 TASKS = {"pirate": tasks.pirate, "flip": tasks.flip, "cipher": tasks.cipher}
 RATES = {"pirate": 1e-2, "flip": 3e-3, "cipher": 1e-2}  # where the explorer begins: steady at rank 8, γ = 2
-STEPS, BATCH = 60, 12
+STEPS, BATCH = 60, 10
 
 
 class LoRAExplorer(SliderPlot):
     """Live LoRA on the pocket model: loss against the task's exact floor, spectrum of ΔW, count, and what it writes.
 
-    Every move trains a fresh adapter for 60 steps of 12 texts (seed 0) on the same frozen base; the last few runs stay
+    Every move trains a fresh adapter for 60 steps of 10 texts (seed 0) on the same frozen base; the last few runs stay
     in the picture in grey. `history`, `tuned` and `score` hold the present run.
     """
 
