@@ -197,11 +197,12 @@ BLOCK = 8  # batches that are drawn together, so that each can hold rows of simi
 def _order(lengths: list[int], batch: int, seed: int) -> Iterator[list[int]]:
     """Endless batches of row numbers: a new permutation each epoch, sorted by length within blocks of BLOCK batches."""
     generator, waiting = torch.Generator().manual_seed(seed), []
+    batches = max(1, min(BLOCK, len(lengths) // batch))  # no more than an epoch, or sorting would gather copies of a row
     while True:
-        while len(waiting) < BLOCK * batch:
+        while len(waiting) < batches * batch:
             waiting += torch.randperm(len(lengths), generator=generator).tolist()
-        block, waiting = sorted(waiting[: BLOCK * batch], key=lengths.__getitem__), waiting[BLOCK * batch :]
-        for i in torch.randperm(BLOCK, generator=generator).tolist():
+        block, waiting = sorted(waiting[: batches * batch], key=lengths.__getitem__), waiting[batches * batch :]
+        for i in torch.randperm(batches, generator=generator).tolist():
             yield block[i * batch : (i + 1) * batch]
 
 
