@@ -197,7 +197,7 @@ BLOCK = 8  # batches that are drawn together, so that each can hold rows of simi
 def _order(lengths: list[int], batch: int, seed: int) -> Iterator[list[int]]:
     """Endless batches of row numbers: a new permutation each epoch, sorted by length within blocks of BLOCK batches."""
     generator, waiting = torch.Generator().manual_seed(seed), []
-    batches = max(1, min(BLOCK, len(lengths) // batch))  # no more than an epoch, or sorting would gather copies of a row
+    batches = max(1, min(BLOCK, len(lengths) // batch))  # at most an epoch, or sorting would gather copies of a row
     while True:
         while len(waiting) < batches * batch:
             waiting += torch.randperm(len(lengths), generator=generator).tolist()
