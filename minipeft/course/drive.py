@@ -1,0 +1,228 @@
+"""How a learner's code is called: it gets models and optimisers to work on, and what it did is written down as data.
+
+Nothing here knows what is right. The same functions run in the learner's notebook and in the process of a submission.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import torch
+from torch import nn
+
+from minipeft.course.verdict import raised
+
+
+def perform(drive: str, objects: tuple, args: tuple) -> tuple[object, tuple]:
+    """(what came out, the arguments afterwards); an exception comes out as `Raised`."""
+    args = copy.deepcopy(args)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return globals()[drive](*objects, *args), args
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        return raised(error), args
+
+
+def call(function, *args):
+    value = function(*args)
+    return list(value) if isinstance(value, map | filter | zip) else value
+
+
+def initialise(function, d_out: int, d_in: int, rank: int, seed: int) -> dict:
+    """Draws three times: with a seed, with the same one, with another."""
+    draws = []
+    before = torch.random.get_rng_state()
+    for each in (seed, seed, seed + 1):
+        A, B = function(d_out, d_in, rank, torch.Generator().manual_seed(each))
+        draws.append((A.detach().clone(), B.detach().clone()))
+    untouched = torch.equal(before, torch.random.get_rng_state())
+    return {"A": draws[0][0], "B": draws[0][1], "again": draws[1][0], "other": draws[2][0], "global": untouched}
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: y = x·W + b with W of shape (d_in, d_out)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def layer(weight: torch.Tensor, bias: torch.Tensor, conv1d: bool) -> nn.Module:
+    if conv1d:
+        return Conv1D(weight.clone(), bias.clone())
+    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    linear.weight, linear.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+    return linear
+
+
+def merge(function, weight, bias, A, B, gamma: float, conv1d: bool) -> dict:
+    linear = layer(weight, bias, conv1d)
+    old = linear.weight
+    function(linear, A, B, gamma)
+    return {"merged": linear.weight.detach().clone(), "old weight": old.detach().clone()}
+
+
+def unmerge(merge, unmerge, weight, bias, A, B, gamma: float, conv1d: bool) -> dict:
+    """Twice there and back, as someone does who compares two adapters."""
+    linear = layer(weight, bias, conv1d)
+    seen = {}
+    for i in (1, 2):
+        receipt = merge(linear, A, B, gamma)
+        seen[f"merged {i}"] = linear.weight.detach().clone()
+        unmerge(linear, receipt)
+        seen[f"restored {i}"] = linear.weight.detach().clone()
+    return seen
+
+
+def tree(names: list[str], tied: tuple[str, str] | None = None) -> nn.Module:
+    """A model whose parameters have these dotted names, each of one number of its own size."""
+    root = nn.Module()
+    for i, name in enumerate(names):
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, nn.Parameter(torch.full((i + 1,), float(i))))
+    return root
+
+
+def freeze(function, names: list[str], trainable: list[bool]) -> dict:
+    model = tree(names)
+    for parameter, flag in zip(model.parameters(), trainable, strict=True):
+        parameter.requires_grad_(flag)
+    returned = function(model)
+    return {
+        "returned": returned,
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "values kept": all(bool((p == p.detach().flatten()[0]).all()) for p in model.parameters()),
+    }
+
+
+def adapted_layer(cls, weight, bias, x, rank: int, alpha: float, A, B, seed: int) -> dict:
+    """A LoRA layer from birth to use: untrained, with given A and B, and after a step of SGD."""
+    torch.manual_seed(seed)
+    linear = layer(weight, bias, conv1d=False)
+    lora = cls(linear, rank, alpha)
+    seen = {"at first": lora(x).detach().clone(), "shape of A": tuple(lora.A.shape), "shape of B": tuple(lora.B.shape)}
+    seen["A is random"] = bool(lora.A.detach().abs().sum() > 0)
+    with torch.no_grad():
+        lora.A.copy_(A)
+        lora.B.copy_(B)
+    seen["in use"] = lora(x).detach().clone()
+    trained = [p for p in lora.trainable()]
+    seen["numbers trained"] = sum(p.numel() for p in trained)
+    seen["A and B train"] = {id(p) for p in trained} == {id(lora.A), id(lora.B)}
+    loss = lora(x).square().mean()
+    loss.backward()
+    torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=0.1).step()
+    seen["base after a step"] = linear.weight.detach().clone()
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing parameters
+# ---------------------------------------------------------------------------------------------------------------------
+class RMSNorm(nn.Module):
+    """A norm with a scale and no bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Gate(nn.Module):
+    """Neither linear nor a norm, but it has a parameter called bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+
+def network(kind: str, width: int, seed: int) -> nn.Module:
+    """"biases": linear, Conv1D and LayerNorm with biases, and decoys; "none": a model without biases."""
+    rng = random.Random(seed)
+    model = nn.Module()
+    for i in range(rng.randint(2, 3)):
+        block = nn.Module()
+        if kind == "biases":
+            block.bias_proj = nn.Linear(width, 2 * width, bias=rng.random() < 0.5)
+            block.c_fc = Conv1D(torch.zeros(width, 3), torch.zeros(3))
+            block.norm = nn.LayerNorm(width)
+            block.gate = Gate(width)
+            block.relative_attention_bias = nn.Embedding(4, width)
+        else:
+            block.proj = nn.Linear(width, width, bias=False)
+            block.norm = RMSNorm(width)
+            block.gate = Gate(width)
+        model.add_module(f"block{i}", block)
+    return model
+
+
+def name_biases(function, kind: str, width: int, seed: int) -> list:
+    return sorted(function(network(kind, width, seed)))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, table: torch.Tensor, head: torch.Tensor | None):
+        super().__init__()
+        self.embed = nn.Embedding(*table.shape, dtype=table.dtype)
+        self.embed.weight = nn.Parameter(table.clone())
+        self.body = nn.Linear(table.shape[1], table.shape[1], dtype=table.dtype)
+        self.head = nn.Linear(table.shape[1], table.shape[0], bias=False, dtype=table.dtype)
+        self.head.weight = self.embed.weight if head is None else nn.Parameter(head.clone())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.embed(ids)).tanh())
+
+
+def tune_softmax(function, table, head, ids, seed: int) -> dict:
+    """Prepares the model, then trains one step of SGD on all that requires a gradient."""
+    torch.manual_seed(seed)
+    model = LanguageModel(table, head)
+    before = model(ids).detach().clone()
+    added = function(model)
+    after = model(ids)
+    seen = {"added": added, "trainable": sorted(n for n, p in model.named_parameters() if p.requires_grad)}
+    seen["same output at first"] = torch.equal(before, after)
+    body = model.body.weight.detach().clone()
+    start = model.head.weight.detach().clone()
+    nn.functional.cross_entropy(after, ids).backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    seen["embedding kept"] = torch.equal(model.embed.weight.detach(), table)
+    seen["body kept"] = torch.equal(model.body.weight.detach(), body)
+    seen["head moved"] = not torch.equal(model.head.weight.detach(), start)
+    return seen
+
+
+def classifier(weights: list[torch.Tensor]) -> nn.Module:
+    first, second = (nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype) for w in weights)
+    first.weight, second.weight = nn.Parameter(weights[0].clone()), nn.Parameter(weights[1].clone())
+    return nn.Sequential(first, nn.Tanh(), second)
+
+
+def importance(function, weights: list, inputs, labels) -> dict:
+    model = classifier(weights)
+    found = function(model, inputs, labels)
+    kept = all(torch.equal(p.detach(), w) for p, w in zip(model.parameters(), weights, strict=True))
+    return {"importance": dict(found), "weights kept": kept}
+
+
+def optimise(cls, values: list, masks: list, gradients: list, settings: dict) -> list:
+    """The parameters after each step."""
+    parameters = [nn.Parameter(value.clone()) for value in values]
+    optimizer = cls(parameters, masks, **settings)
+    history = []
+    for several in gradients:
+        for parameter, gradient in zip(parameters, several, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        history.append([p.detach().clone() for p in parameters])
+    return history
