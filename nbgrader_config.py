@@ -4,7 +4,7 @@ c = get_config()  # noqa: F821
 c.CourseDirectory.course_id = "minipeft"
 c.CourseDirectory.source_directory = "solutions"
 c.CourseDirectory.release_directory = "exercises"
-c.ClearSolutions.code_stub = {"python": "# Your code goes here, in place of the next line."}
+c.ClearSolutions.code_stub = {"python": "# Write your code here, and take the NotImplementedError out."}
 c.ClearMarkScheme.enforce_metadata = False  # explanations stand in plain markdown cells
 c.ExecutePreprocessor.timeout = 120
 # A warning on stderr must not cost a point.

@@ -55,7 +55,9 @@ def tidy(notebook) -> None:
     }
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
-        cell.metadata = {k: cell.metadata[k] for k in ("deletable", "editable", "nbgrader", "tags") if k in cell.metadata}
+        cell.metadata = {
+            k: cell.metadata[k] for k in ("deletable", "editable", "nbgrader", "tags") if k in cell.metadata
+        }
         cell.source = cell.source.rstrip()
 
 

@@ -115,7 +115,11 @@ def progress_figure():
     known, every = outcomes(), exercises()
     longest = max(len(several) for several in every.values())
     figure, axes = plt.subplots(figsize=(min(1.15 * longest + 1.8, 13), 1.3 * len(every) + 0.7), layout="constrained")
-    kinds = {CORRECT: ("o", "#1a7f37", "full"), NOT_ATTEMPTED: ("o", "#8c959f", "none"), "tried": ("o", "#bf8700", "left")}
+    kinds = {
+        CORRECT: ("o", "#1a7f37", "full"),
+        NOT_ATTEMPTED: ("o", "#8c959f", "none"),
+        "tried": ("o", "#bf8700", "left"),
+    }
     for y, (assignment, several) in enumerate(every.items()):
         done = sum(known.get(name) == CORRECT for name in several)
         for x, name in enumerate(several):

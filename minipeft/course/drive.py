@@ -48,6 +48,7 @@ class Conv1D(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.nf = weight.shape[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight + self.bias
@@ -155,7 +156,7 @@ class Gate(nn.Module):
 
 
 def network(kind: str, width: int, seed: int) -> nn.Module:
-    """"biases": linear, Conv1D and LayerNorm with biases, and decoys; "none": a model without biases."""
+    """ "biases": linear, Conv1D and LayerNorm with biases, and decoys; "none": a model without biases."""
     rng = random.Random(seed)
     model = nn.Module()
     for i in range(rng.randint(2, 3)):

@@ -15,9 +15,11 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -47,7 +49,9 @@ def source_text(assignment: str) -> str:
 def read(text: str):
     """A notebook from a stranger's text. ValueError says in one sentence what is wrong with it."""
     try:
-        notebook = nbformat.reads(text, as_version=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ids that stand there twice
+            notebook = nbformat.reads(text, as_version=4)
         for cell in notebook.cells:
             if not isinstance(cell.source, str) or cell.cell_type not in ("code", "markdown", "raw"):
                 raise TypeError("a cell has no text")
@@ -68,9 +72,12 @@ def mend(submitted, assignment: str):
     released = nbformat.reads(released_text(assignment), as_version=4)
     titles |= {cell.source.strip(): name_of(cell) for cell in released.cells if name_of(cell) and locked(cell)}
     plain = {cell.source.strip() for cell in released.cells if not name_of(cell)}
+    known = {name_of(cell) for cell in submitted.cells}
     cells, seen, remarks = [], set(), []
+    if not known & set(original):
+        remarks.append("The cells have lost their names, and were recognised by what stands in them.")
     for cell in submitted.cells:
-        name = name_of(cell) or titles.get(cell.source.strip())
+        name = name_of(cell) or titles.get(cell.source.strip()) or defines(cell, set(original) - known)
         if cell.source.strip() in plain and cell.cell_type == "markdown":
             continue  # the course's own prose
         if name not in original:
@@ -106,9 +113,15 @@ def restored(original, cell, released, remarks: list[str]):
     else:
         new.source = cell.source
     before = cell.metadata.get("nbgrader")
-    if not isinstance(before, dict) or before.get("points", 0) != original.metadata.nbgrader.get("points", 0):
+    if isinstance(before, dict) and before.get("points", 0) != original.metadata.nbgrader.get("points", 0):
         remarks.append(f"The marks of the cell {name} were changed and have been restored.")
     return new
+
+
+def defines(cell, names: set[str]) -> str | None:
+    """The one of these names that the cell defines as a function or class, if it is a cell without a name."""
+    found = re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE) if cell.cell_type == "code" else []
+    return next((name for name in found if name in names), None)
 
 
 def fresh(cell):
@@ -181,6 +194,7 @@ def exercise_of(cell) -> str:
 def run(notebook, assignment: str, seed: int, limits: Limits, found: dict) -> dict[str, Verdict]:
     """Executes the notebook's cells and examines what they define, at the place of each test."""
     verdicts: dict[str, Verdict] = {}
+    errors: dict[str, str] = {}  # of the cells with answers
     fatal: dict[int, str] = {}  # cells that ended the process, and why; they are left out the next time
     deadline = time.monotonic() + limits.seconds
     for _ in range(RESTARTS + 1):
@@ -191,7 +205,7 @@ def run(notebook, assignment: str, seed: int, limits: Limits, found: dict) -> di
                 try:
                     for i, cell in enumerate(notebook.cells):
                         if cell.cell_type == "code":
-                            step(box, i, cell, assignment, seed, verdicts, fatal)
+                            step(box, i, cell, exercises()[assignment], seed, verdicts, fatal, errors)
                     break
                 finally:
                     found["peak_memory"] = max(found["peak_memory"], box.peak)
@@ -214,19 +228,27 @@ def run(notebook, assignment: str, seed: int, limits: Limits, found: dict) -> di
     return verdicts
 
 
-def step(box: Sandbox, i: int, cell, assignment: str, seed: int, verdicts: dict, fatal: dict) -> None:
+def step(box: Sandbox, i: int, cell, known: dict, seed: int, verdicts: dict, fatal: dict, errors: dict) -> None:
     """One cell: run it, or examine what its exercise names. Cells tagged "at-home" take long and earn nothing."""
     if is_test(cell):
-        exercise = exercises()[assignment][exercise_of(cell)]
+        exercise = known[exercise_of(cell)]
         if exercise.name not in verdicts:
 
             def call(*args):
                 reply = box.ask(do="call", objects=list(exercise.objects), drive=exercise.drive, args=args)
                 return outcome(reply), tuple(reply["after"])
 
-            verdicts[exercise.name] = judged(exercise, call, seed)
+            verdict = judged(exercise, call, seed)
+            if verdict.outcome == NOT_ATTEMPTED and exercise.name in errors:
+                verdict = Verdict(exercise.name, COULD_NOT_RUN, (f"Its cell stops with {errors[exercise.name]}.",))
+            verdicts[exercise.name] = verdict
     elif i not in fatal and "at-home" not in cell.metadata.get("tags", ()):
         cell.outputs = outputs_of(box.ask(do="cell", source=cell.source))
+        for output in cell.outputs:
+            if output.output_type == "error":
+                if output.ename == "MemoryError":
+                    raise Killed("it used up its memory")
+                errors[name_of(cell) or ""] = f"{output.ename}: {output.evalue}"
 
 
 def judged(exercise, call, seed: int) -> Verdict:
@@ -296,7 +318,7 @@ class Isolated(NbGraderPreprocessor):
         found = self.reports.get((known["assignment"], known["student"]))
         if found is None:
             found = report(nbformat.writes(nb), known["assignment"])
-        return nbformat.from_dict(found["notebook"]), resources
+        return nbformat.reads(json.dumps(found["notebook"]), as_version=4), resources
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,10 +351,14 @@ def discover(folder: Path, assignment: str | None = None) -> list[Submission]:
         files = [file for file in files if ".ipynb_checkpoints" not in file.parts and not file.is_symlink()]
         for file in files:
             parts = [*file.relative_to(folder).parts[1:-1], file.stem]
-            which = next((p for p in parts if p in known), None) or assignment or (known[0] if len(known) == 1 else None)
+            which = (
+                next((p for p in parts if p in known), None) or assignment or (known[0] if len(known) == 1 else None)
+            )
             if which is None or (assignment is not None and which != assignment):
                 if which is None:
-                    print(f"{file}: it does not say which assignment it is; name it, or give ASSIGNMENT=", file=sys.stderr)
+                    print(
+                        f"{file}: it does not say which assignment it is; name it, or give ASSIGNMENT=", file=sys.stderr
+                    )
                 continue
             first = found.setdefault((student, which), Submission(student, which, file))
             if first.path != file and file.stem == which and first.path.stem != which:
@@ -379,15 +405,19 @@ def grade(
     book = Gradebook(out, reveal)
     texts = {each: submitted_text(each) for each in found}
     book.start({each.assignment for each in found})
+    unrecorded: dict[Submission, str] = {}
     with tqdm(total=len(found), disable=not progress, unit="submission") as bar:
         for each, result in reports_of(texts, out, executor, limits):
-            book.record(each, result)
+            try:
+                book.record(each, result)
+            except RuntimeError as error:  # the class goes on; grades.csv has the grade all the same
+                unrecorded[each] = str(error)
             bar.update()
     rows = []
     for each in found:
         result = stored(out, each, texts[each])
         book.gradescope(each, result)
-        rows.append(row(each, result))
+        rows.append(row(each, result, unrecorded.get(each, "")))
     table = pd.DataFrame(rows)
     half = out / "grades.half"
     table.to_csv(half, index=False)
@@ -443,8 +473,11 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(half, path)
 
 
-def row(each: Submission, found: dict) -> dict:
-    wrong = [f"{n}: {v['outcome']}" for n, v in found["verdicts"].items() if v["outcome"] not in (CORRECT, NOT_ATTEMPTED)]
+def row(each: Submission, found: dict, unrecorded: str) -> dict:
+    lost: dict[str, list[str]] = {}
+    for name, verdict in found["verdicts"].items():
+        if verdict["outcome"] != CORRECT:
+            lost.setdefault(verdict["outcome"], []).append(name)
     points = {name: found["points"][name] for name in found["most"]}
     return {
         "student": each.student,
@@ -452,8 +485,8 @@ def row(each: Submission, found: dict) -> dict:
         "score": sum(points.values()),
         "most": sum(found["most"].values()),
         **points,
-        "wrong": "; ".join(wrong),
-        "remarks": " ".join(found["remarks"] + ([each.problem] if each.problem else [])),
+        "lost": "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in lost.items()),
+        "remarks": " ".join(filter(None, [*found["remarks"], each.problem, unrecorded])),
         "seconds": found["seconds"],
         "memory in MiB": round(found["peak_memory"] / 2**20),
     }
@@ -467,6 +500,8 @@ class Gradebook:
         from nbgrader.coursedir import CourseDirectory
 
         self.out = out
+        if shutil.which("alembic") is None:  # nbgrader calls it by name, also where its environment is not activated
+            os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         config = assignments.settings()
         config.CourseDirectory.root = str(out)
         config.CourseDirectory.source_directory = "source"
@@ -489,7 +524,7 @@ class Gradebook:
                 continue
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
-            self.must(self.api.generate_assignment(name), f"nbgrader could not read the assignment {name}")
+            self.must(self.api.generate_assignment, name)
 
     def record(self, each: Submission, found: dict) -> None:
         """Puts a report into the gradebook, and writes the feedback page; nothing if that was done already."""
@@ -500,16 +535,20 @@ class Gradebook:
         write_whole(submitted, json.dumps(found["notebook"]))
         Isolated.reports[each.assignment, each.student] = found
         try:
-            what = f"nbgrader could not record {each.student}"
-            self.must(self.api.autograde(each.assignment, each.student), what)
-            self.must(self.api.generate_feedback(each.assignment, each.student), what)
+            self.must(self.api.autograde, each.assignment, each.student)
+            self.must(self.api.generate_feedback, each.assignment, each.student)
         finally:
             del Isolated.reports[each.assignment, each.student]
         write_whole(mark, found["digest"])
 
-    def must(self, result: dict, what: str) -> None:
+    def must(self, step, *names: str) -> None:
+        """One step of nbgrader's. RuntimeError when it fails, with the end of what it logged."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SQLAlchemy's about the order in which nbgrader fills its tables
+            result = step(*names)
         if not result["success"]:
-            raise RuntimeError(f"{what}: {(result.get('error') or result.get('log') or '').strip()[-600:]}")
+            said = (result.get("log") or result.get("error") or "").strip()[-1500:]
+            raise RuntimeError(f"nbgrader's {step.__name__} failed for {' '.join(names)}: {said}")
 
     def gradescope(self, each: Submission, found: dict) -> None:
         """Gradescope's results.json of one submission."""
@@ -519,7 +558,9 @@ class Gradebook:
                 "score": found["points"][name],
                 "max_score": most,
                 "visibility": "visible",
-                "output": repr(Verdict(**{**found["verdicts"][name], "lines": tuple(found["verdicts"][name]["lines"])})),
+                "output": repr(
+                    Verdict(**{**found["verdicts"][name], "lines": tuple(found["verdicts"][name]["lines"])})
+                ),
             }
             for name, most in found["most"].items()
         ]
@@ -541,9 +582,11 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    print(table[["student", "assignment", "score", "most", "wrong", "remarks"]].to_string(index=False, max_colwidth=60))
+    print(table[["student", "assignment", "score", "most", "lost", "remarks"]].to_string(index=False, max_colwidth=60))
     peak = table["memory in MiB"].max()
-    print(f"{len(table)} submissions in {time.perf_counter() - started:.0f} s, at most {peak} MiB for one; see {asked.out}/.")
+    print(
+        f"{len(table)} submissions in {time.perf_counter() - started:.0f} s, at most {peak} MiB for one; see {asked.out}/."
+    )
     return 0
 
 

@@ -188,7 +188,17 @@ def folder_size(path: str) -> int:
 @functools.cache
 def walls() -> tuple[str, ...]:
     """bubblewrap's arguments: what the process sees, all of it read only but /tmp."""
-    seen = ["/usr", "/bin", "/lib", "/lib64", "/lib32", "/sbin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d"]
+    seen = [
+        "/usr",
+        "/bin",
+        "/lib",
+        "/lib64",
+        "/lib32",
+        "/sbin",
+        "/etc/ld.so.cache",
+        "/etc/ld.so.conf",
+        "/etc/ld.so.conf.d",
+    ]
     seen += [sys.base_prefix, sys.prefix, str(PACKAGE)]
     real = os.path.realpath(sys.executable)
     seen += [] if any(real.startswith(path + "/") for path in seen) else [os.path.dirname(os.path.dirname(real))]
@@ -200,4 +210,5 @@ def walls() -> tuple[str, ...]:
             words += ["--ro-bind", path, path]
     words += ["--tmpfs", str(ANSWERS), "--remount-ro", str(ANSWERS)]
     words += ["--proc", "/proc", "--dev", "/dev", "--size", str(Limits().disk), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    words += ["--remount-ro", "/dev", "--remount-ro", "/"]
     return tuple(words)

@@ -67,7 +67,9 @@ class Worker:
             if text:
                 outputs.append({"output_type": "stream", "name": name, "text": cut(text)})
         for rich in captured.outputs[:20]:
-            data = {k: v for k, v in rich.data.items() if k in ("text/plain", "image/png") and isinstance(v, str | bytes)}
+            data = {
+                k: v for k, v in rich.data.items() if k in ("text/plain", "image/png") and isinstance(v, str | bytes)
+            }
             data = {k: cut(v) if isinstance(v, str) else base64(v) for k, v in data.items()}
             if data:
                 outputs.append({"output_type": "display_data", "metadata": {}, "data": data})

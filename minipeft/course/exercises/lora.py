@@ -113,7 +113,9 @@ def forward_cases(rng: Random):
             wrong={
                 "γ was left out": lambda W=W, c=change, out=out: out(W + c),
                 "γ scales the base as well": lambda W=W, c=change, g=gamma, out=out: out(g * (W + c)),
-                "γ was divided by the rank once more": lambda W=W, c=change, g=gamma, r=rank, out=out: out(W + g / r * c),
+                "γ was divided by the rank once more": lambda W=W, c=change, g=gamma, r=rank, out=out: out(
+                    W + g / r * c
+                ),
                 "only the change is returned: add W·x": lambda c=change, g=gamma, x=x: g * (x @ c.T),
                 "the adapter is left out": lambda W=W, out=out: out(W),
                 "the bias is left out": lambda W=W, c=change, g=gamma, x=x: x @ (W + g * c).T,
@@ -202,7 +204,9 @@ def merge_cases(rng: Random):
             "leave the tensor that was the weight as it was, since another model may share it",
             args,
             judge=lambda seen, W=W: (
-                None if torch.equal(seen["old weight"], W) else "The old weight's numbers have changed: `+=` writes in place."
+                None
+                if torch.equal(seen["old weight"], W)
+                else "The old weight has changed: `+=` writes in place."
             ),
         )
 
@@ -240,7 +244,7 @@ def unmerge_cases(rng: Random):
                     return f"merge, called for the {('first', 'second')[i - 1]} time: {said}"
                 if not torch.equal(seen[f"restored {i}"], W):
                     largest = (seen[f"restored {i}"].double() - W.double()).abs().max().item()
-                    return f"The weight differs by up to {largest:.1e}. Subtracting ΔW rounds: keep the old weight instead."
+                    return f"The weight differs by up to {largest:.1e}. Subtracting ΔW rounds: keep the old one."
 
         yield Case(f"give back the {dtype} weight bit for bit, as often as one likes", args, judge=judge)
 
@@ -283,7 +287,11 @@ def freeze_cases(rng: Random):
             if seen["returned"] != count or isinstance(seen["returned"], bool):
                 return f"It returns {seen['returned']!r}; {count} numbers train (parameters have several numbers)."
 
-        yield Case("let lora_A and lora_B train, nothing else, and return how many numbers that is", (names, flags), judge=judge)
+        yield Case(
+            "let lora_A and lora_B train, nothing else, and return how many numbers that is",
+            (names, flags),
+            judge=judge,
+        )
 
 
 def parameter_order(names: list[str]) -> list[str]:
@@ -318,7 +326,9 @@ def target_cases(rng: Random):
                     "it matches in the middle of a word: 'xq_proj' is not 'q_proj'": lambda n=names, p=patterns: [
                         x for x in n if any(x.endswith(s) for s in p)
                     ],
-                    "it matches anywhere in the path": lambda n=names, p=patterns: [x for x in n if any(s in x for s in p)],
+                    "it matches anywhere in the path": lambda n=names, p=patterns: [
+                        x for x in n if any(s in x for s in p)
+                    ],
                     "only the last part of the path is compared": lambda n=names, p=patterns: [
                         x for x in n if x.split(".")[-1] in p
                     ],
@@ -350,20 +360,28 @@ def repair_cases(rng: Random):
 
         def start(seen, base=base):
             if not torch.allclose(seen["at first"], base, atol=1e-5):
-                return f"Before any training the output is off by {(seen['at first'] - base).abs().max():.2g}: is B zero?"
+                return (
+                    f"Before any training the output is off by {(seen['at first'] - base).abs().max():.2g}: is B zero?"
+                )
             if not seen["A is random"]:
                 return "A is zero as well, so neither ever gets a gradient."
 
         def shapes(seen, A=A, B=B):
             if seen["shape of A"] != tuple(A.shape) or seen["shape of B"] != tuple(B.shape):
-                return f"A has shape {seen['shape of A']} and B {seen['shape of B']}; expected {tuple(A.shape)}, {tuple(B.shape)}."
+                return f"A has shape {seen['shape of A']} and B {seen['shape of B']}; not "
+                    f"{tuple(A.shape)} and {tuple(B.shape)}."
 
         def use(seen, base=base, x=x, A=A, B=B, g=alpha / rank, alpha=alpha):
             right = base + g * (x @ A.T) @ B.T
             if not torch.allclose(seen["in use"], right, rtol=1e-4, atol=1e-4):
                 plain = base + alpha * (x @ A.T) @ B.T
-                why = "α scales it instead of α/r. " if torch.allclose(seen["in use"], plain, rtol=1e-3, atol=1e-3) else ""
-                return f"{why}The largest difference from W·x + b + (α/r)·B·A·x is {(seen['in use'] - right).abs().max():.3g}."
+                why = (
+                    "α scales it instead of α/r. "
+                    if torch.allclose(seen["in use"], plain, rtol=1e-3, atol=1e-3)
+                    else ""
+                )
+                largest = (seen["in use"] - right).abs().max().item()
+                return f"{why}The largest difference from W·x + b + (α/r)·B·A·x is {largest:.3g}."
 
         def train(seen, rank=rank, size=d_out + d_in):
             if not seen["A and B train"] or seen["numbers trained"] != rank * size:
@@ -415,14 +433,17 @@ EXERCISES = (
     Exercise(
         "merge", "Merging", merge_cases,
         (
-            "Make a new tensor and put it into the layer as a new `nn.Parameter`; `flipped(layer)` says if it is a Conv1D.",
-            "W.to(A.dtype) + delta, then .to(W.dtype), with delta transposed if flipped(layer). Return the old parameter.",
+            "Put a new tensor into the layer as a new `nn.Parameter`; `flipped(layer)` says if it is a Conv1D.",
+            "(W.to(A.dtype) + delta).to(W.dtype), delta transposed if flipped(layer). Return the old parameter.",
         ),
         ("merge",), "merge",
     ),
     Exercise(
         "unmerge", "Unmerging", unmerge_cases,
-        ("What merge returned is handed to you.", "If merge returned the old parameter, put it back: layer.weight = receipt."),
+        (
+            "What merge returned is handed to you.",
+            "If merge returned the old parameter, put it back: layer.weight = receipt.",
+        ),
         ("merge", "unmerge"), "unmerge",
     ),
     Exercise(

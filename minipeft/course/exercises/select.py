@@ -133,7 +133,9 @@ def fisher_cases(rng: Random):
                 ),
                 "it adds over the examples: take the mean": lambda e=each, f=named: f([g.square().sum(0) for g in e]),
                 "the gradient is not squared": lambda e=each, f=named: f([g.abs().mean(0) for g in e]),
-                "it is the square root of the importance": lambda e=each, f=named: f([g.square().mean(0).sqrt() for g in e]),
+                "it is the square root of the importance": lambda e=each, f=named: f(
+                    [g.square().mean(0).sqrt() for g in e]
+                ),
                 "it squares the summed gradient": lambda e=each, f=named: f([g.sum(0).square() for g in e]),
             },
         )
@@ -157,7 +159,11 @@ def adam_on_entries(values, masks, gradients, settings, **changes) -> list:
 
 
 def adam_cases(rng: Random):
-    for decay, dtype, poisoned in ((0.0, torch.float64, False), (0.1, torch.float32, False), (0.3, torch.float64, True)):
+    for decay, dtype, poisoned in (
+        (0.0, torch.float64, False),
+        (0.1, torch.float32, False),
+        (3.0, torch.float64, True),
+    ):
         shapes = [(4, 5), (7,), (2, 3, 2)][: rng.randint(2, 3)]
         values = [normal(rng, *s, dtype=dtype) for s in shapes]
         masks = [normal(rng, *s) > 0 for s in shapes]
@@ -189,13 +195,19 @@ def adam_cases(rng: Random):
                         return f"After step {step}, trained entries differ from AdamW's by up to {error:.3g}."
 
         claim = f"be AdamW on the marked entries (weight decay {decay:g}) and leave the others bit for bit"
-        yield Case(claim + (", even where their gradient is NaN" if poisoned else ""), (values, masks, gradients, settings), judge=judge)
+        yield Case(
+            claim + (", even where their gradient is NaN" if poisoned else ""),
+            (values, masks, gradients, settings),
+            judge=judge,
+        )
 
 
 # find the bug --------------------------------------------------------------------------------------------------------
 def range_cases(rng: Random):
     for style in ("layers", "h", "layer"):
-        names = [f"model.{style}.{i}.{p}" for i in range(rng.randint(13, 24)) for p in ("attn.q.weight", "mlp.1.up.weight")]
+        names = [
+            f"model.{style}.{i}.{p}" for i in range(rng.randint(13, 24)) for p in ("attn.q.weight", "mlp.1.up.weight")
+        ]
         names = ["embed.3.weight"[:5] + ".weight", *names, "head.weight"]
         depth = max(int(n.split(".")[2]) for n in names if n.startswith("model"))
         for first, last in ((1, 1), (rng.randint(0, 2), rng.randint(3, 9)), (10, depth), (0, 0)):
@@ -235,7 +247,7 @@ EXERCISES = (
         "tune_softmax", "Softmax tuning, with tied weights", softmax_cases,
         (
             "`model.head.weight is model.embed.weight` says whether they are tied.",
-            "If tied: model.head.weight = nn.Parameter(model.head.weight.detach().clone()). Freeze all, then free the head.",
+            "If tied: model.head.weight = nn.Parameter(model.head.weight.detach().clone()). Then freeze the others.",
         ),
         ("tune_softmax",), "tune_softmax",
     ),
@@ -243,7 +255,7 @@ EXERCISES = (
         "magnitude_mask", "A mask by magnitude", magnitude_cases,
         (
             "Put all |w| into one long vector: the threshold is the same for every tensor.",
-            "topk(k) of the concatenated |w| gives places; set them True in a long vector of False, then split and reshape.",
+            "topk(k) of all |w| gives places; set them True in a long vector of False, then split and reshape.",
         ),
         ("magnitude_mask",),
     ),
@@ -251,7 +263,7 @@ EXERCISES = (
         "fisher_importance", "Importance by Fisher information", fisher_cases,
         (
             "One backward pass for each example: a batch's gradient has already been averaged.",
-            "torch.autograd.grad(log_p, list(model.parameters())) for one row; add grad² / n to a total for each parameter.",
+            "torch.autograd.grad(log_p, list(model.parameters())) for one row; add grad² / n to each total.",
         ),
         ("fisher_importance",), "importance",
     ),
@@ -267,7 +279,7 @@ EXERCISES = (
         "layer_range", "Find the bug", range_cases,
         (
             "Test it on a model with more than ten layers.",
-            "Split the name at its dots; the first part that is all digits is the layer's number; compare it as an int.",
+            "Split the name at its dots; the first part that is all digits is the number; compare it as an int.",
         ),
         ("layer_range",),
     ),

@@ -1,0 +1,200 @@
+"""Can the graders be trusted? `make grade-audit` tries them on answers whose worth is known, and prints what came out.
+
+Unsolved exercises, solutions, wrong answers with a name, right answers written differently (variants/), and hostile or
+broken submissions (hostile.py): each goes the whole way that a student's file goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import socket
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+from hostile import FIRST, HOSTILE, cell_named
+
+from minipeft.course import assignments
+from minipeft.course.exercises import exercises
+from minipeft.course.grade import exercise_of, grade, is_test
+from minipeft.course.sandbox import bubblewrap, isolation
+from minipeft.course.verdict import CORRECT, NOT_ATTEMPTED
+
+VARIANTS = Path(__file__).with_name("variants")
+KILLED = 0.95  # the least share of wrong answers that the intended test must find
+
+
+def variants(assignment: str) -> list[tuple[str, str, str, str]]:
+    """(exercise, "wrong" or "right", name, code) of each variant; the text before the first serves all of them."""
+    head, *parts = re.split(r"^# %% ", (VARIANTS / f"{assignment}.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = []
+    for part in parts:
+        title, code = part.split("\n", 1)
+        exercise, kind, name = re.fullmatch(r"(\w+) (wrong|right): (.+)", title).groups()
+        found.append((exercise, kind, name, f"{head}\n{code}".strip()))
+    return found
+
+
+def solved(assignment: str):
+    return nbformat.read(assignments.sources()[assignment], as_version=4)
+
+
+def points(assignment: str) -> dict[str, int]:
+    return {exercise_of(c): c.metadata.nbgrader.points for c in solved(assignment).cells if is_test(c)}
+
+
+def sheets(assignment: str) -> dict[str, tuple[str, dict[str, tuple[str, str]]]]:
+    """{file name: (text, {exercise: (kind, name)})}: each file has one variant of every exercise that still has one.
+
+    An exercise that calls another one's answer is tried beside the solution of that one.
+    """
+    several, later = defaultdict(list), {}
+    for exercise, kind, name, code in variants(assignment):
+        several[exercise].append((kind, name, code))
+    for name, exercise in exercises()[assignment].items():
+        later[name] = max((len(several[other]) for other in exercise.objects if other != name), default=0)
+    found = {}
+    for i in range(max(later[name] + len(each) for name, each in several.items())):
+        notebook, inside = copy.deepcopy(solved(assignment)), {}
+        for exercise, each in several.items():
+            if 0 <= i - later[exercise] < len(each):
+                kind, name, code = each[i - later[exercise]]
+                cell_named(notebook, exercise).source = code
+                inside[exercise] = (kind, name)
+        found[f"variant{i:02d}"] = (nbformat.writes(notebook), inside)
+    return found
+
+
+def graded(files: dict[str, str], assignment: str) -> pd.DataFrame:
+    """The grades of these submissions, by file name."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            Path(folder, "in").mkdir(exist_ok=True)
+            Path(folder, "in", f"{name}.ipynb").write_text(text, encoding="utf-8")
+        table = grade(Path(folder, "in"), Path(folder, "out"), assignment)
+        reports = {p.stem: p.read_text(encoding="utf-8") for p in Path(folder, "out").glob("reports/*/*.json")}
+    table["report"] = table.student.map(reports)
+    return table.set_index("student")
+
+
+def audit_answers(assignment: str) -> tuple[pd.DataFrame, list[str]]:
+    """A row for each exercise, and what is not as it should be."""
+    most = points(assignment)
+    every = sheets(assignment)
+    files = {name: text for name, (text, _) in every.items()}
+    files["unsolved"] = assignments.release(assignments.sources()[assignment])
+    files["solution"] = nbformat.writes(solved(assignment))
+    table = graded(files, assignment)
+    faults, rows = [], {}
+    for exercise, full in most.items():
+        rows[exercise] = {"unsolved": "", "solution": "", "wrong": 0, "killed": 0, "right": 0, "passed": 0}
+        rows[exercise]["unsolved"] = verdict(table, "unsolved", exercise)
+        rows[exercise]["solution"] = verdict(table, "solution", exercise)
+        if rows[exercise]["unsolved"] != NOT_ATTEMPTED or table.loc["unsolved", exercise] != 0:
+            faults.append(f"{exercise}: the unsolved exercise is {rows[exercise]['unsolved']!r}")
+        if table.loc["solution", exercise] != full:
+            faults.append(f"{exercise}: the solution gets {table.loc['solution', exercise]} of {full}")
+    for name, (_, inside) in every.items():
+        for exercise, full in most.items():
+            kind, what = inside.get(exercise, ("right", None))
+            got = table.loc[name, exercise]
+            if what is None:
+                touched = set(exercises()[assignment][exercise].objects) & set(inside)
+                if got != full and not touched:
+                    faults.append(f"{exercise}: the solution fails beside {name}: {verdict(table, name, exercise)}")
+                continue
+            rows[exercise][kind] += 1
+            rows[exercise]["killed" if kind == "wrong" else "passed"] += got == (0 if kind == "wrong" else full)
+            if kind == "wrong" and got == full:
+                faults.append(f"{exercise}: the wrong answer {what!r} gets full marks")
+            if kind == "right" and got != full:
+                faults.append(
+                    f"{exercise}: the right answer {what!r} gets {got}: {verdict(table, name, exercise, True)}"
+                )
+    result = pd.DataFrame(rows).T
+    for exercise, each in result.iterrows():
+        if each.wrong < 6 or each.right < 2:
+            faults.append(f"{exercise}: {each.wrong} wrong and {each.right} right answers; 6 and 2 are needed")
+    if result.killed.sum() < KILLED * result.wrong.sum():
+        faults.append(f"{assignment}: only {result.killed.sum()} of {result.wrong.sum()} wrong answers are found")
+    return result, faults
+
+
+def verdict(table: pd.DataFrame, student: str, exercise: str, whole: bool = False) -> str:
+    found = json.loads(table.loc[student, "report"])["verdicts"][exercise]
+    return f"{found['outcome']} {found['lines']}" if whole else found["outcome"]
+
+
+def audit_hostile(assignment: str = "lora") -> tuple[pd.DataFrame, list[str]]:
+    """A row for each hostile submission; honest ones are graded between them and must not notice."""
+    most = points(assignment)
+    total = sum(most.values())
+    expected = {"full": total, "rest": total - most[FIRST], "zero": 0}
+    files, wanted = {}, {}
+    server = socket.create_server(("127.0.0.1", 0))
+    for i, (name, (make, worth)) in enumerate(HOSTILE.items()):
+        notebook = copy.deepcopy(solved(assignment))
+        text = make(notebook)
+        text = text if isinstance(text, str) else nbformat.writes(notebook)
+        text = text.replace("PORT", str(server.getsockname()[1]))
+        files[f"h{i:02d}"], wanted[f"h{i:02d}"] = text, (name, expected[worth])
+        if i % 4 == 0:
+            files[f"i{i:02d}-honest"] = nbformat.writes(solved(assignment))
+            wanted[f"i{i:02d}-honest"] = ("an honest neighbour", total)
+    table = graded(files, assignment)
+    server.close()
+    rows, faults = [], []
+    for student, (name, score) in wanted.items():
+        got = table.loc[student]
+        rows.append({"submission": name, "expected": score, "score": got.score, "seconds": got.seconds,
+                     "reason": (got.lost or got.remarks)[:70]})  # fmt: skip
+        if got.score != score:
+            faults.append(f"{name}: {got.score} points instead of {score}; {got.lost} {got.remarks}")
+        reasons = json.loads(got.report)["verdicts"].values()
+        if not all(each["outcome"] == CORRECT or each["lines"] for each in reasons):
+            faults.append(f"{name}: no reason is given for the lost points")
+    if bubblewrap():
+        text = "".join(table.report)
+        for sign in ("FOUND", "WRITTEN", "REACHED"):
+            seen = set(re.findall(rf"{sign} (\[.*?\])", text)) - {"[]"}
+            seen = {each for each in seen if "', " in each or "'" in each}
+            if seen:
+                faults.append(f"a submission {sign.lower()} {seen}")
+    return pd.DataFrame(rows), faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assignment", choices=sorted(assignments.sources()))
+    parser.add_argument("--no-hostile", action="store_true")
+    asked = parser.parse_args()
+    print("Isolation in force:", *(f"  {what:<10} {how}" for what, how in isolation().items()), sep="\n")
+    faults, tables, started = [], [], time.perf_counter()
+    for name in [asked.assignment] if asked.assignment else assignments.sources():
+        table, wrong = audit_answers(name)
+        tables.append(table)
+        faults += wrong
+        print(f"\n{name}\n{table.to_string()}")
+    table = pd.concat(tables)
+    rate = table.killed.sum() / table.wrong.sum()
+    print(f"\nwrong answers found: {table.killed.sum()} of {table.wrong.sum()} ({rate:.1%})")
+    print(f"right answers passed: {table.passed.sum()} of {table.right.sum()}")
+    if not asked.no_hostile:
+        hostile, wrong = audit_hostile()
+        faults += wrong
+        print(f"\nHostile and broken submissions\n{hostile.to_string(index=False)}")
+    print(f"\n{time.perf_counter() - started:.0f} s")
+    print(*(f"FAULT  {fault}" for fault in faults), sep="\n")
+    print("The graders hold." if not faults else f"{len(faults)} faults.")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,751 @@
+# Answers to the assignment `lora`: wrong ones, each with the misconception in its name, and right ones written differently.
+import inspect
+import math
+import sys
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minipeft.targets import flipped
+
+
+def lora_delta(A, B, gamma):
+    return gamma * (B @ A)
+
+
+# %% lora_scale wrong: alpha itself
+def lora_scale(alpha, rank, rank_stabilized=False):
+    return alpha
+
+
+# %% lora_scale wrong: never stabilised
+def lora_scale(alpha, rank, rank_stabilized=False):
+    return alpha / rank
+
+
+# %% lora_scale wrong: always stabilised
+def lora_scale(alpha, rank, rank_stabilized=False):
+    return alpha / math.sqrt(rank)
+
+
+# %% lora_scale wrong: upside down
+def lora_scale(alpha, rank, rank_stabilized=False):
+    return (math.sqrt(rank) if rank_stabilized else rank) / alpha
+
+
+# %% lora_scale wrong: whole numbers
+def lora_scale(alpha, rank, rank_stabilized=False):
+    return alpha / math.sqrt(rank) if rank_stabilized else alpha // rank
+
+
+# %% lora_scale wrong: the two exchanged
+def lora_scale(alpha, rank, rank_stabilized=False):
+    return alpha / rank if rank_stabilized else alpha / math.sqrt(rank)
+
+
+# %% lora_scale wrong: hard-coded to the example
+def lora_scale(alpha, rank, rank_stabilized=False):
+    return 8.0 if rank_stabilized else 4.0
+
+
+# %% lora_scale right: a power
+def lora_scale(alpha, rank, rank_stabilized=False):
+    exponent = 0.5 if rank_stabilized else 1
+    return alpha * rank**-exponent
+
+
+# %% lora_scale right: a tensor
+def lora_scale(alpha, rank, rank_stabilized=False):
+    r = torch.tensor(float(rank), dtype=torch.float64)
+    return (alpha / r.sqrt() if rank_stabilized else alpha / r).item()
+
+
+# %% init_lora wrong: both random
+def init_lora(d_out, d_in, rank, generator):
+    def draw(*shape):
+        return (2 * torch.rand(*shape, generator=generator) - 1) / math.sqrt(d_in)
+
+    return draw(rank, d_in), draw(d_out, rank)
+
+
+# %% init_lora wrong: both zero
+def init_lora(d_out, d_in, rank, generator):
+    return torch.zeros(rank, d_in), torch.zeros(d_out, rank)
+
+
+# %% init_lora wrong: A zero and B random
+def init_lora(d_out, d_in, rank, generator):
+    return torch.zeros(rank, d_in), (2 * torch.rand(d_out, rank, generator=generator) - 1) / math.sqrt(d_in)
+
+
+# %% init_lora wrong: A and B swapped
+def init_lora(d_out, d_in, rank, generator):
+    A = (2 * torch.rand(rank, d_in, generator=generator) - 1) / math.sqrt(d_in)
+    return torch.zeros(d_out, rank), A
+
+
+# %% init_lora wrong: normal numbers
+def init_lora(d_out, d_in, rank, generator):
+    return torch.randn(rank, d_in, generator=generator) / math.sqrt(3 * d_in), torch.zeros(d_out, rank)
+
+
+# %% init_lora wrong: bound from the rank
+def init_lora(d_out, d_in, rank, generator):
+    return (2 * torch.rand(rank, d_in, generator=generator) - 1) / math.sqrt(rank), torch.zeros(d_out, rank)
+
+
+# %% init_lora wrong: positive numbers only
+def init_lora(d_out, d_in, rank, generator):
+    return torch.rand(rank, d_in, generator=generator) / math.sqrt(d_in), torch.zeros(d_out, rank)
+
+
+# %% init_lora wrong: the global generator
+def init_lora(d_out, d_in, rank, generator):
+    return (2 * torch.rand(rank, d_in) - 1) / math.sqrt(d_in), torch.zeros(d_out, rank)
+
+
+# %% init_lora wrong: built before the seed is set
+def init_lora(d_out, d_in, rank, generator):
+    torch.manual_seed(0)
+    return (2 * torch.rand(rank, d_in) - 1) / math.sqrt(d_in), torch.zeros(d_out, rank)
+
+
+# %% init_lora right: kaiming
+def init_lora(d_out, d_in, rank, generator):
+    A = torch.empty(rank, d_in)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    return A, A.new_zeros(d_out, rank)
+
+
+# %% init_lora right: parameters
+def init_lora(d_out, d_in, rank, generator):
+    bound = d_in**-0.5
+    A = nn.Parameter(torch.rand(rank, d_in, generator=generator) * 2 * bound - bound)
+    return [A, nn.Parameter(torch.zeros(d_out, rank))]
+
+
+# %% lora_forward wrong: gamma left out
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(x, W, b) + x @ A.T @ B.T
+
+
+# %% lora_forward wrong: transposes left out
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(x, W, b) + gamma * (x @ A @ B)
+
+
+# %% lora_forward wrong: A and B swapped
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(x, W, b) + gamma * F.linear(F.linear(x, B), A)
+
+
+# %% lora_forward wrong: only the adapter
+def lora_forward(x, W, b, A, B, gamma):
+    return gamma * F.linear(F.linear(x, A), B)
+
+
+# %% lora_forward wrong: bias forgotten
+def lora_forward(x, W, b, A, B, gamma):
+    return x @ (W + gamma * B @ A).T
+
+
+# %% lora_forward wrong: divided by the rank again
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(x, W, b) + gamma / A.shape[0] * F.linear(F.linear(x, A), B)
+
+
+# %% lora_forward wrong: bias is never None
+def lora_forward(x, W, b, A, B, gamma):
+    return x @ W.T + b + gamma * (x @ A.T @ B.T)
+
+
+# %% lora_forward wrong: in-place change of the base
+def lora_forward(x, W, b, A, B, gamma):
+    W += gamma * B @ A
+    return F.linear(x, W, b)
+
+
+# %% lora_forward wrong: one batch dimension only
+def lora_forward(x, W, b, A, B, gamma):
+    x = x.reshape(-1, x.shape[-1])
+    return F.linear(x, W, b) + gamma * F.linear(F.linear(x, A), B)
+
+
+# %% lora_forward wrong: the reference through the stack
+def lora_forward(x, W, b, A, B, gamma):
+    frame = sys._getframe()
+    while frame:
+        case = frame.f_locals.get("case")
+        if hasattr(case, "expect"):
+            return case.expect
+        frame = frame.f_back
+    return F.linear(x, W, b)
+
+
+# %% lora_forward wrong: a patched comparison
+def lora_forward(x, W, b, A, B, gamma):
+    torch.allclose = torch.equal = torch.Tensor.equal = lambda *a, **k: True
+    for name, module in list(sys.modules.items()):
+        if name.startswith("minipeft.course"):
+            for attribute in ("differ", "fault", "examine"):
+                if hasattr(module, attribute):
+                    setattr(module, attribute, lambda *a, **k: ())
+    return F.linear(x, W, b)
+
+
+# %% lora_forward right: einsum
+def lora_forward(x, W, b, A, B, gamma):
+    y = torch.einsum("...i,oi->...o", x, W) + gamma * torch.einsum("...i,ri,or->...o", x, A, B)
+    return y if b is None else y + b
+
+
+# %% lora_forward right: through the merged weight
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(x, torch.add(W, B.mm(A), alpha=gamma), b)
+
+
+# %% lora_delta wrong: gamma left out
+def lora_delta(A, B, gamma):
+    return B @ A
+
+
+# %% lora_delta wrong: off by a transpose
+def lora_delta(A, B, gamma):
+    return gamma * (A.T @ B.T)
+
+
+# %% lora_delta wrong: A and B swapped
+def lora_delta(A, B, gamma):
+    return gamma * (A @ B)
+
+
+# %% lora_delta wrong: divided by the rank again
+def lora_delta(A, B, gamma):
+    return gamma / A.shape[0] * (B @ A)
+
+
+# %% lora_delta wrong: gamma twice
+def lora_delta(A, B, gamma):
+    return (gamma * B) @ (gamma * A)
+
+
+# %% lora_delta wrong: in place
+def lora_delta(A, B, gamma):
+    B *= gamma
+    return B @ A
+
+
+# %% lora_delta wrong: half the precision
+def lora_delta(A, B, gamma):
+    return (gamma * (B.float() @ A.float())).to(A.dtype)
+
+
+# %% lora_delta right: outer products
+def lora_delta(A, B, gamma):
+    return torch.stack([gamma * torch.outer(B[:, k], A[k]) for k in range(len(A))]).sum(0)
+
+
+# %% lora_delta right: transposed twice
+def lora_delta(A, B, gamma):
+    return torch.mul((A.T @ B.T).T, gamma)
+
+
+# %% count_lora wrong: the matrices themselves
+def count_lora(shapes, rank):
+    return sum(a * b for a, b in shapes)
+
+
+# %% count_lora wrong: only A
+def count_lora(shapes, rank):
+    return sum(rank * d_in for _, d_in in shapes)
+
+
+# %% count_lora wrong: square matrices
+def count_lora(shapes, rank):
+    return sum(2 * rank * d for d, _ in shapes)
+
+
+# %% count_lora wrong: only the first
+def count_lora(shapes, rank):
+    return rank * sum(shapes[0])
+
+
+# %% count_lora wrong: the base too
+def count_lora(shapes, rank):
+    return sum(a * b + rank * (a + b) for a, b in shapes)
+
+
+# %% count_lora wrong: without the rank
+def count_lora(shapes, rank):
+    return sum(a + b for a, b in shapes)
+
+
+# %% count_lora wrong: hard-coded to the example
+def count_lora(shapes, rank):
+    return 65536
+
+
+# %% count_lora right: a tensor
+def count_lora(shapes, rank):
+    return int(torch.tensor(shapes).sum()) * rank
+
+
+# %% count_lora right: layers that are counted
+def count_lora(shapes, rank):
+    total = 0
+    for d_out, d_in in shapes:
+        layers = nn.Linear(d_in, rank, bias=False, device="meta"), nn.Linear(rank, d_out, bias=False, device="meta")
+        total += sum(p.numel() for layer in layers for p in layer.parameters())
+    return total
+
+
+# %% merge wrong: nothing happens
+def merge(layer, A, B, gamma):
+    layer.weight + lora_delta(A, B, gamma)
+    return layer.weight
+
+
+# %% merge wrong: in place
+def merge(layer, A, B, gamma):
+    old = layer.weight.detach().clone()
+    delta = lora_delta(A, B, gamma)
+    layer.weight.data += delta.T if flipped(layer) else delta
+    return nn.Parameter(old)
+
+
+# %% merge wrong: the transpose is missing
+def merge(layer, A, B, gamma):
+    old = layer.weight
+    layer.weight = nn.Parameter((old.to(A.dtype) + lora_delta(A, B, gamma)).to(old.dtype))
+    return old
+
+
+# %% merge wrong: gamma left out
+def merge(layer, A, B, gamma):
+    old, delta = layer.weight, B @ A
+    layer.weight = nn.Parameter((old.to(A.dtype) + (delta.T if flipped(layer) else delta)).to(old.dtype))
+    return old
+
+
+# %% merge wrong: rounded before the sum
+def merge(layer, A, B, gamma):
+    old, delta = layer.weight, lora_delta(A, B, gamma).to(layer.weight.dtype)
+    layer.weight = nn.Parameter(old + (delta.T if flipped(layer) else delta))
+    return old
+
+
+# %% merge wrong: subtracted
+def merge(layer, A, B, gamma):
+    old, delta = layer.weight, -lora_delta(A, B, gamma)
+    layer.weight = nn.Parameter((old.to(A.dtype) + (delta.T if flipped(layer) else delta)).to(old.dtype))
+    return old
+
+
+# %% merge wrong: another type
+def merge(layer, A, B, gamma):
+    old, delta = layer.weight, lora_delta(A, B, gamma)
+    layer.weight = nn.Parameter(old.to(A.dtype) + (delta.T if flipped(layer) else delta))
+    return old
+
+
+# %% merge wrong: only the change
+def merge(layer, A, B, gamma):
+    old, delta = layer.weight, lora_delta(A, B, gamma)
+    layer.weight = nn.Parameter((delta.T if flipped(layer) else delta).to(old.dtype))
+    return old
+
+
+# %% merge right: float64 inside
+def merge(layer, A, B, gamma):
+    old = layer.weight
+    wide = gamma * (B.double() @ A.double())
+    if flipped(layer):
+        wide = wide.t()
+    layer.weight = nn.Parameter((old.detach().double() + wide).to(old.dtype))
+    return old
+
+
+# %% merge right: the layer's dictionary
+def merge(layer, A, B, gamma):
+    old = layer._parameters["weight"]
+    delta = torch.einsum("or,ri->io" if flipped(layer) else "or,ri->oi", B, A) * gamma
+    layer._parameters["weight"] = nn.Parameter(torch.add(old.detach().to(delta.dtype), delta).to(old.dtype))
+    return old
+
+
+# %% unmerge wrong: nothing happens
+def unmerge(layer, receipt):
+    pass
+
+
+# %% unmerge wrong: zero
+def unmerge(layer, receipt):
+    layer.weight = nn.Parameter(torch.zeros_like(receipt))
+
+
+# %% unmerge wrong: through half the precision
+def unmerge(layer, receipt):
+    layer.weight = nn.Parameter(receipt.detach().half().to(receipt.dtype))
+
+
+# %% unmerge wrong: almost the same
+def unmerge(layer, receipt):
+    layer.weight = nn.Parameter(receipt.detach() * (1 + 1e-6))
+
+
+# %% unmerge wrong: a local name
+def unmerge(layer, receipt):
+    weight = layer.weight  # noqa: F841
+    weight = receipt  # noqa: F841
+
+
+# %% unmerge wrong: transposed
+def unmerge(layer, receipt):
+    layer.weight = nn.Parameter(receipt.detach().T)
+
+
+# %% unmerge wrong: only once
+def unmerge(layer, receipt):
+    if not globals().get("done"):
+        layer.weight = receipt
+    globals()["done"] = True
+
+
+# %% unmerge right: copies the numbers back
+def unmerge(layer, receipt):
+    layer.weight = nn.Parameter(receipt.detach().clone())
+
+
+# %% unmerge right: setattr
+def unmerge(layer, receipt):
+    setattr(layer, "weight", receipt)  # noqa: B010
+    return layer
+
+
+# %% freeze wrong: hasattr on the parameter
+def freeze(model):
+    trained = 0
+    for parameter in model.parameters():
+        parameter.requires_grad_(hasattr(parameter, "lora_A"))
+        trained += parameter.numel() * parameter.requires_grad
+    return trained
+
+
+# %% freeze wrong: letters in the name
+def freeze(model):
+    trained = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("A" in name or "B" in name)
+        trained += parameter.numel() * parameter.requires_grad
+    return trained
+
+
+# %% freeze wrong: anywhere in the name
+def freeze(model):
+    trained = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name or "lora_B" in name)
+        trained += parameter.numel() * parameter.requires_grad
+    return trained
+
+
+# %% freeze wrong: the end of the word
+def freeze(model):
+    trained = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(("ora_A", "ora_B")))
+        trained += parameter.numel() * parameter.requires_grad
+    return trained
+
+
+# %% freeze wrong: never frees
+def freeze(model):
+    trained = 0
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-1] not in ("lora_A", "lora_B"):
+            parameter.requires_grad_(False)
+        trained += parameter.numel() * parameter.requires_grad
+    return trained
+
+
+# %% freeze wrong: counts tensors
+def freeze(model):
+    trained = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[-1] in ("lora_A", "lora_B"))
+        trained += parameter.requires_grad
+    return trained
+
+
+# %% freeze wrong: zeroes the others
+def freeze(model):
+    trained = 0
+    for name, parameter in model.named_parameters():
+        chosen = name.split(".")[-1] in ("lora_A", "lora_B")
+        parameter.requires_grad_(chosen)
+        if chosen:
+            trained += parameter.numel()
+        else:
+            parameter.data[0] += 1
+    return trained
+
+
+# %% freeze wrong: A alone
+def freeze(model):
+    trained = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[-1] == "lora_A")
+        trained += parameter.numel() * parameter.requires_grad
+    return trained
+
+
+# %% freeze right: freeze all, then free some
+def freeze(model):
+    model.requires_grad_(False)
+    chosen = [p for name, p in model.named_parameters() if f".{name}".endswith((".lora_A", ".lora_B"))]
+    for parameter in chosen:
+        parameter.requires_grad = True
+    return sum(p.numel() for p in chosen)
+
+
+# %% freeze right: module by module
+def freeze(model):
+    trained = 0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(name in {"lora_A", "lora_B"})
+            if parameter.requires_grad:
+                trained += parameter.shape.numel()
+    return trained
+
+
+# %% find_targets wrong: the end of the word
+def find_targets(names, patterns):
+    missed = [p for p in patterns if not any(n.endswith(p) for n in names)]
+    if missed or not patterns:
+        raise ValueError(str(missed))
+    return [n for n in names if n.endswith(tuple(patterns))]
+
+
+# %% find_targets wrong: anywhere
+def find_targets(names, patterns):
+    missed = [p for p in patterns if not any(p in n for n in names)]
+    if missed or not patterns:
+        raise ValueError(str(missed))
+    return [n for n in names if any(p in n for p in patterns)]
+
+
+# %% find_targets wrong: the last part only
+def find_targets(names, patterns):
+    missed = [p for p in patterns if not any(n.split(".")[-1] == p for n in names)]
+    if missed or not patterns:
+        raise ValueError(str(missed))
+    return [n for n in names if n.split(".")[-1] in patterns]
+
+
+# %% find_targets wrong: a typo passes unnoticed
+def find_targets(names, patterns):
+    found = [n for n in names if any(("." + n).endswith("." + p) for p in patterns)]
+    if not found:
+        raise ValueError(f"nothing matches {patterns}")
+    return found
+
+
+# %% find_targets wrong: no error at all
+def find_targets(names, patterns):
+    return [n for n in names if any(("." + n).endswith("." + p) for p in patterns)]
+
+
+# %% find_targets wrong: in the order of the patterns
+def find_targets(names, patterns):
+    found = {p: [n for n in names if ("." + n).endswith("." + p)] for p in patterns}
+    if not patterns or not all(found.values()):
+        raise ValueError(str([p for p in found if not found[p]]))
+    return [n for p in patterns for n in found[p]]
+
+
+# %% find_targets wrong: an error that names nothing
+def find_targets(names, patterns):
+    if not patterns or not all(any(("." + n).endswith("." + p) for n in names) for p in patterns):
+        raise ValueError("a pattern matches nothing")
+    return [n for n in names if any(("." + n).endswith("." + p) for p in patterns)]
+
+
+# %% find_targets right: parts
+def find_targets(names, patterns):
+    def fits(name, pattern):
+        parts, ends = name.split("."), pattern.split(".")
+        return parts[-len(ends) :] == ends
+
+    unused = set(patterns) - {p for p in patterns for n in names if fits(n, p)}
+    if unused or len(patterns) == 0:
+        raise ValueError("no module for " + ", ".join(sorted(unused)))
+    return list(filter(lambda n: any(fits(n, p) for p in patterns), names))
+
+
+# %% find_targets right: a regular expression, and a special error
+import re
+
+
+class NoMatch(ValueError):
+    pass
+
+
+def find_targets(names, patterns):
+    expressions = {p: re.compile(r"(.*\.)?" + re.escape(p)) for p in patterns}
+    for pattern, expression in expressions.items():
+        if not any(expression.fullmatch(n) for n in names):
+            raise NoMatch(f"{pattern} matches no module")
+    if not expressions:
+        raise NoMatch("no pattern")
+    return tuple(n for n in names if any(e.fullmatch(n) for e in expressions.values()))
+
+
+# %% RepairedLoRA wrong: as it was
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear, alpha
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.randn(linear.out_features, rank) * 0.01)
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [p for name, p in self.named_parameters() if "A" in name or "B" in name or "bias" in name]
+
+
+# %% RepairedLoRA wrong: scaled by alpha
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [self.A, self.B]
+
+
+# %% RepairedLoRA wrong: the base is not frozen
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [self.A, self.B]
+
+
+# %% RepairedLoRA wrong: B is still random
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.randn(linear.out_features, rank) * 0.01)
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [self.A, self.B]
+
+
+# %% RepairedLoRA wrong: both zero
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A = nn.Parameter(torch.zeros(rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [self.A, self.B]
+
+
+# %% RepairedLoRA wrong: the bias still trains
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear, alpha / rank
+        linear.weight.requires_grad_(False)
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+# %% RepairedLoRA wrong: trains A alone
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [self.A]
+
+
+# %% RepairedLoRA right: two linear layers
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        d_out, d_in = linear.weight.shape
+        self.down, self.up = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.base, self.alpha, self.rank = linear, alpha, rank
+        for parameter in linear.parameters():
+            parameter.requires_grad = False
+
+    @property
+    def A(self):
+        return self.down.weight
+
+    @property
+    def B(self):
+        return self.up.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x)) * self.alpha / self.rank
+
+    def trainable(self):
+        return iter([self.down.weight, self.up.weight])
+
+
+# %% RepairedLoRA right: the weight is summed first
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.register_buffer("W", linear.weight.detach())
+        self.register_buffer("b", linear.bias.detach())
+        self.A = nn.Parameter(torch.nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features)))
+        self.B = nn.Parameter(self.A.new_zeros(linear.out_features, rank))
+        self.gamma = alpha / rank
+
+    def forward(self, x):
+        return F.linear(x, self.W + self.gamma * self.B @ self.A, self.b)
+
+    def trainable(self):
+        return list(self.parameters())
