@@ -4,14 +4,19 @@ SHELL := bash
 PYTHON ?=
 PORT ?= 8888
 LABFLAGS ?=
-export PYTHON PORT
+SUBMISSIONS ?=
+ASSIGNMENT ?=
+OUT ?= graded
+REVEAL ?=
+export PYTHON PORT SUBMISSIONS ASSIGNMENT OUT
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help lab test notebooks
+.PHONY: help lab test notebooks exercises grade grade-audit
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "Options: PYTHON=/path/to/python3.11, PORT=8890, LABFLAGS=--no-browser"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "Options: PYTHON=/path/to/python3.11, PORT=8890, LABFLAGS=--no-browser;"
+	@echo "for make grade: SUBMISSIONS=folder ASSIGNMENT=lora OUT=graded REVEAL=1 (show the hidden tests in the feedback)"
 
 # JupyterLab refuses to run as root, the only user that many containers have, unless it is told to.
 lab: ## open the course in JupyterLab
@@ -21,7 +26,7 @@ lab: ## open the course in JupyterLab
 		--ServerApp.port_retries=0 $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LABFLAGS) notebooks/00_start_here.ipynb
 
 test: ## lint, tests, and every lesson executed and compared with its committed outputs
-	@bash tools/setup.sh real,test
+	@bash tools/setup.sh real,test,classroom
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m pytest -rs -n 2 --dist loadfile tests
 	.venv/bin/python -m pytest -rs --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg \
@@ -30,3 +35,17 @@ test: ## lint, tests, and every lesson executed and compared with its committed 
 notebooks: ## execute every lesson again and normalise the files
 	@bash tools/setup.sh real
 	.venv/bin/python -m minipeft.course.notebooks
+
+exercises: ## build exercises/ from solutions/
+	@bash tools/setup.sh real,classroom
+	.venv/bin/python -m minipeft.course.assignments
+
+grade: ## grade a class: make grade SUBMISSIONS=folder
+	@bash tools/setup.sh real,classroom
+	@[ -n "$$SUBMISSIONS" ] || { echo "Say which folder holds the submissions: make grade SUBMISSIONS=folder" >&2; exit 2; }
+	.venv/bin/python -m minipeft.course.grade "$$SUBMISSIONS" --out "$$OUT" \
+		$${ASSIGNMENT:+--assignment "$$ASSIGNMENT"} $(if $(REVEAL),--reveal)
+
+grade-audit: ## try the graders on answers whose worth is known
+	@bash tools/setup.sh real,test,classroom
+	.venv/bin/python tests/grading/audit.py

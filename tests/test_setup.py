@@ -136,7 +136,7 @@ def test_the_makefile_installs_the_same_extras():
     assert {"real", "test"} <= EXTRAS.keys()
 
 
-@pytest.mark.parametrize("target", ["help", "lab", "test", "notebooks"])
+@pytest.mark.parametrize("target", ["help", "lab", "test", "notebooks", "exercises", "grade", "grade-audit"])
 def test_make_knows_its_targets_and_help_lists_them(target):
     assert run(ROOT, "make", "-n", target).returncode == 0
     assert re.search(rf"^make {target}\s+\w", run(ROOT, "make").stdout, re.MULTILINE)
@@ -194,7 +194,7 @@ def test_set_up_is_done_once_and_again_when_it_has_to_be(toy):
     assert setup()[0]
     again, seconds = setup()
     assert not again and seconds < 5
-    assert setup("real,test")[0], "another extra is installed"
+    assert setup("real,test,classroom")[0], "another extra is installed"
     assert not setup()[0], "and brings this one"
 
     with (toy / "constraints.txt").open("a") as constraints:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What `make` calls first; each failure is one sentence on stderr and exit status 1.
-#   bash tools/setup.sh real,test    builds .venv with these extras at the tested versions, unless that is done already
-#   bash tools/setup.sh --port 8888  fails if something on this machine already listens on the port
+#   bash tools/setup.sh real,classroom  builds .venv with these extras at the tested versions, unless that is done already
+#   bash tools/setup.sh --port 8888     fails if something on this machine already listens on the port
 # PYTHON=… names the interpreter; without it the first usable one of the list below is taken.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -99,6 +99,6 @@ install() { # real,test
 stamp=.venv/installed
 case ${1:-} in
 --port) check_port "${2:-}" ;;
-real | real,test) install "$1" ;;
-*) fail "usage: bash tools/setup.sh real | real,test | --port NUMBER" ;;
+real | real,classroom | real,test,classroom) install "$1" ;;
+*) fail "usage: bash tools/setup.sh real | real,classroom | real,test,classroom | --port NUMBER" ;;
 esac

@@ -27,7 +27,7 @@ def verdict(name: str, *objects, seed: int = SEED) -> Verdict:
     it = exercise(name)
     if len(objects) != len(it.objects):
         raise ValueError(f"check.{name} needs {', '.join(it.objects)}, but got {len(objects)} objects.")
-    return examine(it, partial(perform, it.drive, objects), seed)
+    return examine(it, lambda *args: perform(it.drive, objects, args), seed)
 
 
 def grade(name: str, *objects) -> None:

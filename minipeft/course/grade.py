@@ -35,6 +35,7 @@ from minipeft.course.sandbox import Killed, Limits, Sandbox, isolation
 from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, NOT_ATTEMPTED, Raised, Verdict, examine
 
 RESTARTS = 4  # how often a process that died is started again without the cell or call that ended it
+LIMITS = Limits()
 LARGEST = 20 * 2**20  # bytes of a submitted file
 
 
@@ -159,7 +160,7 @@ def released_text(assignment: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # One submission
 # ---------------------------------------------------------------------------------------------------------------------
-def report(text: str, assignment: str, limits: Limits = Limits()) -> dict:
+def report(text: str, assignment: str, limits: Limits = LIMITS) -> dict:
     """Everything about one submission as JSON: verdicts, points, remarks, the executed notebook. It raises nothing."""
     started = time.perf_counter()
     source = nbformat.reads(source_text(assignment), as_version=4)
@@ -238,7 +239,7 @@ def step(box: Sandbox, i: int, cell, known: dict, seed: int, verdicts: dict, fat
                 reply = box.ask(do="call", objects=list(exercise.objects), drive=exercise.drive, args=args)
                 return outcome(reply), tuple(reply["after"])
 
-            verdict = judged(exercise, call, seed)
+            verdict = examine(exercise, call, seed)
             if verdict.outcome == NOT_ATTEMPTED and exercise.name in errors:
                 verdict = Verdict(exercise.name, COULD_NOT_RUN, (f"Its cell stops with {errors[exercise.name]}.",))
             verdicts[exercise.name] = verdict
@@ -249,16 +250,6 @@ def step(box: Sandbox, i: int, cell, known: dict, seed: int, verdicts: dict, fat
                 if output.ename == "MemoryError":
                     raise Killed("it used up its memory")
                 errors[name_of(cell) or ""] = f"{output.ename}: {output.evalue}"
-
-
-def judged(exercise, call, seed: int) -> Verdict:
-    try:
-        return examine(exercise, call, seed)
-    except Killed:
-        raise
-    except Exception as error:  # a value of a shape or kind that no case foresaw
-        said = f"It returned something that cannot be compared ({type(error).__name__}: {str(error)[:200]})."
-        return Verdict(exercise.name, COULD_NOT_RUN, (said,))
 
 
 def outcome(reply):
@@ -333,7 +324,7 @@ class Submission:
 
 
 def discover(folder: Path, assignment: str | None = None) -> list[Submission]:
-    """What was handed in: <student>.ipynb, <student>/<any name>.ipynb or nbgrader's <student>/<assignment>/<any name>.ipynb.
+    """What was handed in: <student>.ipynb, <student>/<any>.ipynb or nbgrader's <student>/<assignment>/<any>.ipynb.
 
     Without `assignment`, the file's or folder's name says which it is. ValueError when there is nothing.
     """
@@ -385,7 +376,7 @@ def grade(
     out: str | os.PathLike = "graded",
     assignment: str | None = None,
     executor: concurrent.futures.Executor | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     reveal: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -585,7 +576,7 @@ def main() -> int:
     print(table[["student", "assignment", "score", "most", "lost", "remarks"]].to_string(index=False, max_colwidth=60))
     peak = table["memory in MiB"].max()
     print(
-        f"{len(table)} submissions in {time.perf_counter() - started:.0f} s, at most {peak} MiB for one; see {asked.out}/."
+        f"{len(table)} submissions in {time.perf_counter() - started:.0f} s, at most {peak} MiB each; see {asked.out}/."
     )
     return 0
 

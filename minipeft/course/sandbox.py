@@ -2,7 +2,7 @@
 
 Limits that any system keeps are set inside (`worker.restrict`) and watched from outside. With bubblewrap on the machine
 (`apt install bubblewrap`) the process also gets namespaces of its own: no network, no other process, an empty home on a
-disk in memory, and of the file system only Python, the course's package without its answers, and the system's libraries.
+disk in memory, and of the files only Python, the course's package without its answers, and the system's libraries.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class Limits:
     processes: int = 64
 
 
+LIMITS = Limits()
+
+
 class Killed(Exception):
     """The process ended, or was ended; the text says why."""
 
@@ -55,7 +58,7 @@ def bubblewrap() -> str | None:
         return None
 
 
-def isolation(limits: Limits = Limits()) -> dict[str, str]:
+def isolation(limits: Limits = LIMITS) -> dict[str, str]:
     """What is in force here, in words."""
     linux, apart = sys.platform.startswith("linux"), bubblewrap() is not None
     root = os.geteuid() == 0
@@ -77,7 +80,7 @@ def isolation(limits: Limits = Limits()) -> dict[str, str]:
 class Sandbox:
     """`with Sandbox() as box: box.ask(do="cell", source="1 + 1")`. Raises Killed when the process ends or must end."""
 
-    def __init__(self, limits: Limits = Limits()):
+    def __init__(self, limits: Limits = LIMITS):
         self.limits = limits
         self.peak = 0
         self.started = time.monotonic()
@@ -209,6 +212,6 @@ def walls() -> tuple[str, ...]:
         elif os.path.exists(path):
             words += ["--ro-bind", path, path]
     words += ["--tmpfs", str(ANSWERS), "--remount-ro", str(ANSWERS)]
-    words += ["--proc", "/proc", "--dev", "/dev", "--size", str(Limits().disk), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    words += ["--proc", "/proc", "--dev", "/dev", "--size", str(LIMITS.disk), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     words += ["--remount-ro", "/dev", "--remount-ro", "/"]
     return tuple(words)

@@ -100,7 +100,12 @@ def examine(exercise: Exercise, run: Callable[..., tuple[object, tuple]], seed: 
             return Verdict(exercise.name, NOT_ATTEMPTED, (f"{got.text or exercise.name} is still to be written.",))
         if isinstance(got, Raised) and not isinstance(case.expect, Raises):
             return Verdict(exercise.name, COULD_NOT_RUN, (str(got), f"It was asked for the claim “{case.claim}”."))
-        if lines := fault(case, got, after):
+        try:
+            lines = fault(case, got, after)
+        except Exception as error:  # a value of a kind that no case foresaw
+            said = f"It returned {short(got)}, which cannot be compared ({type(error).__name__}: {str(error)[:200]})."
+            return Verdict(exercise.name, COULD_NOT_RUN, (said,))
+        if lines:
             where = f"Fails the {ORDINALS[done - 1] if done <= 10 else f'{done}th'} case: your answer should"
             return Verdict(exercise.name, WRONG, (f"{where} {case.claim}.", *lines))
     return Verdict(exercise.name, CORRECT, (f"{done} cases with random sizes and types.",))

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def audit_hostile(assignment: str = "lora") -> tuple[pd.DataFrame, list[str]]:
     expected = {"full": total, "rest": total - most[FIRST], "zero": 0}
     files, wanted = {}, {}
     server = socket.create_server(("127.0.0.1", 0))
+    warnings.simplefilter("ignore")  # nbformat's about what these notebooks have on purpose
     for i, (name, (make, worth)) in enumerate(HOSTILE.items()):
         notebook = copy.deepcopy(solved(assignment))
         text = make(notebook)

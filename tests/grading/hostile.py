@@ -84,7 +84,7 @@ def forged(notebook) -> str:
 
 READS = """
 import glob, os
-found = [f for top in ("/", os.getcwd(), os.path.expanduser("~")) for pattern in ("*/solutions/*", "**/solutions/**/*.ipynb")
+found = [f for top in ("/", os.getcwd(), os.path.expanduser("~")) for pattern in ("*/solutions/*", "**/solutions/**")
          for f in glob.glob(os.path.join(top, pattern))]
 import minipeft
 root = os.path.dirname(os.path.dirname(minipeft.__file__))
@@ -100,7 +100,7 @@ WRITES = """
 import os, minipeft
 root = os.path.dirname(os.path.dirname(minipeft.__file__))
 written = []
-for folder in (root, os.path.dirname(minipeft.__file__), os.path.dirname(os.__file__), "/etc", "/usr", "/root", "/var/tmp"):
+for folder in (root, root + "/minipeft", os.path.dirname(os.__file__), "/", "/etc", "/usr", "/root", "/dev/shm"):
     try:
         with open(os.path.join(folder, "was_here.txt"), "w") as file:
             file.write("x")

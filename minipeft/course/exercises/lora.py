@@ -204,9 +204,7 @@ def merge_cases(rng: Random):
             "leave the tensor that was the weight as it was, since another model may share it",
             args,
             judge=lambda seen, W=W: (
-                None
-                if torch.equal(seen["old weight"], W)
-                else "The old weight has changed: `+=` writes in place."
+                None if torch.equal(seen["old weight"], W) else "The old weight has changed: `+=` writes in place."
             ),
         )
 
@@ -368,8 +366,8 @@ def repair_cases(rng: Random):
 
         def shapes(seen, A=A, B=B):
             if seen["shape of A"] != tuple(A.shape) or seen["shape of B"] != tuple(B.shape):
-                return f"A has shape {seen['shape of A']} and B {seen['shape of B']}; not "
-                    f"{tuple(A.shape)} and {tuple(B.shape)}."
+                found, right = (seen["shape of A"], seen["shape of B"]), (tuple(A.shape), tuple(B.shape))
+                return f"A and B have the shapes {found[0]} and {found[1]} instead of {right[0]} and {right[1]}."
 
         def use(seen, base=base, x=x, A=A, B=B, g=alpha / rank, alpha=alpha):
             right = base + g * (x @ A.T) @ B.T

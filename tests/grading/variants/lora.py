@@ -1,5 +1,4 @@
-# Answers to the assignment `lora`: wrong ones, each with the misconception in its name, and right ones written differently.
-import inspect
+# Answers to the assignment `lora`: wrong ones, named after the misconception, and right ones written differently.
 import math
 import sys
 

@@ -1,4 +1,4 @@
-# Answers to the assignment `select`: wrong ones, each with the misconception in its name, and right ones written differently.
+# Answers to the assignment `select`: wrong ones, named after the misconception, and right ones written differently.
 import torch
 from torch import nn
 

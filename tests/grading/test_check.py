@@ -1,0 +1,177 @@
+"""What a learner sees: the four outcomes, why, the hints, and where they stand."""
+
+import json
+import subprocess
+import sys
+import time
+
+import matplotlib
+import nbformat
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minipeft.course import check, worker
+from minipeft.course.assignments import EXERCISES, ROOT, outdated, sources
+from minipeft.course.exercises import ASSIGNMENTS, exercises
+from minipeft.course.verdict import COULD_NOT_RUN, NOT_ATTEMPTED, WRONG
+
+ALL = [exercise for several in exercises().values() for exercise in several.values()]
+
+
+@pytest.fixture(autouse=True)
+def own_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIPEFT_PROGRESS", str(tmp_path / "progress.json"))
+
+
+def test_a_wrong_answer_names_property_misconception_and_distance():
+    found = check.verdict("lora_forward", lambda x, W, b, A, B, gamma: F.linear(x, W, b) + x @ A.T @ B.T)
+    text = repr(found)
+    assert found.outcome == WRONG
+    assert "W·x" in text and "γ was left out" in text and "largest difference" in text and "Shapes agree" in text
+
+
+def test_a_wrong_shape_is_told_with_both_shapes():
+    found = check.verdict("lora_delta", lambda A, B, gamma: gamma * (B @ A).T)
+    assert found.outcome == WRONG and "expected (" in repr(found) and "transposed" in repr(found)
+
+
+def test_an_unwritten_answer_is_not_attempted():
+    def lora_delta(A, B, gamma):
+        raise NotImplementedError("lora_delta")
+
+    assert check.verdict("lora_delta", lora_delta).outcome == NOT_ATTEMPTED
+
+
+def test_an_answer_that_raises_could_not_run():
+    found = check.verdict("lora_delta", lambda A, B, gamma: A @ B @ A)
+    assert found.outcome == COULD_NOT_RUN and "RuntimeError" in repr(found)
+
+
+def test_a_result_that_is_right_but_changes_its_arguments_is_wrong():
+    def lora_delta(A, B, gamma):
+        B *= gamma
+        return B @ A
+
+    found = check.verdict("lora_delta", lora_delta)
+    assert found.outcome == WRONG and "changes its arguments" in repr(found)
+
+
+def test_a_forgotten_return_is_named():
+    assert "is a return missing?" in repr(check.verdict("count_lora", lambda shapes, rank: None))
+
+
+@pytest.mark.parametrize("value", [None, "text", object(), [torch.ones(2)], {"a": 1}, float("nan"), torch.ones(3)])
+@pytest.mark.parametrize("exercise", [e for e in ALL if e.drive == "call"], ids=lambda e: e.name)
+def test_no_value_breaks_a_check(exercise, value):
+    assert check.verdict(exercise.name, lambda *args: value).outcome in (WRONG, COULD_NOT_RUN)
+
+
+def test_the_verdict_is_shown_and_remembered(capsys):
+    check.lora_scale(lambda alpha, rank, rank_stabilized=False: alpha / rank)
+    check.count_lora(lambda shapes, rank: sum(rank * (a + b) for a, b in shapes))
+    assert check.outcomes() == {"lora_scale": "wrong", "count_lora": "correct"}
+    assert "✗ lora_scale" in capsys.readouterr().out
+
+
+def test_the_verdict_as_html_escapes_what_the_learner_wrote():
+    found = check.verdict("lora_delta", lambda A, B, gamma: "<script>alert(1)</script>")
+    assert "<script>" not in found._repr_html_() and "&lt;script&gt;" in found._repr_html_()
+
+
+def test_a_damaged_progress_file_counts_as_none(tmp_path):
+    (tmp_path / "progress.json").write_text("[1, 2")
+    assert check.outcomes() == {}
+    check.remember("lora_scale", "correct")
+    assert json.loads((tmp_path / "progress.json").read_text()) == {"lora_scale": "correct"}
+
+
+def test_progress_draws_every_exercise():
+    matplotlib.use("Agg")
+    check.remember("lora_scale", "correct")
+    axes = check.progress_figure().axes[0]
+    drawn = {text.get_text().replace("_\n", "_") for text in axes.texts}
+    assert {e.name for e in ALL} <= drawn
+    assert any(text.startswith("lora\n1 of") for text in drawn)
+
+
+def test_unknown_names_and_numbers_say_what_there_is():
+    with pytest.raises(AttributeError, match="lora_scale"):
+        check.lora_scales  # noqa: B018
+    with pytest.raises(ValueError, match="2 hints"):
+        check.hint("lora_scale", 3)
+    with pytest.raises(ValueError, match="merge, unmerge"):
+        check.verdict("unmerge", len)
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
+def test_two_hints_that_differ(exercise, capsys):
+    for number in (1, 2):
+        check.hint(exercise.name, number)
+    assert len(set(exercise.hints)) == 2 and f"Hint 2 of 2 for {exercise.name}" in capsys.readouterr().out
+
+
+# The notebooks -------------------------------------------------------------------------------------------------------
+def test_the_committed_exercises_come_out_of_the_solutions():
+    assert outdated() == [], "run make exercises"
+    assert set(sources()) == set(ASSIGNMENTS)
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_the_learners_notebook_holds_no_answer(name):
+    text = (EXERCISES / name / f"{name}.ipynb").read_text()
+    for mark in ("BEGIN SOLUTION", "HIDDEN TESTS", "MARK SCHEME", "check.grade", "explained"):
+        assert mark not in text
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_each_exercise_has_its_parts(name):
+    cells = nbformat.read(EXERCISES / name / f"{name}.ipynb", as_version=4).cells
+    named = {c.metadata.nbgrader.grade_id: i for i, c in enumerate(cells) if "nbgrader" in c.metadata}
+    for exercise in exercises()[name]:
+        stub, test = cells[named[exercise]], cells[named[f"test_{exercise}"]]
+        assert f'raise NotImplementedError("{exercise}")' in stub.source
+        assert test.source.startswith(f"check.{exercise}(") and test.metadata.nbgrader.points > 0
+        before = "\n".join(c.source for c in cells[: named[exercise]] if c.cell_type == "markdown").split("\n## ")[-1]
+        assert "Objective:" in before and "minutes" in before and "point" in before
+        after = cells[named[f"test_{exercise}"] + 1].source
+        assert "**Symptom.**" in after and f'check.hint("{exercise}", 1)' in after
+    assert any("Find the bug" in c.source for c in cells)
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_every_check_of_the_solution_is_right_within_two_seconds(name):
+    namespace: dict = {}
+    for cell in nbformat.read(sources()[name], as_version=4).cells:
+        data = cell.metadata.get("nbgrader", {})
+        if cell.cell_type == "code" and not data.get("grade") and "at-home" not in cell.metadata.get("tags", []):
+            exec(cell.source, namespace)
+    for exercise in exercises()[name].values():
+        started = time.process_time()
+        found = check.verdict(exercise.name, *(namespace[each] for each in exercise.objects))
+        assert found.outcome == "correct", found
+        assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_the_solution_trains_the_pocket_model_with_the_learners_code(name, tmp_path, monkeypatch):
+    """The whole notebook runs, and the curve that it draws falls towards the floor."""
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # another test runs beside this one
+    notebook = nbformat.read(sources()[name], as_version=4)
+    last = "history.losses" if name == "lora" else "losses"
+    notebook.cells.append(nbformat.v4.new_code_cell(f"print('FELL', {last}[0], sum({last}[-5:]) / 5, task.floor)"))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    first, end, floor = (float(v) for v in notebook.cells[-1].outputs[0].text.split()[1:])
+    assert floor < end < first and end - floor < 0.75 * (first - floor)
+
+
+def test_the_classroom_extra_is_not_the_learners():
+    code = "import sys, minipeft.course.check; print('nbgrader' in sys.modules, 'ipywidgets' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["False", "False"]
+
+
+def test_the_workers_silent_check_says_nothing():
+    assert worker.Silent("check").lora_scale(1) is None

@@ -1,0 +1,261 @@
+"""A class graded: mending, gradebook, feedback, resuming, other executors, and the real nbgrader on the tree."""
+
+import concurrent.futures
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from hostile import FIRST, cell_named
+
+from minipeft.course.assignments import EXERCISES, ROOT, sources
+from minipeft.course.grade import Submission, discover, grade, mend, name_of, report
+from minipeft.course.sandbox import Limits
+
+pytest.importorskip("nbgrader", reason="the classroom extra is not installed")
+SOLVED = nbformat.read(sources()["lora"], as_version=4)
+TOTAL = sum(c.metadata.nbgrader.get("points", 0) for c in SOLVED.cells if "nbgrader" in c.metadata)
+
+
+def submission(**answers: str):
+    """The solution, with these answers in place of its own."""
+    notebook = copy.deepcopy(SOLVED)
+    for name, code in answers.items():
+        cell_named(notebook, name).source = code
+    return notebook
+
+
+WRONG = submission(lora_scale="def lora_scale(alpha, rank, rank_stabilized=False):\n    return alpha")
+
+
+def hand_in(folder: Path, **notebooks) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for student, notebook in notebooks.items():
+        nbformat.write(notebook, folder / f"{student}.ipynb")
+    return folder
+
+
+# Mending -------------------------------------------------------------------------------------------------------------
+def test_mending_keeps_all_of_the_students_code_and_none_of_their_tests():
+    notebook = copy.deepcopy(WRONG)
+    cell_named(notebook, f"test_{FIRST}").source = "pass"
+    notebook.cells.insert(2, nbformat.v4.new_code_cell("helper = 1"))
+    mended, remarks = mend(notebook, "lora")
+    assert "return alpha" in cell_named(mended, FIRST).source and any(c.source == "helper = 1" for c in mended.cells)
+    assert "check.grade" in cell_named(mended, f"test_{FIRST}").source
+    assert any("changed and has been restored" in remark for remark in remarks)
+
+
+def test_mending_gives_each_cell_of_the_source_exactly_once():
+    notebook = copy.deepcopy(SOLVED)
+    for name in (FIRST, f"test_{FIRST}", "setup"):
+        notebook.cells.insert(9, copy.deepcopy(cell_named(notebook, name)))
+    notebook.cells.remove(cell_named(notebook, "test_merge"))
+    mended, _ = mend(notebook, "lora")
+    names = [name_of(c) for c in mended.cells if name_of(c)]
+    assert sorted(names) == sorted(name_of(c) for c in SOLVED.cells if name_of(c))
+
+
+def test_mending_what_is_whole_changes_nothing_and_says_nothing():
+    learner = nbformat.read(EXERCISES / "lora" / "lora.ipynb", as_version=4)
+    mended, remarks = mend(learner, "lora")
+    assert remarks == []
+    again, remarks = mend(mended, "lora")
+    assert remarks == [] and again == mended
+
+
+def test_a_learner_without_metadata_is_graded_all_the_same():
+    notebook = copy.deepcopy(WRONG)
+    for cell in notebook.cells:
+        cell.metadata = {}
+    found = report(nbformat.writes(notebook), "lora")
+    assert sum(found["points"].values()) == TOTAL - 1
+
+
+# One submission ------------------------------------------------------------------------------------------------------
+def test_the_numbers_that_a_submission_is_tried_on_follow_from_its_text():
+    a, b = (report(nbformat.writes(WRONG), "lora") for _ in range(2))
+    assert a["verdicts"] == b["verdicts"] and a["digest"] == b["digest"]
+    other = report(nbformat.writes(submission()), "lora")
+    assert other["digest"] != a["digest"] and sum(other["points"].values()) == TOTAL
+
+
+def test_a_syntax_error_is_no_blank_page():
+    found = report(nbformat.writes(submission(lora_scale="def lora_scale(alpha, rank:\n    pass")), "lora")
+    assert found["verdicts"]["lora_scale"]["outcome"] == "could not run"
+    assert "SyntaxError" in found["verdicts"]["lora_scale"]["lines"][0]
+
+
+def test_all_the_time_used_up_is_said():
+    sleepy = submission(lora_scale="import time\ntime.sleep(4)")
+    sleepy.cells.insert(1, nbformat.v4.new_code_cell("import time\ntime.sleep(4)"))
+    found = report(nbformat.writes(sleepy), "lora", Limits(seconds=5))
+    assert sum(found["points"].values()) == 0 and "longer than 5 s" in " ".join(found["remarks"])
+
+
+# What was handed in --------------------------------------------------------------------------------------------------
+def test_three_layouts_are_understood(tmp_path):
+    nbformat.write(SOLVED, tmp_path / "ada.ipynb")
+    for path in ("bob/homework (1).ipynb", "cem/lora/lora.ipynb", "dee/lora/renamed.ipynb"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        nbformat.write(SOLVED, tmp_path / path)
+    (tmp_path / "eva").mkdir()
+    (tmp_path / "notes.txt").write_text("not a submission")
+    found = discover(tmp_path, "lora")
+    assert [(s.student, s.path is not None) for s in found] == [
+        *(("ada", True), ("bob", True), ("cem", True), ("dee", True), ("eva", False)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "said"), [("no", "lora", "no folder"), (".", "lara", "no assignment 'lara'")]
+)
+def test_what_is_not_there_is_said(tmp_path, folder, name, said):
+    with pytest.raises(ValueError, match=said):
+        discover(tmp_path / folder, name)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+    (tmp_path / "in" / "eve").mkdir(parents=True)
+    nbformat.write(SOLVED, tmp_path / "secret.ipynb")
+    (tmp_path / "in" / "eve" / "lora.ipynb").symlink_to(tmp_path / "secret.ipynb")
+    assert discover(tmp_path / "in", "lora") == [Submission("eve", "lora", None, "No notebook was handed in.")]
+
+
+# The class -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("class")
+    hand_in(folder / "in", ada=submission(), bob=WRONG)
+    (folder / "in" / "cem.ipynb").write_text("{")
+    table = grade(folder / "in", folder / "out", "lora", progress=False)
+    return folder, table.set_index("student")
+
+
+def test_scores_reach_the_table_the_gradebook_and_gradescope(graded):
+    from nbgrader.api import Gradebook
+
+    folder, table = graded
+    scores = {"ada": TOTAL, "bob": TOTAL - 1, "cem": 0}
+    assert table.score.to_dict() == scores
+    assert pd.read_csv(folder / "out" / "grades.csv").set_index("student").score.to_dict() == scores
+    with Gradebook(f"sqlite:///{folder / 'out' / 'gradebook.db'}") as book:
+        for student, score in scores.items():
+            found = book.find_submission("lora", student)
+            assert found.score == score and found.max_score == TOTAL
+    for student, score in scores.items():
+        tests = json.loads((folder / "out" / "gradescope" / "lora" / f"{student}.json").read_text())["tests"]
+        assert sum(test["score"] for test in tests) == score
+        assert {"name", "score", "max_score", "visibility", "output"} == set(tests[0])
+
+
+def test_feedback_tells_why_and_hides_the_hidden_tests(graded):
+    folder, _ = graded
+    page = (folder / "out" / "feedback" / "bob" / "lora" / "lora.html").read_text()
+    assert "divide by the rank" in page and "check.grade" not in page and "HIDDEN TESTS" not in page
+
+
+def test_feedback_shows_the_hidden_tests_when_asked(tmp_path):
+    hand_in(tmp_path / "in", bob=WRONG)
+    grade(tmp_path / "in", tmp_path / "out", "lora", reveal=True, progress=False)
+    assert "check.grade" in (tmp_path / "out" / "feedback" / "bob" / "lora" / "lora.html").read_text()
+
+
+def test_a_second_run_grades_only_what_changed(graded, monkeypatch):
+    folder, _ = graded
+    calls = []
+    monkeypatch.setattr("minipeft.course.grade.report", lambda *args: calls.append(args) or report(*args))
+    grade(folder / "in", folder / "out", "lora", progress=False)
+    assert calls == []
+    hand_in(folder / "in", bob=submission())
+    table = grade(folder / "in", folder / "out", "lora", progress=False).set_index("student")
+    assert len(calls) == 1 and table.score["bob"] == TOTAL
+
+
+def test_an_executor_that_fails_costs_no_grade(tmp_path):
+    class Broken(concurrent.futures.Executor):
+        def submit(self, function, /, *args, **kwargs):
+            future = concurrent.futures.Future()
+            future.set_exception(concurrent.futures.BrokenExecutor("gone"))
+            return future
+
+    hand_in(tmp_path / "in", ada=submission())
+    assert grade(tmp_path / "in", tmp_path / "out", "lora", Broken(), progress=False).score[0] == TOTAL
+
+
+def test_a_dask_cluster_whose_worker_is_killed_half_way_loses_nothing(tmp_path):
+    distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
+    students = {f"s{i}": submission() if i % 2 else WRONG for i in range(6)}
+    hand_in(tmp_path / "in", **students)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client, client.get_executor() as executor:
+            with concurrent.futures.ThreadPoolExecutor(1) as aside:
+                going = aside.submit(grade, tmp_path / "in", tmp_path / "out", "lora", executor, progress=False)
+                reports = tmp_path / "out" / "reports" / "lora"
+                while not (reports.is_dir() and list(reports.glob("*.json"))):
+                    time.sleep(0.05)
+                os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
+                table = going.result(300)
+    assert table.score.tolist() == [TOTAL if i % 2 else TOTAL - 1 for i in range(6)]
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_stopped(tmp_path):
+    """SIGKILL after 1, 2, 4 and 6 seconds, then to the end: nothing is lost, and no finished report is made again."""
+    hand_in(tmp_path / "in", **{f"s{i}": submission() if i % 2 else WRONG for i in range(6)})
+    reports, made = tmp_path / "out" / "reports" / "lora", {}
+    command = [sys.executable, "-m", "minipeft.course.grade", "in", "--out", "out", "--assignment", "lora"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for seconds in (2, 6, 9, None):
+        run = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            said = run.communicate(timeout=seconds or 300)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+        for path in reports.glob("[!.]*.json"):
+            stamp = path.stat().st_mtime_ns
+            assert made.setdefault(path.name, stamp) == stamp, "a finished submission was graded again"
+    assert run.returncode == 0 and "6 submissions" in said
+    table = pd.read_csv(tmp_path / "out" / "grades.csv")
+    assert table.score.tolist() == [TOTAL if i % 2 else TOTAL - 1 for i in range(6)]
+    assert len(list((tmp_path / "out" / "feedback").glob("*/lora/lora.html"))) == 6
+
+
+# nbgrader itself -----------------------------------------------------------------------------------------------------
+def test_the_tree_is_an_nbgrader_course_as_it_stands(tmp_path):
+    """generate_assignment, autograde, export and generate_feedback, as a teacher types them."""
+    for name in ("solutions", "exercises"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "nbgrader_config.py", tmp_path)
+    hand_in(tmp_path / "submitted" / "ada" / "lora", lora=submission())
+    hand_in(tmp_path / "submitted" / "bob" / "lora", lora=WRONG)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path, "HOME": str(tmp_path)}
+
+    def nbgrader(*words: str) -> str:
+        command = [sys.executable, "-m", "nbgrader", *words]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run.stdout
+
+    nbgrader("generate_assignment", "lora", "--force")
+    made = nbformat.read(tmp_path / "exercises" / "lora" / "lora.ipynb", as_version=4)
+    ours = nbformat.read(EXERCISES / "lora" / "lora.ipynb", as_version=4)
+    assert [c.source.strip() for c in made.cells] == [c.source.strip() for c in ours.cells]
+    nbgrader("autograde", "lora")
+    nbgrader("export", "--to", "grades.csv")
+    nbgrader("generate_feedback", "lora")
+    table = pd.read_csv(tmp_path / "grades.csv").query("assignment == 'lora'").set_index("student_id")
+    assert table.score.to_dict() == {"ada": TOTAL, "bob": TOTAL - 1}
+    page = (tmp_path / "feedback" / "bob" / "lora" / "lora.html").read_text()
+    assert "divide by the rank" in page and "check.grade" not in page
