@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -97,8 +98,8 @@ def mend(submitted, assignment: str):
     for name in missing:
         remarks.append(f"The cell {name} was missing and has been put back.")
     blank = "# No cell with this name was handed in."
-    cells[:0] = [original[n].copy() for n in setup]
-    cells += [original[n].copy() if locked(original[n]) else blanked(original[n], blank) for n in later]
+    cells[:0] = [deepcopy(original[n]) for n in setup]
+    cells += [deepcopy(original[n]) if locked(original[n]) else blanked(original[n], blank) for n in later]
     source.cells = cells
     assignments.tidy(source)
     return source, remarks
@@ -106,7 +107,7 @@ def mend(submitted, assignment: str):
 
 def restored(original, cell, released, remarks: list[str]):
     """The source's cell, with the student's text if the student may edit it."""
-    name, new = name_of(original), original.copy()
+    name, new = name_of(original), deepcopy(original)
     if locked(original):
         given = next(c for c in released.cells if name_of(c) == name)
         if cell.source.strip() not in (given.source.strip(), original.source.strip()):
@@ -133,7 +134,7 @@ def fresh(cell):
 
 
 def blanked(cell, text: str):
-    new = cell.copy()
+    new = deepcopy(cell)
     new.source = text
     return new
 
@@ -507,15 +508,16 @@ class Gradebook:
         self.api.log.setLevel("ERROR")
 
     def start(self, names: set[str]) -> None:
-        """Makes the assignments known to the gradebook."""
+        """Makes the assignments known to the gradebook, unless a run before this one got that far."""
         for name in sorted(names):
-            source = assignments.sources()[name]
-            copy = self.out / "source" / name / source.name
-            if copy.is_file() and copy.read_text(encoding="utf-8") == source_text(name):
+            mark = self.out / "recorded" / f"{name}.txt"
+            if mark.is_file() and mark.read_text() == digest("", name):
                 continue
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+            if not any((self.out / "recorded").glob("*.txt")):
+                (self.out / "gradebook.db").unlink(missing_ok=True)  # a killed run may have made half of it
+            write_whole(self.out / "source" / name / f"{name}.ipynb", source_text(name))
             self.must(self.api.generate_assignment, name)
+            write_whole(mark, digest("", name))
 
     def record(self, each: Submission, found: dict) -> None:
         """Puts a report into the gradebook, and writes the feedback page; nothing if that was done already."""

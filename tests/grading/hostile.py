@@ -137,7 +137,11 @@ HOSTILE: dict[str, tuple[Callable, str]] = {
     "infinite loop at top level": (added("while True:\n    pass"), "full"),
     "infinite loop in an answer": (inside("def lora_scale(a, r, s=False):\n    while True: pass"), "rest"),
     "loop that swallows interrupts": (
-        added("while True:\n    try:\n        while True: pass\n    except BaseException:\n        pass"),
+        added("import time\nwhile True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass"),
+        "full",
+    ),
+    "the alarm turned off": (
+        added("import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True:\n    pass"),
         "full",
     ),
     "os._exit at top level": (added("import os; os._exit(0)"), "full"),

@@ -87,7 +87,7 @@ def test_answers_files_network_and_processes_of_others_are_out_of_reach(box, sou
     ("source", "why"),
     [
         ("import os; os._exit(3)", "its process ended"),
-        ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", "took too long"),
+        ("import time\nwhile True:\n  try:\n    time.sleep(60)\n  except BaseException: pass", "took too long"),
         ("import time, subprocess\nfor _ in range(99): subprocess.Popen(['sleep', '60'])\ntime.sleep(9)", "processes"),
     ],
 )
@@ -157,7 +157,7 @@ def test_values_arrive_as_they_were_sent(value):
 def test_tensors_arrive_bit_for_bit():
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.int64):
         sent = torch.tensor([0, 1, 1]).to(dtype)
-        assert through({"x": (sent, [sent.T])})["x"][0].equal(sent)
+        assert through({"x": (sent, [sent[::2]])})["x"][0].equal(sent)
     assert math.isnan(through([float("nan")])[0])
 
 
