@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.targets import Slot, Target, flipped, slots
+from minipeft.targets import Slot, Target, flipped, numbers, packed, slots
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,9 +377,9 @@ class Tuned(nn.Module):
         """Exact also on the meta device. A trained copy replaces a parameter, so it adds nothing to the total, except
         where it breaks a tie (softmax tuning of a tied head adds V·d)."""
         with self.disabled():
-            base = {id(p): p.numel() for _, p in slots(self.base)}
+            base = numbers(self.base)
         trained = {id(p): p.numel() for layer in self._layers() for p in layer.parameters() if p.requires_grad}
-        return Count(sum(trained.values()), sum(base.values()) + sum(layer.added() for layer in self._layers()))
+        return Count(sum(trained.values()), base + sum(layer.added() for layer in self._layers()))
 
     @torch.no_grad()
     def deltas(self) -> dict[str, torch.Tensor]:
@@ -440,7 +440,7 @@ class Tuned(nn.Module):
         self._refresh()
         if lost and (worst := max(lost, key=lost.get)) and lost[worst] > 0.1:
             warnings.warn(
-                f"Rounding to the base's dtype loses {100 * lost[worst]:.0f} % of ΔW at {worst}; keep the adapter "
+                f"Rounding to what the base stores loses {100 * lost[worst]:.0f} % of ΔW at {worst}; keep the adapter "
                 "apart, or merge into a float32 copy of the base.",
                 stacklevel=2,
             )
@@ -530,19 +530,26 @@ class Tuned(nn.Module):
                 owner = self.base.get_submodule(layer.path)
                 for name, delta in layer.changes().items():
                     slot = (layer.path, name)
-                    if name not in owner._parameters:
+                    if name not in owner._parameters and not (name == "weight" and packed(owner)):
                         raise ValueError(
                             f"{layer.path!r} computes its {name} from other tensors, so nothing can be merged."
                         )
-                    wide = torch.promote_types(owner._parameters[name].dtype, torch.float32)
+                    wide = torch.promote_types(getattr(owner, name).dtype, torch.float32)
                     delta = (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
                     deltas[slot] = deltas[slot] + delta if slot in deltas else delta
             for (path, name), delta in deltas.items():
-                old = self.base.get_submodule(path)._parameters[name]
+                owner = self.base.get_submodule(path)
+                old = getattr(owner, name)
                 # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
-                new[path, name] = (old.to(delta.dtype) + delta.to(old.device)).to(old.dtype)
+                exact = old.to(delta.dtype) + delta.to(old.device)
+                if packed(owner) and name == "weight":  # a quantised W' is rounded to its code again
+                    stored = owner.stored(exact)
+                    new |= {(path, part): value for part, value in stored.items()}
+                    kept = owner.dense(list(stored.values()))
+                else:
+                    kept = new[path, name] = exact.to(old.dtype)
                 if not old.is_meta and (size := delta.norm()) > 0:
-                    rounded = new[path, name].to(delta.dtype) - old.to(delta.dtype)
+                    rounded = kept.to(delta.dtype) - old.to(delta.dtype)
                     lost[path if name == "weight" else f"{path}.{name}"] = ((rounded - delta).norm() / size).item()
         # one parameter for each value, so that what is tied stays tied
         shared = {id(v): nn.Parameter(v, requires_grad=False) for v in new.values()}
