@@ -17,6 +17,7 @@ _HOME = {
     "Full": "methods.select",
     "BitFit": "methods.select",
     "Softmax": "methods.select",
+    "quantize": "methods.qlora",
     "fit": "learn.fit",
     "evaluate": "learn.fit",
     "report": "learn.fit",

@@ -116,7 +116,8 @@ class Quantized:
         n, bits = self.shape.numel(), bits_of(self.code)
         code = torch.tensor(self.code, device=self.packed.device)
         code = F.pad(code, (0, 2**bits - len(code)))  # not all codes need to be in use
-        packed = F.pad(self.packed, (0, len(scale) * self.block * bits // 8 - len(self.packed)))  # to whole blocks
+        packed, missing = self.packed, len(scale) * self.block * bits // 8 - len(self.packed)
+        packed = F.pad(packed, (0, missing)) if missing else packed  # to whole blocks
         if 8 % bits == 0:  # one look-up gives all the values of a byte
             values = F.embedding(packed.int(), torch.cartesian_prod(*[code] * (8 // bits)).view(256, -1))
         else:
