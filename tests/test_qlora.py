@@ -1,4 +1,4 @@
-"""QLoRA: a quantised base against the dense base with the same rounded weights, and every promise of `attach` over it."""
+"""QLoRA: a quantised base against the dense base of the same rounded weights, and what `attach` promises, over it."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def bits_of(code: Code) -> int:
 
 def _nearest(unit: torch.Tensor, code: Code) -> torch.Tensor:
     values = torch.tensor(code, device=unit.device)
-    return torch.bucketize(unit, (values[:-1] + values[1:]) / 2)  # halfway goes down
+    return torch.bucketize(unit, (values[:-1] + values[1:]) / 2, out_int32=True)  # halfway goes down
 
 
 def _stochastic(unit: torch.Tensor, code: Code, generator: torch.Generator) -> torch.Tensor:
