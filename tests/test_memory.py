@@ -76,14 +76,16 @@ def test_the_parts_are_what_they_are_called():
 
 
 @pytest.mark.parametrize("family", tiny.MODELS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("quantized", [False, True])
-def test_predicted_equals_measured_to_the_byte(family, method, quantized):
-    model = tiny.MODELS[family]()
+@pytest.mark.parametrize("method", [*METHODS, "qlora"])
+def test_predicted_equals_measured_to_the_byte(family, method):
+    model, quantized = tiny.MODELS[family](), method == "qlora"
+    method = METHODS.get(method, LoRA(rank=2))
     with tiny.untouched(model):
-        predicted = predict(model, METHODS[method], 3, 7, quantized=quantized)
-    tuned = attach(quantize(model) if quantized else model, METHODS[method])
-    assert predict(tuned, None, 3, 7) == measure(tuned, 3, 7) == predicted
+        predicted = predict(model, method, 3, 7, quantized=quantized)
+    tuned = attach(quantize(model) if quantized else model, method)
+    assert measure(tuned, 3, 7) == predicted
+    if quantized:
+        assert predict(tuned, None, 3, 7) == predicted
 
 
 def test_a_configuration_is_enough():
@@ -130,11 +132,9 @@ def test_activations_are_what_autograd_keeps():
 
 
 # -- three counts of a real step --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", [LoRA(rank=8), Full()], ids=["lora", "full"])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_what_fit_measures_on_text_is_within_a_tenth(method, quantized):
-    if quantized and method == Full():
-        pytest.skip("Full() does not train what is quantised")
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_what_fit_measures_on_text_is_within_a_tenth(kind):
+    method, quantized = Full() if kind == "full" else LoRA(rank=8), kind == "qlora"
     task, length = mp.world.pirate(), 32
     rows = [" ".join(text.split()[: length - 2]) for text in task.data["train"]["text"] if len(text.split()) > length]
     rows[::2] = [" ".join(row.split()[:-1]) for row in rows[::2]]  # every batch has padding
@@ -165,9 +165,16 @@ def allocator_peak(tuned: nn.Module, batch: int, length: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("name, batch, length", [("pocket", 16, 48), ("minilm", 8, 64), ("hundred million", 2, 64)])
-def test_the_allocator_agrees_within_a_tenth(name, batch, length, kind):
+SIZES = {"pocket": (16, 48), "minilm": (8, 64), "hundred million": (1, 64)}
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [(name, kind) for name in ("pocket", "minilm") for kind in ("full", "lora", "qlora")]
+    + [("hundred million", "full"), ("hundred million", "lora")],  # its QLoRA is measured below
+)
+def test_the_allocator_agrees_within_a_tenth(name, kind):
+    batch, length = SIZES[name]
     model, method = real(name), Full() if kind == "full" else LoRA(rank=8)
     predicted = predict(model, method, batch, length, quantized=kind == "qlora")
     tuned = attach(quantize(model) if kind == "qlora" else model, method)
@@ -192,7 +199,11 @@ def resident():
     return psutil.Process().memory_info().rss
 
 def tune(**config):
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    model = model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(0.01)
     return attach(quantize(model), LoRA(rank=8))
 
 config, batch, length = json.loads(sys.argv[1]), 2, 128

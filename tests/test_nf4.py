@@ -242,6 +242,27 @@ def test_meta_device():
     assert abs(q.bits() - 4.127) < 0.01 and q.dequantize().shape == (4096, 4096) and q.dequantize().is_meta
 
 
+# -- the explorer -----------------------------------------------------------------------------------------------------
+def test_the_explorer_shows_what_is_stored_and_the_error():
+    import tiny
+
+    from minipeft.explore import QuantisationExplorer
+
+    model = tiny.gpt2()
+    explorer = QuantisationExplorer(model, "transformer.h.1.mlp.c_fc")
+    weight = model.transformer.h[1].mlp.c_fc.weight.T.detach()
+    assert torch.equal(explorer.weight, weight), "Conv1D stores it the other way round"
+    for bits, code in ((3, "normal float"), (8, "integer"), (2, "float"), (7, "float")):
+        explorer.controls["bits"].value, explorer.controls["code"].value = bits, code
+        make = {"normal float": nf4.normal_float, "integer": nf4.integer}.get(code)
+        q = nf4.quantize(weight, make(bits) if make else nf4.floating(*{2: (1, 0), 7: (3, 3)}[bits]))
+        error = (q.dequantize() - weight).norm() / weight.norm()
+        assert f"{q.bits():.3f} bits a parameter" in explorer.text.value and f"{error:.4f}" in explorer.text.value
+        assert len(explorer.figure.axes[0].collections[0].get_segments()) == len(q.code), "a tick for each value"
+    with pytest.raises(ValueError, match="no linear layer"):
+        QuantisationExplorer(model, "transformer.wte")
+
+
 # -- bitsandbytes -----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def bnb():
