@@ -11,7 +11,7 @@ from minipeft.methods import nf4
 from minipeft.targets import flipped, resolve
 
 # sign, exponent and mantissa bits of the small floats: E1M0 (2 bits), E2M0, E2M1 (FP4), …, E4M3 (FP8)
-FLOATS = {2: (1, 0), 3: (2, 0), 4: (2, 1), 5: (2, 2), 6: (3, 2), 7: (3, 3), 8: (4, 3)}
+FLOATS = {2: (1, 0), 3: (2, 0), 4: (2, 1), 5: (2, 2), 6: (2, 3), 7: (3, 3), 8: (4, 3)}
 CODES = {
     "normal float": nf4.normal_float,
     "integer": nf4.integer,
@@ -64,7 +64,7 @@ def draw_quantisation(
     left.set_title(f"{title or 'weights'}: {code}, {bits} bits", fontsize="medium")
     stairs(right, weight, limit, color=GREY, linewidth=1.5, label="weight w")
     stairs(right, error, limit, color=ORANGE, fill=True, alpha=0.8, label="error ŵ − w")
-    right.set(xlabel="value", ylabel="density", xlim=(-limit, limit), ylim=(0, 4 / limit))
+    right.set(xlabel="value", ylabel="density (cut off at the top)", xlim=(-limit, limit), ylim=(0, 4 / limit))
     right.set_title(f"error: {100 * relative:.2f} % of the weights' size", fontsize="medium")
     right.legend(fontsize="small", loc="upper right")
     return (
