@@ -87,6 +87,7 @@ def test_floats_that_cannot_be():
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
+@settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.integers(0, 255), min_size=1, max_size=40))
 def test_pack_and_unpack(bits, numbers):
     codes = torch.tensor(numbers) % 2**bits
