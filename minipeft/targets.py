@@ -26,12 +26,26 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding) or conv1d
 
 
+def packed(module: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight is computed from packed bytes, `QuantizedLinear`."""
+    return isinstance(module, nn.Linear) and hasattr(module, "layout")
+
+
 def slots(model: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
     """Every place that holds a parameter. A tied parameter has several; a module that is used twice is listed once."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield (path, name), parameter
+
+
+def numbers(model: nn.Module) -> int:
+    """How many parameters the model has: a tied one once, and a packed weight by what it stands for, not its bytes."""
+    sizes = {id(p): p.numel() for _, p in slots(model)}
+    for module in filter(packed, model.modules()):
+        sizes |= {id(p): 0 for name, p in module._parameters.items() if name != "bias"}
+        sizes[id(module)] = module.out_features * module.in_features
+    return sum(sizes.values())
 
 
 def head(model: nn.Module) -> list[str]:
@@ -65,11 +79,18 @@ class Target:
     @property
     def width(self) -> int:
         """All output features of the module."""
-        return self.module.weight.shape[1 if flipped(self.module) else 0]
+        return self._shape[0]
 
     @property
     def d_in(self) -> int:
-        return self.module.weight.shape[0 if flipped(self.module) else 1]
+        return self._shape[1]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        if packed(self.module):  # its weight would have to be computed
+            return self.module.out_features, self.module.in_features
+        rows, columns = self.module.weight.shape
+        return (columns, rows) if flipped(self.module) else (rows, columns)
 
     @property
     def d_out(self) -> int:

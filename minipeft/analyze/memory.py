@@ -1,13 +1,27 @@
-"""Peak memory of a piece of work, counted tensor by tensor."""
+"""The memory of training: predicted without allocating anything, and measured, in the same parts.
+
+    predict(model, LoRA(rank=8), batch=16, length=48)     # Memory(weights 3.7 MiB + … = 41.9 MiB at the peak)
+    measure(attach(model, LoRA(rank=8)), batch=16, length=48)
+
+A prediction *runs* two training steps, on tensors that have a shape, a dtype and a device but no memory (`FakeTensor`),
+and counts the bytes that they would take. So it needs no formula for each family of models, and no fudge factor.
+"""
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass, fields
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from minipeft.attach import Method, Tuned, attach
+from minipeft.methods.qlora import quantize
 
 
 class PeakMemory(TorchDispatchMode):
@@ -49,3 +63,149 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf)
         return result
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step. All but `working` are alive together at the end of the forward pass.
+
+    `weights`: the base as it is stored (with `Full`, which trains copies, the originals too); `trained`: the trainable
+    numbers that `attach` put beside it; `gradients` and `moments` (of the optimizer): from the step before;
+    `activations`: what autograd keeps for the backward pass; `working`: what the peak needs beyond these.
+    """
+
+    weights: int
+    trained: int
+    gradients: int
+    moments: int
+    activations: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        return sum(astuple(self))
+
+    def __repr__(self) -> str:
+        parts = " + ".join(f"{field.name} {getattr(self, field.name) / 2**20:,.1f}" for field in fields(self))
+        return f"Memory({parts} = {self.peak / 2**20:,.1f} MiB at the peak)"
+
+
+def predict(
+    model,
+    method: Method | list[Method] | None = None,
+    batch: int = 16,
+    length: int = 48,
+    dtype: torch.dtype | None = None,
+    quantized: bool = False,
+    optimizer: Callable = torch.optim.AdamW,
+) -> Memory:
+    """The memory of training `method` on `model` with batches of (batch, length) tokens; nothing is allocated.
+
+    `model`: a transformers model (also on the meta device, also a `Tuned`, then without `method`), or a configuration.
+    None as `method` trains what requires a gradient. `dtype`: of the base; the layers of an adapter stay float32.
+    `quantized`: whether `quantize` is applied first. `optimizer`: a class from `torch.optim`.
+
+    It is the sum over tensors, which an allocator rounds up; scratch space inside an operation is not seen.
+    Raises ValueError when the model's forward gives no loss, and for more tokens than its context.
+    """
+    model = _copy(_build(model), lambda t: torch.empty_like(t, device="meta"))
+    model = model if dtype is None else model.to(dtype)
+    model = quantize(model) if quantized else model
+    model = model if method is None else attach(model, method)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:  # says that it is on the CPU, where attention then takes the path of a real step
+            return torch.empty_like(tensor, device="cpu")
+
+    model = _copy(model, fake)
+    with mode:
+        return measure(model, batch, length, optimizer)
+
+
+def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Callable = torch.optim.AdamW) -> Memory:
+    """The memory of a real training step, as `fit` takes it: the second one, since the first makes the moments.
+
+    The learning rate is 0, so that the model comes out as it went in. Raises like `predict`.
+    """
+    inputs = _inputs(model, batch, length)
+    steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    was_training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _step(model, inputs, steps)
+            kept = _kept(model, steps)
+            sizes = {name: PeakMemory(tensors).live for name, tensors in kept.items()}
+            memory = PeakMemory(tensor for tensors in kept.values() for tensor in tensors)
+            held = memory.live
+            del kept  # it would keep the old gradients alive
+            with memory:
+                after_forward = _step(model, inputs, steps, memory)
+    finally:
+        steps.zero_grad(set_to_none=True)
+        model.train(was_training)
+    return Memory(**sizes, activations=after_forward - held, working=memory.peak - after_forward)
+
+
+def _step(model: nn.Module, inputs: dict, optimizer, memory: PeakMemory | None = None) -> int:
+    """One step in the order of `fit`; returns the bytes alive after its forward pass."""
+    loss = model(**inputs).loss
+    live = memory.live if memory else 0
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return live
+
+
+def _kept(model: nn.Module, optimizer) -> dict[str, list[torch.Tensor]]:
+    """What stays from step to step, each storage in one part only."""
+    trained = list(model.adapters.parameters()) if isinstance(model, Tuned) else []
+    beside = {id(p) for p in trained}
+    originals = list(model._originals.values()) if isinstance(model, Tuned) else []
+    return {
+        "weights": [t for t in (*model.parameters(), *model.buffers(), *originals) if id(t) not in beside],
+        "trained": trained,
+        "gradients": [p.grad for p in model.parameters() if p.grad is not None],
+        "moments": [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)],
+    }
+
+
+def _build(model) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    import transformers
+
+    if not isinstance(model, transformers.PretrainedConfig):
+        raise TypeError(f"model is a {type(model).__name__}; predict needs a transformers model or configuration.")
+    cls = getattr(transformers, (model.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return cls(model) if cls else transformers.AutoModelForCausalLM.from_config(model)
+
+
+def _copy(model: nn.Module, new: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """The model over new tensors; no number is read, and what was shared is shared."""
+    memo: dict[int, torch.Tensor] = {}
+    originals = model._originals.values() if isinstance(model, Tuned) else ()
+    for tensor in (*model.parameters(), *model.buffers(), *originals):
+        with torch.no_grad():
+            fresh = new(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(fresh, requires_grad=tensor.requires_grad) if is_parameter else fresh
+    return copy.deepcopy(model, memo)
+
+
+def _inputs(model: nn.Module, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Tokens, one of them padding as in nearly every batch, and labels: a token each, or a class a row."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} is no transformers model, so it is not known what to feed it.")
+    context = getattr(config, "max_position_embeddings", None) or length
+    if not 0 < length <= context or batch < 1:
+        raise ValueError(f"Batches of {batch} × {length} tokens do not fit: the model reads 1 to {context} tokens.")
+    device = next(model.parameters()).device
+    ids = torch.ones(batch, length, dtype=torch.long, device=device)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    writes = model.get_output_embeddings() is not None
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids if writes else ids[:, 0]}

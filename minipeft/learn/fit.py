@@ -188,7 +188,8 @@ def _step(model, inputs, optimizer) -> float:
 def _held(model, optimizer) -> list[torch.Tensor]:
     moments = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return [*model.parameters(), *model.buffers(), *moments, *gradients]
+    originals = getattr(model, "_originals", {}).values()  # what the trained copies of `Full` stand in for
+    return [*model.parameters(), *model.buffers(), *originals, *moments, *gradients]
 
 
 BLOCK = 8  # batches that are drawn together, so that each can hold rows of similar length: little padding, little waste

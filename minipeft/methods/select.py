@@ -52,6 +52,8 @@ def copies(model: nn.Module, chosen: Sequence[Slot]) -> dict[str, Callable[[torc
     for slot, parameter in slots(model):
         every.setdefault(id(parameter), []).append(slot)
         if slot in wanted:
+            if not parameter.is_floating_point():
+                raise ValueError(f"{parameter_name(slot)!r} holds {parameter.dtype} numbers, which cannot train.")
             groups.setdefault(id(parameter), []).append(slot)
     return {
         parameter_name(group[0]): partial(Selected, model, tuple(group), len(group) < len(every[i]))
