@@ -16,8 +16,13 @@ import torch
 from torch import nn
 
 from minipeft.attach import Count, Tuned, attach
+from minipeft.methods.adalora import AdaLoRA
+from minipeft.methods.dora import DoRA
+from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
+from minipeft.methods.projected import ProjectedLoRA
 from minipeft.methods.select import BitFit, Full, Softmax
+from minipeft.methods.vera import VeRA
 from minipeft.serve.checkpoint import load_adapter
 
 METHODS = {
@@ -29,12 +34,37 @@ METHODS = {
     "full": Full(),
     "bitfit": BitFit(),
     "softmax": Softmax(),
+    "pissa": LoRA(rank=2, init="pissa"),
+    "lora+": LoRA(rank=2, lr_ratio=4.0),
+    "projected": ProjectedLoRA(rank=3),
+    "projected, top": ProjectedLoRA(rank=3, basis="top"),
+    "dora": DoRA(rank=2),
+    "vera": VeRA(rank=20),
+    "adalora": AdaLoRA(rank=2, initial_rank=3),
+    "ia3": IA3(),
+    "dora and biases": [DoRA(rank=2, targets="attention"), BitFit()],
+    "ia3 and full": [IA3(), Full(targets=re.compile(r".*(proj|query|wi_0|norm).*"))],
 }
-EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "classifier": "word_embeddings"}
+EMBEDDING = {
+    "llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "classifier": "word_embeddings", "t5": "embed_tokens"
+}  # fmt: skip
+IA3_OF = {
+    "llama": IA3(),
+    "gpt2": IA3(targets=["c_attn"], feedforward=["mlp.c_proj"]),
+    "bert": IA3(targets=["key", "value"], feedforward=["output.dense"]),
+    "classifier": IA3(targets=["key", "value"], feedforward=["output.dense"]),
+    "t5": IA3(targets=["k", "v"], feedforward=["wo"]),
+}
 
 
 def method_for(name: str, model: str):
-    return LoRA(rank=2, targets=[EMBEDDING[model]]) if name == "lora on embedding" else METHODS[name]
+    if model == "t5" and "bias" in name or (model, name) == ("t5", "bitfit"):
+        pytest.skip("T5 has no biases")
+    if name == "lora on embedding":
+        return LoRA(rank=2, targets=[EMBEDDING[model]])
+    several = METHODS[name] if isinstance(METHODS[name], list) else [METHODS[name]]
+    found = [IA3_OF[model] if isinstance(method, IA3) else method for method in several]
+    return found if isinstance(METHODS[name], list) else found[0]
 
 
 @pytest.fixture(params=tiny.MODELS)
@@ -136,6 +166,7 @@ def test_deltas_are_what_a_merge_changes(family, method_name):
         torch.testing.assert_close(base.state_dict()[name], before[name] + turn, atol=1e-6, rtol=0)
         changed.discard(name)
     aliases = {"lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    aliases |= {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     assert changed <= aliases, "nothing else changed"
 
 
