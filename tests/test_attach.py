@@ -46,7 +46,8 @@ METHODS = {
     "ia3 and full": [IA3(), Full(targets=re.compile(r".*(proj|query|wi_0|norm).*"))],
 }
 EMBEDDING = {
-    "llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "classifier": "word_embeddings", "t5": "embed_tokens"
+    "llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "classifier": "word_embeddings",
+    "t5": "embed_tokens",
 }  # fmt: skip
 IA3_OF = {
     "llama": IA3(),
