@@ -345,8 +345,9 @@ def test_another_model_is_refused(saved, tmp_path):
 
 
 JUNK = [
-    None, True, False, 0, 1, -1, 2, 3, 10**9, 10**400, 0.0, -0.5, 1e308, float("nan"), float("inf"), "", "x", "(", "LORA",
-    "q_proj", "all-linear", [], [1], ["q_proj"], [[]], {}, {"q_proj": 4}, {"q_proj": "x"}, {"(": 1}, {"a": {"b": []}},
+    None, True, False, 0, 1, -1, 2, 3, 10**9, 10**400, 0.0, -0.5, 1e308, float("nan"), float("inf"), "", "x", "(",
+    "LORA", "q_proj", "all-linear", [],
+    [1], ["q_proj"], [[]], {}, {"q_proj": 4}, {"q_proj": "x"}, {"(": 1}, {"a": {"b": []}},
 ]  # fmt: skip
 TYPES = ["LORA", "VERA", "ADALORA", "IA3", "MINIPEFT_LORA", "MINIPEFT_IA3", "MINIPEFT_SELECT", "PREFIX_TUNING"]
 
@@ -418,9 +419,8 @@ def test_a_thousand_mutated_files_load_exactly_or_are_refused(tmp_path):
         try:
             tuned = load_adapter(model, path)
         except ValueError as error:
-            assert str(error).startswith(f"The adapter in {str(path)!r} does not load: ") and len(str(error)) < 2000, (
-                how
-            )
+            message = str(error)
+            assert message.startswith(f"The adapter in {str(path)!r} does not load: ") and "\n" not in message, how
             refused += 1
         else:
             config, tensors = checkpoint.read(path)

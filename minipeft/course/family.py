@@ -1,7 +1,7 @@
 """The LoRA family on equal terms, measured once and shipped: `python -m minipeft.course.family`.
 
-Every method trains the pocket model on the same 60 batches of the pirate task. Its learning rate is the best of
-several, half a decade apart, chosen with seed 0 and widened until the best is not at an end; seeds 1 and 2 follow at that rate.
+Every method trains the pocket model on the same 60 batches of the pirate task. Its learning rate is the best of a row,
+half a decade apart, that is widened with seed 0 until the best is not at its end; seeds 1 and 2 follow at that rate.
 """
 
 from __future__ import annotations
