@@ -576,6 +576,50 @@ def test_layers_are_float32_over_a_bfloat16_base():
     assert {p.dtype for p in attach(tiny.llama().double(), LoRA(rank=2)).adapters.parameters()} == {torch.float64}
 
 
+def test_every_method_works_over_a_bfloat16_base(method_name):
+    model = tiny.llama().to(torch.bfloat16)
+    base = logits(model)
+    tuned = attach(model, method_for(method_name, "llama"))
+    assert torch.equal(logits(tuned), base), "identity at init"
+    hooked = [layer for layer in tuned.adapters["default"].values() if not layer.slots]
+    assert all(p.dtype == torch.float32 for layer in hooked for p in layer.parameters())
+    tiny.randomise(tuned)
+    adapted = logits(tuned)
+    assert adapted.dtype == torch.bfloat16 and not torch.equal(adapted, base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned.merge()
+    assert (logits(tuned) - adapted).abs().max() < 0.05 * adapted.abs().max()
+    with tuned.disabled():
+        assert torch.equal(logits(tuned), base)
+
+
+def test_merge_says_what_rounding_took():
+    """The smaller ΔW beside W, the more of it bfloat16 swallows; float32 keeps it (peft #1388)."""
+
+    def lost(size: float, dtype: torch.dtype) -> float:
+        model = nn.Sequential(nn.Linear(64, 64)).to(dtype)
+        tuned = attach(model, LoRA(rank=4))
+        layer = tuned.adapters["default"]["0"]
+        layer.B.data.normal_()
+        layer.B.data *= size * model[0].weight.float().norm() / layer.delta().norm()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = tuned.merge()
+        assert list(report) == ["0"] and [str(w.message)[:8] for w in caught] == ["Rounding"] * (report["0"] > 0.1)
+        stored = tuned.base[0].weight.float()
+        with tuned.disabled():
+            change = stored - tuned.base[0].weight.float()
+        expected = (change - layer.delta()).norm() / layer.delta().norm()
+        assert abs(report["0"] - expected) < 1e-3 * report["0"] + 1e-7
+        return report["0"]
+
+    assert lost(0.1, torch.float32) < 1e-5 and lost(0.001, torch.float32) < 1e-3
+    errors = [lost(size, torch.bfloat16) for size in (0.3, 0.03, 0.003)]
+    assert errors[0] < 0.03 < errors[1] < 0.3 < errors[2] < 1.0
+    assert attach(tiny.llama(), Full()).merge() == {}
+
+
 def test_meta_device(method_name):
     method = method_for(method_name, "llama")
     real = attach(tiny.llama(), method)
@@ -603,6 +647,12 @@ def test_counts_follow_the_formulas():
         "full": Count(base, base),
         "bitfit": Count(biases, base),
         "softmax": Count(V * d, base + V * d),
+        "pissa": Count(lora, base + lora),
+        "dora": Count(lora + biases, base + lora + biases),
+        "projected": Count(3 * biases, base + 3 * biases),
+        "vera": Count(biases + 20 * 7 * L, base + biases + 20 * 7 * L),
+        "adalora": Count(3 * lora // 2 + 3 * 7 * L, base + 3 * lora // 2 + 3 * 7 * L),
+        "ia3": Count(L * (2 * kv + ff), base + L * (2 * kv + ff)),
     }
     for name, count in expected.items():
         assert attach(tiny.llama(tied=True), METHODS[name]).count() == count, name
