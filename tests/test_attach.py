@@ -522,7 +522,7 @@ def test_state_dict_is_strict():
     assert nn.Sequential(tuned).state_dict().keys() == {f"0.{key}" for key in tuned.state_dict()}
 
 
-@pytest.mark.parametrize("method", ["lora", "lora and head", "full"])
+@pytest.mark.parametrize("method", ["lora", "lora and head", "full", "pissa", "dora", "vera", "adalora", "ia3"])
 def test_compile(method):
     torch._dynamo.reset()
     tuned = attach(tiny.llama(), METHODS[method])
