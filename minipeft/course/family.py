@@ -47,7 +47,7 @@ BUDGETS = (1, 2, 4, 8)  # AdaLoRA's average rank in the end; it starts at half a
 
 
 def run(method: Method, lr: float, seed: int, watch: Callable | None = None) -> dict:
-    """Train once and score: {lr, seed, loss in nats a token on held-out pirate texts (None if it diverged), trainable}."""
+    """Train once and score: {lr, seed, loss, trainable}; loss in nats a held-out token, None if it diverged."""
     from minipeft.world import load, pirate
 
     task = pirate()
