@@ -344,6 +344,33 @@ def test_another_model_is_refused(saved, tmp_path):
         load_adapter(untied, tmp_path / "full")
 
 
+HUGE = torch.full((2, 16), 1e300, dtype=torch.float64)  # finite, until it is float32
+
+
+@pytest.mark.parametrize(
+    "method, spoil, message",
+    [
+        ("vera", edit_config(r=10**9), "r = 1000000000, but its vera_lambda_d have the shapes"),
+        ("vera", edit_config(projection_prng_key=-1), "projection_seed=-1"),
+        ("vera", edit_config(save_projection=False), "has 2 tensors, such as 'base_model.vera_A'"),
+        ("adalora", edit_config(init_r=10**9), "rank_pattern must hold 1000000000 times"),
+        ("adalora", edit_config(init_r=0, lora_alpha=1), "rank_pattern must hold 0 times|above|shape"),
+        ("adalora", edit_config(lora_alpha=10**400), "too large"),
+        ("adalora", edit_config(tinit=50, tfinal=50), "none of 60 steps to prune in"),
+        ("adalora", edit_config(rank_pattern={f"{Q0[len(PREFIX):]}.lora_E": [True]}), "rank_pattern must hold 2"),
+        ("ia3", edit_config(feedforward_modules=[]), "down_proj.*shape"),
+        ("ia3", edit_config(feedforward_modules="("), "no regular expression"),
+        ("dora", edit_weights(lambda t: t.pop(f"{Q0}.lora_magnitude_vector")), "lacks 1 tensors.*magnitude"),
+        ("lora", edit_weights(lambda t: t.update({f"{Q0}.lora_A.weight": HUGE})), "infinite"),
+    ],
+)  # fmt: skip
+def test_damage_of_each_method_is_refused_at_once(method, spoil, message, tmp_path):
+    attach(tiny.llama(), family()[method]).save(tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    with tiny.untouched(model := tiny.llama()), pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path / "adapter")
+
+
 JUNK = [
     None, True, False, 0, 1, -1, 2, 3, 10**9, 10**400, 0.0, -0.5, 1e308, float("nan"), float("inf"), "", "x", "(",
     "LORA", "q_proj", "all-linear", [],
