@@ -37,7 +37,7 @@ def test_full_can_be_restricted():
 
 
 def test_bitfit_takes_the_biases_of_linears_conv1d_and_norms_only():
-    for family in tiny.MODELS:
+    for family in tiny.MODELS.keys() - {"t5"}:  # which has no biases
         model = tiny.MODELS[family]()
         expected = {n for n, _ in model.named_parameters(remove_duplicate=False) if n.endswith(".bias")}
         assert entries(attach(model, BitFit())) == expected, family
