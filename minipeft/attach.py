@@ -1,9 +1,10 @@
 """The one mechanism: `attach(model, method) -> Tuned`.
 
-Every method in this package is a recipe for *layers*: small modules that hold the trainable numbers. Two things carry
-them into a model, and neither touches its module tree or the names in its `state_dict`:
+Every method in this package is a recipe for *layers*: small modules that hold the trainable numbers. Three things carry
+them into a model, and none touches its module tree or the names in its `state_dict`:
 
-- a **hook**: a `Seat` on a module of the base adds the output of the layers that sit there (LoRA and its family);
+- a **hook**: a `Seat` on a module of the base changes its output by the layers that sit there (LoRA, adapters);
+- a **front**: what stands before the tokens, as embeddings or as keys and values (prompts, prefixes; see `front.py`);
 - a **pointer swap**: a `Selected` layer holds a trainable copy of one parameter, and the owner's pointer is moved to
   the copy (full fine-tuning, BitFit, softmax tuning). Merged weights are installed the same way.
 
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minipeft.front import Front
 from minipeft.targets import Slot, Target, flipped, slots
 
 
@@ -42,14 +44,22 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} does not say where its layers go")
 
 
+After = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class Layer(nn.Module):
     """The trainable numbers of one adapter in one place. `path` names the place in `Tuned.deltas()`."""
 
     slots: tuple[Slot, ...] = ()  # the parameters that this layer replaces; () for a layer that works through a hook
+    front: str | None = None  # "prompt" or "prefix": the layer stands before the tokens, see `front.py`
 
     def __init__(self, path: str):
         super().__init__()
         self.path = path
+
+    def seats(self) -> dict[str, After]:
+        """{path of a module: `after(output, x)`, the module's new output for its output and its first input}."""
+        return {}
 
     def added(self) -> int:
         """How many numbers the model has more than before."""
@@ -73,6 +83,9 @@ class WeightLayer(Layer):
         super().__init__(target.path)
         self.key = target.key
         self.padding = (target.start, target.width - target.stop)
+
+    def seats(self) -> dict[str, After]:
+        return {self.path: self.after}
 
     def after(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         extra = self(x)
@@ -98,11 +111,11 @@ class State:
 
 
 class Seat:
-    """The hook on one module of the base, and the layers that sit there: {adapter name: layers}."""
+    """The hook on one module of the base, and what the layers that sit there do to its output: {adapter name: …}."""
 
     def __init__(self, state: State):
         self.state = state
-        self.layers: dict[str, list[WeightLayer]] = {}
+        self.layers: dict[str, list[After]] = {}
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         state = self.state
@@ -111,8 +124,8 @@ class Seat:
         x = args[0] if args else next(iter(kwargs.values()))
         if state.rows is None:
             for name in state.active:
-                for layer in self.layers.get(name, ()):
-                    output = layer.after(output, x)
+                for after in self.layers.get(name, ()):
+                    output = after(output, x)
             return output
         if x.shape[0] != state.batch:
             raise ValueError(
@@ -121,8 +134,8 @@ class Seat:
             )
         for name, rows in state.rows.items():
             rows = rows.to(output.device)
-            for layer in self.layers.get(name, ()):
-                output = output.index_copy(0, rows, layer.after(output[rows], x[rows]))
+            for after in self.layers.get(name, ()):
+                output = output.index_copy(0, rows, after(output[rows], x[rows]))
         return output
 
 
@@ -161,7 +174,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
 
 def carries_adapters(model: nn.Module) -> bool:
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return hasattr(model, "_tuned") or any(isinstance(getattr(hook, "__self__", None), Seat) for hook in hooks)
+    return hasattr(model, "_tuned") or any(isinstance(getattr(hook, "__self__", None), Seat | Front) for hook in hooks)
 
 
 def build(
@@ -226,7 +239,8 @@ class Tuned(nn.Module):
         self.base = base
         self.methods: dict[str, tuple[Method, ...]] = {}
         self._state = State()
-        self._seats: dict[str, Seat] = {}
+        self._seats: dict[tuple[str, bool], Seat] = {}  # by path, and whether weights are changed there
+        self._front: Front | None = None
         self._originals: dict[Slot, nn.Parameter] = {}  # what the installed pointers replaced
         self._merged: dict[Slot, nn.Parameter] | None = None
         self._disabled = False
@@ -296,13 +310,16 @@ class Tuned(nn.Module):
         self.adapters[name].train(self.training).requires_grad_(False)
         self.methods[name] = methods
         for layer in layers.values():
-            if layer.slots:
-                continue
-            if layer.path not in self._seats:
-                self._seats[layer.path] = Seat(self._state)
-                module = self.base.get_submodule(layer.path)
-                module.register_forward_hook(self._seats[layer.path].hook, with_kwargs=True)
-            self._seats[layer.path].layers.setdefault(name, []).append(layer)
+            if layer.front:
+                self._front = self._front or Front(self.base, self._state)
+                self._front.layers.setdefault(name, []).append(layer)
+            for path, after in layer.seats().items():
+                weight = isinstance(layer, WeightLayer)
+                if (path, weight) not in self._seats:
+                    self._seats[path, weight] = seat = Seat(self._state)
+                    # A change of the weight comes first, whatever was attached first: an adapter sees what W' gives.
+                    self.base.get_submodule(path).register_forward_hook(seat.hook, with_kwargs=True, prepend=weight)
+                self._seats[path, weight].layers.setdefault(name, []).append(after)
 
     def use(self, *names: str) -> None:
         """Activates these adapters, together if several (their changes add up), and only them; none is the bare base.
@@ -392,15 +409,17 @@ class Tuned(nn.Module):
         for (path, name), flag in self._required.items():
             owner = self.base.get_submodule(path)
             owner._parameters[name] = merged.get((path, name), owner._parameters[name]).requires_grad_(flag)
-        for path, seat in self._seats.items():
-            hooks = self.base.get_submodule(path)._forward_hooks
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is seat]:
-                del hooks[key]
-                self.base.get_submodule(path)._forward_hooks_with_kwargs.pop(key, None)
+        ours = {id(seat) for seat in (*self._seats.values(), self._front)}
+        for module in self.base.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in ours]:
+                    del hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         if untied and hasattr(self.base, "config"):
             self.base.config.tie_word_embeddings = False
         del self.base._tuned
-        self.adapters, self.methods, self._seats, self._merged = nn.ModuleDict(), {}, {}, None
+        self.adapters, self.methods, self._seats, self._front, self._merged = nn.ModuleDict(), {}, {}, None, None
         self._state.active = ()
         return self.base
 
@@ -443,6 +462,8 @@ class Tuned(nn.Module):
             for layer in self._layers():
                 if layer.slots:
                     new |= dict.fromkeys(layer.slots, layer.value.detach())
+                elif not isinstance(layer, WeightLayer):
+                    layer.delta()  # says that there is none
             for layer in self._layers():
                 if layer.slots:
                     continue
@@ -476,10 +497,10 @@ class Tuned(nn.Module):
             raise TypeError(f"adapters={adapters!r} is not a list with one adapter name or None per row of the batch.")
         names = self._known([name for name in adapters if name is not None])
         for name in names:
-            if any(layer.slots for layer in self.adapters[name].values()):
-                raise ValueError(
-                    f"{name!r} replaces parameters of the base, so it cannot be chosen per row; use({name!r})."
-                )
+            layers = self.adapters[name].values()
+            if any(layer.slots or layer.front for layer in layers):
+                what = "replaces parameters of" if any(layer.slots for layer in layers) else "puts tokens in front of"
+                raise ValueError(f"{name!r} {what} the base, so it cannot be chosen per row; use({name!r}).")
         batch = next(
             (len(v) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), len(adapters)
         )
