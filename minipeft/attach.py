@@ -43,8 +43,15 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} does not say where its layers go")
 
+    def penalty(self, layers: Sequence[Layer]) -> torch.Tensor | float:
+        """What the method adds to the loss; `layers` are all layers of the adapter, of this method or not."""
+        return 0.0
 
-After = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    def stepped(self, layers: Sequence[Layer], step: int) -> None:
+        """Called after optimizer step `step` (from 1), while the gradients of that step are still there."""
+
+
+After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (output, x, plain) -> output
 
 
 class Layer(nn.Module):
@@ -58,7 +65,8 @@ class Layer(nn.Module):
         self.path = path
 
     def seats(self) -> dict[str, After]:
-        """{path of a module: `after(output, x)`, the module's new output for its output and its first input}."""
+        """{path of a module: what gives its new output, called with the output so far, the module's first input, and
+        its plain output, before any layer of this kind}."""
         return {}
 
     def added(self) -> int:
@@ -66,35 +74,64 @@ class Layer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def delta(self) -> torch.Tensor:
-        """ΔW, of shape (d_out, d_in); `Tuned` calls it while the base's own weights are in place."""
+        """ΔW, of shape (d_out, d_in), against the weight that is in place when `Tuned` calls it."""
         raise ValueError(
             f"{type(self).__name__} at {self.path!r} changes no weight, so there is no ΔW to merge or show."
         )
+
+    def changes(self) -> dict[str, torch.Tensor]:
+        """{name of a parameter of the module: its change}, a weight's of shape (width of the module, d_in)."""
+        return {"weight": self.delta()}
+
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        """The parameters that train at another learning rate than the rest, each with its factor."""
+        return []
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """{end of the key: numbers} in an adapter file; see `minipeft.layout`."""
+        raise ValueError(f"A {type(self).__name__} has no file format, so it cannot be saved.")
+
+    def restore(self, numbers: dict[str, torch.Tensor]) -> None:
+        """Takes over what `stored` gave; names and shapes are checked already."""
+        for key, mine in self.stored().items():
+            mine.data.copy_(numbers[key])
 
 
 class WeightLayer(Layer):
     """A layer that adds ΔW to the weight of `target`: provide `forward(x)`, the extra output, and `delta()`.
 
     Both speak about the target's own rows only: shapes (…, d_out) and (d_out, d_in), where d_out is the length of the
-    slice if the target is a slice of a fused projection. Padding to the module's full width happens here.
+    slice if the target is a slice of a fused projection. Padding to the module's full width happens here. A layer whose
+    extra output needs the bare module's (DoRA, IA3) overrides `extra` instead of `forward`.
     """
 
     def __init__(self, target: Target):
         super().__init__(target.path)
         self.key = target.key
+        self.rows = slice(target.start, target.stop)
         self.padding = (target.start, target.width - target.stop)
+        self.owner = (target.module,)  # in a tuple, so that the base is no submodule of the layer
 
     def seats(self) -> dict[str, After]:
         return {self.path: self.after}
 
-    def after(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        extra = self(x)
+    @property
+    def weight(self) -> torch.Tensor:
+        """The target's own rows of the weight that is in place, (d_out, d_in)."""
+        weight = self.owner[0].weight
+        return (weight.T if flipped(self.owner[0]) else weight)[self.rows]
+
+    def extra(self, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        """What the target's own rows get added; `plain` is the bare module's output, in full width."""
+        return self(x)
+
+    def after(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        extra = self.extra(x, plain)
         extra = F.pad(extra, self.padding) if any(self.padding) else extra
         return (output + extra).to(output.dtype)
 
-    def full_delta(self) -> torch.Tensor:
-        """ΔW with zero rows outside the slice: (width of the module, d_in)."""
-        return F.pad(self.delta(), (0, 0, *self.padding))
+    def changes(self) -> dict[str, torch.Tensor]:
+        return {"weight": F.pad(self.delta(), (0, 0, *self.padding))}  # zero rows outside the slice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,11 +158,11 @@ class Seat:
         state = self.state
         if state.silent:
             return output
-        x = args[0] if args else next(iter(kwargs.values()))
+        x, plain = args[0] if args else next(iter(kwargs.values())), output
         if state.rows is None:
             for name in state.active:
                 for after in self.layers.get(name, ()):
-                    output = after(output, x)
+                    output = after(output, x, plain)
             return output
         if x.shape[0] != state.batch:
             raise ValueError(
@@ -135,7 +172,7 @@ class Seat:
         for name, rows in state.rows.items():
             rows = rows.to(output.device)
             for after in self.layers.get(name, ()):
-                output = output.index_copy(0, rows, after(output[rows], x[rows]))
+                output = output.index_copy(0, rows, after(output[rows], x[rows], plain[rows]))
         return output
 
 
@@ -279,7 +316,7 @@ class Tuned(nn.Module):
         with self.disabled():  # the originals must move too; merged weights are computed again
             super()._apply(fn, recurse)
         if self._merged is not None:
-            self._merged = self._merge()
+            self._merged, _ = self._merge()
         self._refresh()
         return self
 
@@ -364,13 +401,39 @@ class Tuned(nn.Module):
 
     @torch.no_grad()
     def deltas(self) -> dict[str, torch.Tensor]:
-        """{path: ΔW} of the active adapters, summed where several meet; a weight's ΔW has shape (d_out, d_in)."""
+        """{path: ΔW} of the active adapters, summed where several meet; a weight's ΔW has shape (d_out, d_in).
+
+        A changed bias is listed under its own name. A ΔW that depends on W is taken against the W in use: the trained
+        copy where another method replaced it.
+        """
         result: dict[str, torch.Tensor] = {}
+
+        def add(path: str, delta: torch.Tensor) -> None:
+            result[path] = result[path] + delta if path in result else delta
+
         with self.disabled():
-            for layer in self._layers():
-                delta = layer.full_delta() if isinstance(layer, WeightLayer) else layer.delta()
-                result[layer.path] = result[layer.path] + delta if layer.path in result else delta
+            for layer in (layer for layer in self._layers() if layer.slots):
+                add(layer.path, layer.delta())
+        with self._unmerged():
+            for layer in (layer for layer in self._layers() if not layer.slots):
+                for name, delta in layer.changes().items():
+                    add(layer.path if name == "weight" else f"{layer.path}.{name}", delta)
         return result
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    def penalty(self) -> torch.Tensor | float:
+        """What the active methods add to the loss (AdaLoRA's orthogonality); 0.0 for most methods."""
+        every = [(method, list(self.adapters[name].values())) for name in self.active for method in self.methods[name]]
+        return sum((method.penalty(layers) for method, layers in every), 0.0)
+
+    def stepped(self, step: int) -> None:
+        """Tells the active methods that optimizer step `step` (from 1) was taken; call it before `zero_grad()`.
+
+        AdaLoRA moves its ranks here. `fit` calls it; a loop of your own must.
+        """
+        for name in self.active:
+            for method in self.methods[name]:
+                method.stepped(list(self.adapters[name].values()), step)
 
     def save(self, path: str | os.PathLike, name: str | None = None) -> None:
         """Writes one adapter (the active one) to a directory; see `minipeft.serve.checkpoint`."""
@@ -379,19 +442,27 @@ class Tuned(nn.Module):
         save_adapter(self, path, name)
 
     # -- merging ------------------------------------------------------------------------------------------------------
-    def merge(self) -> None:
+    def merge(self) -> dict[str, float]:
         """W' = W + ΔW, computed in float32 and stored in W's dtype, replaces W; the hooks fall silent.
 
-        In bfloat16 the sum is rounded to 8 bits, which swallows a ΔW that is small beside W.
+        In bfloat16 the sum is rounded to 8 bits, which swallows a ΔW that is small beside W. Returns how much was lost,
+        {path: ‖(W' − W) − ΔW‖ / ‖ΔW‖}, and warns when it is over a tenth ({} for methods that train W itself).
         Raises ValueError when merged already, and for adapters that change no weight.
         """
         self._must_be_open("merge")
         if not self.active:
             raise ValueError(f"No adapter is active, so there is nothing to merge; use() one of {list(self.adapters)}.")
-        self._merged = self._merge()
+        self._merged, lost = self._merge()
         if ties := self._broken_ties():
             warnings.warn(f"Merging unties {', '.join(ties)} from a weight that stays as it was.", stacklevel=2)
         self._refresh()
+        if lost and (worst := max(lost, key=lost.get)) and lost[worst] > 0.1:
+            warnings.warn(
+                f"Rounding to the base's dtype loses {100 * lost[worst]:.0f} % of ΔW at {worst}; keep the adapter "
+                "apart, or merge into a float32 copy of the base.",
+                stacklevel=2,
+            )
+        return lost
 
     def unmerge(self) -> None:
         """Puts the original weights back, bit for bit."""
@@ -454,33 +525,49 @@ class Tuned(nn.Module):
             parameters = self.base.get_submodule(path)._parameters
             self._originals[path, name], parameters[name] = parameters[name], new
 
+    @contextlib.contextmanager
+    def _unmerged(self):
+        """Within it, the base's own parameters and the trained copies of the active adapters are in place."""
+        before, self._merged, self._disabled = (self._merged, self._disabled), None, False
+        self._refresh()
+        try:
+            yield
+        finally:
+            self._merged, self._disabled = before
+            self._refresh()
+
     @torch.no_grad()
-    def _merge(self) -> dict[Slot, nn.Parameter]:
-        """The parameters of the merged model that differ from the base's."""
+    def _merge(self) -> tuple[dict[Slot, nn.Parameter], dict[str, float]]:
+        """The parameters of the merged model that differ from the base's, and how much of each ΔW rounding took."""
         new: dict[Slot, torch.Tensor] = {}
-        with self.disabled():
-            for layer in self._layers():
-                if layer.slots:
-                    new |= dict.fromkeys(layer.slots, layer.value.detach())
-                elif not isinstance(layer, WeightLayer):
-                    layer.delta()  # says that there is none
-            for layer in self._layers():
-                if layer.slots:
-                    continue
-                owner, slot = self.base.get_submodule(layer.path), (layer.path, "weight")
-                if "weight" not in owner._parameters:
-                    raise ValueError(
-                        f"{layer.path!r} computes its weight from other tensors, so nothing can be merged."
-                    )
-                weight = new.get(slot, owner.weight)
-                delta = layer.full_delta() if isinstance(layer, WeightLayer) else layer.delta()
+        for layer in self._layers():
+            if layer.slots:
+                new |= dict.fromkeys(layer.slots, layer.value.detach())
+        deltas: dict[Slot, torch.Tensor] = {}
+        lost: dict[str, float] = {}
+        with self._unmerged():
+            for layer in (layer for layer in self._layers() if not layer.slots):
+                changes = layer.changes()  # says so, where a layer changes no weight
+                owner = self.base.get_submodule(layer.path)
+                for name, delta in changes.items():
+                    slot = (layer.path, name)
+                    if name not in owner._parameters:
+                        raise ValueError(
+                            f"{layer.path!r} computes its {name} from other tensors, so nothing can be merged."
+                        )
+                    wide = torch.promote_types(owner._parameters[name].dtype, torch.float32)
+                    delta = (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
+                    deltas[slot] = deltas[slot] + delta if slot in deltas else delta
+            for (path, name), delta in deltas.items():
+                old = self.base.get_submodule(path)._parameters[name]
                 # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                new[slot] = weight.to(wide) + (delta.T if flipped(owner) else delta).to(weight.device, wide)
-            dtypes = {slot: self.base.get_submodule(slot[0])._parameters[slot[1]].dtype for slot in new}
+                new[path, name] = (old.to(delta.dtype) + delta.to(old.device)).to(old.dtype)
+                if not old.is_meta and (size := delta.norm()) > 0:
+                    rounded = new[path, name].to(delta.dtype) - old.to(delta.dtype)
+                    lost[path if name == "weight" else f"{path}.{name}"] = ((rounded - delta).norm() / size).item()
         # one parameter for each value, so that what is tied stays tied
-        shared = {id(v): nn.Parameter(v.to(dtypes[slot]), requires_grad=False) for slot, v in new.items()}
-        return {slot: shared[id(value)] for slot, value in new.items()}
+        shared = {id(v): nn.Parameter(v, requires_grad=False) for v in new.values()}
+        return {slot: shared[id(value)] for slot, value in new.items()}, lost
 
     def _broken_ties(self) -> list[str]:
         """Merged parameters of which another alias in the base stays as it was."""

@@ -104,11 +104,11 @@ class AdapterLayer(Layer):
         """W_up·σ(W_down·h + b_down) + b_up, (…, d) → (…, d)"""
         return self.up(ACTIVATIONS[self.activation](self.down(h.to(self.down.weight.dtype))))
 
-    def hear(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def hear(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         self.heard = x
         return output
 
-    def after(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def after(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         h, self.heard = output if self.heard is None else self.heard, None
         return (output + self(h)).to(output.dtype)
 

@@ -99,7 +99,7 @@ class ExpertsLayer(Layer):
             mixed = AlsoMinimise.apply(mixed, self.method.balance * self.imbalance(probabilities, gates))
         return mixed
 
-    def after(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def after(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         return (output + self(output)).to(output.dtype)
 
     def imbalance(self, probabilities: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
