@@ -115,6 +115,10 @@ class LoRALayer(WeightLayer):
         # ΔW = γ·B·A, of rank at most r
         return self.gamma * (self.B @ self.A)
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        name = "lora_embedding_{}" if self.embedding else "lora_{}.weight"
+        return {name.format("A"): self.A, name.format("B"): self.B}
+
 
 def draw(init: str, rank: int, d_in: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """A fresh A (r, d_in), on the CPU."""

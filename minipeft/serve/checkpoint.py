@@ -1,11 +1,9 @@
 """Adapters on disk: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
-LoRA, with or without a trained output layer, is written as Hugging Face PEFT writes it, and read from PEFT's files:
+Every method that Hugging Face PEFT has is written as PEFT writes it, and read from PEFT's files: `serve/layout.py` says
+how, method by method. Besides a method's own numbers a file can hold parameters of the base that were trained:
 
-    base_model.model.<path>.lora_A.weight       (r, d_in)       lora_alpha = γ·r, or γ·√r with use_rslora
-    base_model.model.<path>.lora_B.weight       (d_out, r)
-    base_model.model.<path>.lora_embedding_A    (r, V)          on an embedding; lora_embedding_B is (d, r)
-    base_model.model.<module>.<parameter>                       of a module in modules_to_save: the output layer
+    base_model.model.<module>.<parameter>       of a module in modules_to_save: the output layer
 
 PEFT has no slices of fused projections, no BitFit and no selective training. Those use the same two files with a
 `peft_type` of our own, MINIPEFT_LORA or MINIPEFT_SELECT, where `entries` names the base's parameters that were trained.
@@ -17,9 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,34 +23,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minipeft.attach import (
-    Layer,
-    Method,
-    Tuned,
-    build,
-    carries_adapters,
-    check_name,
-    wrap,
-)
-from minipeft.methods.lora import LoRA, LoRALayer
+from minipeft.attach import Layer, Method, Tuned, build, carries_adapters, check_name, wrap
 from minipeft.methods.select import Full, Selected, parameter_name
-from minipeft.targets import flipped, is_matrix, slots
+from minipeft.serve.layout import OURS, PREFIX, WORDS, Layout, layout_for, layout_of
+from minipeft.targets import is_matrix, slots
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-LORA_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:embedding_[AB]|[AB]\.weight)")
-# Options of PEFT's LoraConfig that change what the numbers mean.
-FOREIGN = (
-    *("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora"),
-    *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
-)
-PLAIN_INITS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # the others (PiSSA, OLoRA, …) change the base as well
+CONFIG, WEIGHTS, SELECT = "adapter_config.json", "adapter_model.safetensors", OURS + "SELECT"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,63 +48,37 @@ def save_adapter(tuned: Tuned, path: str | os.PathLike, name: str | None = None)
     with tuned.disabled():
         config = describe(tuned.base, layers)
     config["base_model_name_or_path"] = getattr(getattr(tuned.base, "config", None), "name_or_path", "") or None
-    parameters = file_keys(layers, config)
-    if any(parameter.is_meta for parameter in parameters.values()):
+    numbers = expected(layers, config)
+    if any(value.is_meta for value in numbers.values()):
         raise ValueError(f"Adapter {name!r} is on the meta device, so it has no numbers to save; use tuned.to_empty().")
-    tensors = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters.items()}
-    write(Path(path), config, tensors)
+    write(Path(path), config, {key: value.detach().cpu().contiguous() for key, value in numbers.items()})
 
 
 def describe(base: nn.Module, layers: list[Layer]) -> dict:
     """The configuration of an adapter: PEFT's if PEFT can hold it, else one of our own."""
-    loras = [layer for layer in layers if type(layer) is LoRALayer]
-    selected = [layer for layer in layers if type(layer) is Selected]
-    other = next((layer for layer in layers if layer not in loras and layer not in selected), None)
-    if other is not None:
-        raise ValueError(
-            f"A {type(other).__name__} has no file format here; LoRA, Full, BitFit and Softmax can be saved."
-        )
+    selected, others = split(layers)
     whole = whole_modules(base, selected)
     entries = [parameter_name(slot) for layer in selected for slot in layer.slots]
-    if not loras:
-        return {"peft_type": "MINIPEFT_SELECT", "entries": entries}
-    first = loras[0]
-    if not all(layer.path for layer in loras):
-        raise ValueError(
-            "The model is itself the adapted layer, so the layer has no name to save; wrap it in nn.Sequential."
-        )
-    by_peft = whole is not None and not any(any(layer.padding) for layer in loras)
-    scale = math.sqrt if first.rank_stabilized else float
+    if not others:
+        return {"peft_type": SELECT, "entries": entries}
+    if len(kinds := {type(layer).__name__ for layer in others}) > 1:
+        raise ValueError(f"One file holds one method, not {' and '.join(sorted(kinds))}; put each under its own name.")
+    layout = layout_of(others[0])
     config = {
-        "peft_type": "LORA" if by_peft else "MINIPEFT_LORA",
+        "peft_type": layout.peft_type,
         "task_type": None,
         "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.gamma * scale(first.rank),
-        "use_rslora": first.rank_stabilized,
-        "lora_dropout": first.dropout,
-        "bias": "none",
-        "fan_in_fan_out": any(flipped(base.get_submodule(x.path)) and not x.embedding for x in loras),
-        "target_modules": target_modules(base, sorted({layer.path for layer in loras})),
-        "rank_pattern": {exactly(x.key): x.rank for x in loras if x.rank != first.rank},
-        "alpha_pattern": {
-            exactly(x.key): x.gamma * scale(x.rank) for x in loras if (x.rank, x.gamma) != (first.rank, first.gamma)
-        },
         "modules_to_save": whole or None,
-    }
-    return config if by_peft else config | {"entries": entries}
+    } | layout.config(base, others)
+    if whole is None and not config["peft_type"].startswith(OURS):
+        config["peft_type"] = OURS + config["peft_type"]
+    return config | {"entries": entries} if config["peft_type"].startswith(OURS) else config
 
 
-def exactly(path: str) -> str:
-    """A pattern for rank_pattern and alpha_pattern that fits this path and no longer one that ends alike."""
-    return f"^{re.escape(path)}"
-
-
-def target_modules(base: nn.Module, paths: list[str]) -> list[str] | str:
-    """The paths, or one expression where PEFT, which matches list entries as suffixes, would find further layers."""
-    suffixes = tuple(f".{path}" for path in paths)
-    found = [path for path, module in base.named_modules() if is_matrix(module) and f".{path}".endswith(suffixes)]
-    return paths if len(found) == len(paths) else "|".join(map(re.escape, paths))
+def split(layers: list[Layer]) -> tuple[list[Selected], list[Layer]]:
+    """Trained copies of the base's parameters, and the layers of a method."""
+    selected = [layer for layer in layers if isinstance(layer, Selected)]
+    return selected, [layer for layer in layers if not isinstance(layer, Selected)]
 
 
 def whole_modules(base: nn.Module, selected: list[Selected]) -> list[str] | None:
@@ -150,18 +98,19 @@ def isinstance_embedding(base: nn.Module, path: str) -> bool:
     return isinstance(base.get_submodule(path), nn.Embedding)
 
 
-def file_keys(layers: list[Layer], config: dict) -> dict[str, nn.Parameter]:
-    """{key in the file: parameter} for built layers."""
+def expected(layers: list[Layer], config: dict) -> dict[str, torch.Tensor]:
+    """{key in the file: numbers} for built layers."""
+    selected, others = split(layers)
+    layout = layout_for(config) if others else None
+    return _copies(selected, config, layout) | (layout.tensors(others, config) if layout else {})
+
+
+def _copies(selected: list[Selected], config: dict, layout: Layout | None) -> dict[str, torch.Tensor]:
+    head, whole = layout.head if layout else PREFIX, set(config.get("modules_to_save") or ())
     keys = {}
-    whole = set(config.get("modules_to_save") or ()) if config["peft_type"] == "LORA" else set()
-    for layer in layers:
-        if isinstance(layer, Selected):
-            inside = [s for s in layer.slots if any(s[0] == m or s[0].endswith(f".{m}") for m in whole)]
-            keys[PREFIX + parameter_name((inside or layer.slots)[0])] = layer.value
-        elif layer.embedding:
-            keys |= {f"{PREFIX}{layer.key}.lora_embedding_{n}": getattr(layer, n) for n in "AB"}
-        else:
-            keys |= {f"{PREFIX}{layer.key}.lora_{n}.weight": getattr(layer, n) for n in "AB"}
+    for layer in selected:
+        inside = [s for s in layer.slots if any(s[0] == m or s[0].endswith(f".{m}") for m in whole)]
+        keys[head + parameter_name((inside or layer.slots)[0])] = layer.value
     return keys
 
 
@@ -209,8 +158,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
         config, tensors = read(Path(path))
         with tuned.disabled() if tuned else contextlib.nullcontext():
             methods, layers = build(base, interpret(base, config, tensors), seed=0)
-            fill(file_keys(list(layers.values()), config), tensors)
-    except ValueError as error:
+            fill(list(layers.values()), config, tensors)
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"The adapter in {str(path)!r} does not load: {error}") from error
     if tuned is None:
         return wrap(model, name, methods, layers)
@@ -228,7 +177,7 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG} is not JSON ({error}); save the adapter again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds a {type(config).__name__}; it must be a JSON object.")
@@ -239,74 +188,31 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> list[Method]:
-    """The methods that build what the files hold. The layers are the ones that the keys name, not what
-    `target_modules` matches (PEFT writes short suffixes there), but a layer that it does match must not be missing."""
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "MINIPEFT_LORA", "MINIPEFT_SELECT"):
-        raise ValueError(f"it holds peft_type {kind!r}; LORA, MINIPEFT_LORA and MINIPEFT_SELECT can be loaded.")
-    check_config(config)
-    if used := [option for option in FOREIGN if config.get(option)]:
-        raise ValueError(f"it uses {', '.join(used)}, which plain LoRA does not have; only plain LoRA loads.")
-    if config.get("init_lora_weights") not in PLAIN_INITS:
-        init = config["init_lora_weights"]
-        raise ValueError(f"it was initialised by {init!r}, which changes the base; only plain LoRA loads.")
+    """The methods that build what the files hold."""
+    layout = None if config.get("peft_type") == SELECT else layout_for(config)
+    check_config(config, layout)
     for key in [key for key in tensors if key.endswith(".base_layer.weight")]:
         drop_if_equal(base, key, tensors)
-    found = {key: LORA_KEY.fullmatch(key) for key in tensors}
-    methods = loras(config, list(dict.fromkeys(m[1] for m in found.values() if m)))
-    if kind == "LORA":
-        check_complete(base, config, {m[1] for m in found.values() if m})
-    rest = [key.removeprefix(PREFIX) for key in found if not found[key] and key.startswith(PREFIX)]
-    names = config.get("entries", []) if kind != "LORA" else with_aliases(base, rest)
+    methods = layout.methods(base, config, tensors) if layout else []
+    head = layout.head if layout else PREFIX
+    rest = [key.removeprefix(head) for key in tensors if key.startswith(head) and not (layout and layout.owns(key))]
+    ours = config["peft_type"].startswith(OURS)
+    names = config.get("entries") or [] if ours else with_aliases(base, rest)
+    if not methods and not names:
+        raise ValueError("it holds no numbers of any method; it was saved incompletely.")
     return methods + ([Full(targets=tuple(names))] if names else [])
 
 
-def check_config(config: dict) -> None:
+def check_config(config: dict, layout: Layout | None) -> None:
     """Refuses entries of a wrong type, which would fail later in words that say nothing about the file."""
-    words, mapping = (list, type(None)), (dict, type(None))
-    kinds = {
-        "target_modules": (str, *words),
-        "modules_to_save": words,
-        "rank_pattern": mapping,
-        "alpha_pattern": mapping,
-    }
-    if config["peft_type"] != "LORA":
-        kinds["entries"] = words
-    if config["peft_type"] != "MINIPEFT_SELECT":
-        kinds |= {"lora_alpha": (int, float), "lora_dropout": (int, float, type(None))}
-    for option, types in kinds.items():
+    kinds = {"target_modules": (str, *WORDS), "modules_to_save": WORDS, "entries": WORDS}
+    for option, types in (kinds | (layout.kinds if layout else {})).items():
         value = config.get(option)
-        if not isinstance(value, types) or (isinstance(value, list) and not all(isinstance(v, str) for v in value)):
+        words = not (option in kinds and isinstance(value, list)) or all(isinstance(v, str) for v in value)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not words:
             raise ValueError(f"{CONFIG} has {option} = {value!r}, which is of the wrong type.")
-    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
-    targets = config.get("target_modules")
-    for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            which = "target_modules" if pattern is targets else "rank_pattern or alpha_pattern"
-            raise ValueError(f"{CONFIG} has {pattern!r} in {which}, no regular expression ({error}).") from error
-
-
-def loras(config: dict, keys: list[str]) -> list[LoRA]:
-    """One LoRA for each combination of rank and γ."""
-    groups: dict[tuple, list[tuple[str, int, int]]] = {}
-    for key in keys:
-        rank = by_pattern(config.get("rank_pattern"), key, config.get("r"))
-        alpha = by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha"))
-        place = re.fullmatch(r"(.+?)(?:\[(\d+):(\d+)\])?", key)
-        groups.setdefault((rank, alpha), []).append((place[1], int(place[2] or 0), int(place[3] or 0)))
-    stable, dropout = bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0
-    return [
-        LoRA(rank=rank, alpha=alpha, rank_stabilized=stable, dropout=dropout, targets=places)
-        for (rank, alpha), places in groups.items()
-    ]
-
-
-def by_pattern(patterns: dict | None, key: str, default):
-    """PEFT's rule: the first pattern that matches the end of the path, at a dot."""
-    fits = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", key))
-    return next(fits, default)
+    if layout and (used := [o for o in layout.foreign if config.get(o) and o not in layout.flag]):
+        raise ValueError(f"it uses {', '.join(used)}, which is not done here; only plain {layout.peft_type} loads.")
 
 
 def with_aliases(base: nn.Module, names: list[str]) -> list[str]:
@@ -328,37 +234,25 @@ def drop_if_equal(base: nn.Module, key: str, tensors: dict[str, torch.Tensor]) -
     del tensors[key]
 
 
-def check_complete(base: nn.Module, config: dict, present: set[str]) -> None:
-    targets = config.get("target_modules")
-    partial = any(config.get(o) is not None for o in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if partial or not targets or targets == "all-linear":
-        return
-    if isinstance(targets, str):
-        matches = re.compile(targets).fullmatch
-    else:
-        suffixes = tuple(f".{target}" for target in targets)
-        matches = lambda p: f".{p}".endswith(suffixes)  # noqa: E731
-    saved = tuple(f".{module}" for module in config.get("modules_to_save") or ())
-    matrices = [p for p, m in base.named_modules() if is_matrix(m) and not (saved and f".{p}".endswith(saved))]
-    if missing := [p for p in matrices if matches(p) and p not in present]:
-        raise ValueError(
-            f"it has no lora_A and lora_B for {len(missing)} of its targets, such as {missing[0]!r}; "
-            "it was saved incompletely, or from another model."
-        )
-
-
 @torch.no_grad()
-def fill(places: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
+def fill(layers: list[Layer], config: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Copies the file's numbers into built layers, each into its own place."""
+    places = expected(layers, config)
     for what, keys in (("lacks", places.keys() - tensors.keys()), ("has", tensors.keys() - places.keys())):
         if keys:
             use = "which this model needs" if what == "lacks" else "for which this model has no place"
             raise ValueError(f"it {what} {len(keys)} tensors, such as {min(keys)!r}, {use}.")
-    for key, parameter in places.items():
+    for key, mine in places.items():
         value = tensors[key]
-        if value.shape != parameter.shape:
-            raise ValueError(f"{key!r} has shape {tuple(value.shape)}, but this model needs {tuple(parameter.shape)}.")
-        if not torch.isfinite(value).all():
+        if value.shape != mine.shape:
+            raise ValueError(f"{key!r} has shape {tuple(value.shape)}, but this model needs {tuple(mine.shape)}.")
+        if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{key!r} holds {value.dtype} numbers; an adapter's are float32, float16 or bfloat16.")
+        if not torch.isfinite(value.to(mine.dtype)).all():
             raise ValueError(f"{key!r} holds NaN or infinite numbers; save it from a run that converged.")
-    for key, parameter in places.items():
-        parameter.copy_(tensors[key])
+    selected, others = split(layers)
+    layout = layout_for(config) if others else None
+    for key, mine in _copies(selected, config, layout).items():
+        mine.copy_(tensors[key])
+    if layout:
+        layout.restore(others, config, tensors)
