@@ -87,7 +87,7 @@ class AdapterLayer(Layer):
 
     def __init__(self, model: nn.Module, method: Adapter, group: list[Site], generator: torch.Generator):
         super().__init__(f"{group[0].path}.adapter")
-        self.sites, self.activation = group, method.activation
+        self.sites, self.method = group, method
         weight = model.get_submodule(group[0].path).weight
         with like(weight, generator):
             self.down, self.up = nn.Linear(group[0].d, method.bottleneck), nn.Linear(method.bottleneck, group[0].d)
@@ -102,7 +102,10 @@ class AdapterLayer(Layer):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """W_up·σ(W_down·h + b_down) + b_up, (…, d) → (…, d)"""
-        return self.up(ACTIVATIONS[self.activation](self.down(h.to(self.down.weight.dtype))))
+        return self.up(ACTIVATIONS[self.method.activation](self.down(h.to(self.down.weight.dtype))))
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return dict(self.named_parameters())
 
     def hear(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         self.heard = x

@@ -83,6 +83,9 @@ class ExpertsLayer(Layer):
     def seats(self) -> dict[str, After]:
         return {self.site.path: self.after}
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        return dict(self.named_parameters())
+
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """Σ gₑ·fₑ(h), (…, d) → (…, d)"""
         h = h.to(self.router.dtype)

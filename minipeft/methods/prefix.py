@@ -86,6 +86,9 @@ class Prefix(Layer):
         """(n, layers·2·kv·w): K and V of layer 0, of layer 1, …"""
         return self.value if self.flat else self.layers(self.E)
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self.folded()}
+
     def prefix(self) -> torch.Tensor:
         """(n, 2·layers, kv, w)"""
         layers, heads, width = self.shape

@@ -112,6 +112,9 @@ class SoftPrompt(Layer):
         """(n, d)"""
         return self.value
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self.value}
+
 
 @dataclass(frozen=True)
 class PTuning(Method):
@@ -169,6 +172,9 @@ class GeneratedPrompt(Layer):
         """(n, d)"""
         start = self.lstm(self.E)[0] if self.kind == "lstm" else self.E
         return self.layers(start).view(self.shape)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self.prompt()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
