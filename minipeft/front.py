@@ -6,7 +6,8 @@ know that there are more:
     tokens          p₁ … pₙ x₁ … x_L        placeholder ids, whose embeddings are exchanged for the prompt's
     attention mask  1  … 1  m₁ … m_L        a prefix of length n has its 1s here too, and its K and V in the cache
     positions       0 … n−1 n + those of x  counted without padding, so left padding changes nothing
-    labels          −100 …  y₁ … y_L        no loss is taken where the prompt stands
+    labels          −100 …  y₁ … y_L        no loss is taken where the prompt stands, nor, in a language model, over x₁,
+                                            for which the base takes none either: nothing came before it
     logits                  z₁ … z_L        the prompt's own are cut off
 
 `generate` calls the model once with the whole text and an empty cache, then with one token at a time: prompt and prefix
@@ -38,6 +39,7 @@ class Front:
         self.pending: torch.Tensor | None = None  # the prompt of the call that is under way
         self.total = 0  # its vectors and the call's tokens
         self.drop_cache = False
+        self.begun = 0  # vectors in front in the cache that the call begins
         base.register_forward_pre_hook(self.before, with_kwargs=True)
         base.register_forward_hook(self.after)
         base.get_input_embeddings().register_forward_hook(self.embed)
@@ -48,7 +50,7 @@ class Front:
         return [layer for name in self.state.active for layer in self.layers.get(name, ()) if layer.front == kind]
 
     def before(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self.pending, self.drop_cache = None, False
+        self.pending, self.drop_cache, self.begun = None, False, 0
         prompts, prefixes = self.active("prompt"), self.active("prefix")
         call = dict(zip(self.names, args, strict=False)) | kwargs
         cache = call.get("past_key_values")
@@ -66,6 +68,12 @@ class Front:
             return None
         text = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
         rows, length = text.shape[:2]
+        room = -1 if cache is None else cache.get_max_length()
+        if 0 <= room < (cache.get_seq_length() if started else n) + length:
+            raise ValueError(
+                f"The cache has room for {room} tokens and must hold {n} vectors in front of them as well; "
+                "call generate with its default, dynamic cache."
+            )
         self._positions(base, call, rows, length, n_prompt if not started else 0, n_prefix if not started else n)
         if (mask := call.get("attention_mask")) is not None:
             if getattr(mask, "ndim", 0) != 2:
@@ -79,8 +87,8 @@ class Front:
         if prefix is not None and not started:
             call["past_key_values"] = cache = self._put_prefix(base, cache, prefix, rows)
             self.drop_cache = call.get("use_cache") is False
-        if cache is not None and not started:
-            cache.in_front = n
+        if not started:
+            self.begun = n
         return (), call
 
     def _positions(self, base: nn.Module, call: dict, rows: int, length: int, ahead: int, seen: int) -> None:
@@ -109,8 +117,10 @@ class Front:
             call["input_ids"] = torch.cat([ids.new_full((rows, n), int(pad == 0)), ids], 1)
         for name, value in (("labels", IGNORE), ("token_type_ids", 0)):
             each = call.get(name)
-            if each is not None and each.shape[:2] == (rows, length) and each.ndim == 2:
+            if each is not None and each.shape == (rows, length):
                 call[name] = torch.cat([each.new_full((rows, n), value), each], 1)
+                if name == "labels" and base.can_generate():
+                    call[name][:, n] = IGNORE
         if isinstance(call.get("logits_to_keep"), torch.Tensor):
             call["logits_to_keep"] = call["logits_to_keep"] + n
         self.pending, self.total = prompt, n + length
@@ -140,8 +150,12 @@ class Front:
 
     def after(self, base: nn.Module, args: tuple, output):
         """Cuts off the prompt's own logits and hidden states; attention maps stay whole, to be looked at."""
-        if self.drop_cache and hasattr(output, "past_key_values"):
-            output["past_key_values"] = None  # the caller wants none, and must not get the prefix's back
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and self.begun:
+            cache.in_front = self.begun
+        if cache is not None and self.drop_cache:
+            # the caller wants none, and must not get the prefix's back
+            output = type(output)(**{key: value for key, value in output.items() if key != "past_key_values"})
         if self.pending is None:
             return output
         n, self.pending = len(self.pending), None

@@ -16,7 +16,12 @@ import torch
 from torch import nn
 
 from minipeft.attach import Count, Tuned, attach
+from minipeft.methods.adapter import Adapter
+from minipeft.methods.experts import Experts
 from minipeft.methods.lora import LoRA
+from minipeft.methods.masked import Masked
+from minipeft.methods.prefix import PrefixTuning
+from minipeft.methods.prompt import PromptTuning, PTuning
 from minipeft.methods.select import BitFit, Full, Softmax
 from minipeft.serve.checkpoint import load_adapter
 
@@ -29,7 +34,28 @@ METHODS = {
     "full": Full(),
     "bitfit": BitFit(),
     "softmax": Softmax(),
+    "masked": Masked(share=0.05),
+    "masked at random, with biases": [Masked(share=0.05, by="random", targets="mlp"), BitFit()],
 }
+WEIGHTLESS = {  # they change no weight, so they do not merge
+    "adapter": Adapter(4),
+    "adapter, parallel": Adapter(4, "parallel", activation="gelu"),
+    "adapter, shared": Adapter(4, share=2, share_within=True, activation="tanh"),
+    "adapter and head": [Adapter(4, "pfeiffer", top=1, activation="silu"), Softmax()],
+    "experts": Experts(4, activation="gelu"),
+}
+FRONTS = {  # they stand before the tokens, so even the first output differs
+    "prompt": PromptTuning(3),
+    "prompt and head": [PromptTuning(2), Softmax()],
+    "p-tuning": PTuning(3, hidden=8),
+    "p-tuning, lstm": PTuning(3, "lstm", hidden=4),
+    "p-tuning, task": PTuning(3, "task", hidden=8),
+    "prefix": PrefixTuning(3),
+    "prefix, reparametrised": PrefixTuning(3, hidden=8),
+}
+MERGEABLE = list(METHODS)
+WEIGHTLESS |= FRONTS
+METHODS |= WEIGHTLESS
 EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "classifier": "word_embeddings"}
 
 
@@ -72,7 +98,7 @@ def test_invariants(family, method_name, tmp_path):
     before, base = tiny.snapshot(model), logits(model)
 
     tuned = attach(model, method)
-    assert torch.equal(logits(tuned), base), "identity at init"
+    assert torch.equal(logits(tuned), base) != (method_name in FRONTS), "identity at init"
     assert list(dict(model.named_modules())) == names and model.state_dict().keys() == before.keys()
     trainable = [name for name, p in tuned.named_parameters() if p.requires_grad]
     assert trainable and all(name.startswith("adapters.") for name in trainable)
@@ -94,14 +120,19 @@ def test_invariants(family, method_name, tmp_path):
         assert tiny.same(tiny.snapshot(model), before), "base bit-identical after 20 steps"
     assert torch.equal(logits(tuned), adapted)
 
-    tuned.merge()
-    assert (logits(tuned) - adapted).abs().max() < 1e-5
-    with tuned.disabled():
-        assert torch.equal(logits(tuned), base)
-    with pytest.raises(ValueError, match="unmerge"):
+    if method_name in WEIGHTLESS:
+        for refused in (tuned.merge, tuned.deltas):
+            with pytest.raises(ValueError, match="changes no weight"):
+                refused()
+    else:
         tuned.merge()
-    assert (logits(tuned) - adapted).abs().max() < 1e-5
-    tuned.unmerge()
+        assert (logits(tuned) - adapted).abs().max() < 1e-5
+        with tuned.disabled():
+            assert torch.equal(logits(tuned), base)
+        with pytest.raises(ValueError, match="unmerge"):
+            tuned.merge()
+        assert (logits(tuned) - adapted).abs().max() < 1e-5
+        tuned.unmerge()
     assert torch.equal(logits(tuned), adapted)
     with pytest.raises(ValueError, match="not merged"):
         tuned.unmerge()
@@ -119,6 +150,7 @@ def test_invariants(family, method_name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Merging unties")
+@pytest.mark.parametrize("method_name", MERGEABLE)
 def test_deltas_are_what_a_merge_changes(family, method_name):
     model = tiny.MODELS[family]()
     before = tiny.snapshot(model)
@@ -504,6 +536,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, method_name)
     tiny.randomise(tuned)
     tuned.train()
     grads = []
+    if method_name.startswith("prefix"):
+        tuned.gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+            tuned(**tiny.batch(tuned))
+        return
     for checkpointing in (False, True):
         if checkpointing:
             tuned.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -522,7 +559,7 @@ def test_to_moves_the_originals_too(method_name, merged):
     tiny.randomise(tuned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _ = merged and tuned.merge()
+        _ = merged and method_name in MERGEABLE and tuned.merge()
     adapted = logits(tuned)
     tuned.to(torch.float64)
     assert logits(tuned).dtype == torch.float64
@@ -554,7 +591,8 @@ def test_meta_device(method_name):
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(p.is_meta for p in tuned.parameters())
     assert tuned.count() == real.count()
-    assert {n: d.shape for n, d in tuned.deltas().items()} == {n: d.shape for n, d in real.deltas().items()}
+    if method_name in MERGEABLE:
+        assert {n: d.shape for n, d in tuned.deltas().items()} == {n: d.shape for n, d in real.deltas().items()}
     assert tuned(**{k: v.to("meta") for k, v in tiny.batch(real).items()}).logits.is_meta
 
 

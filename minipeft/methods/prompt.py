@@ -173,6 +173,7 @@ class GeneratedPrompt(Layer):
         start = self.lstm(self.E)[0] if self.kind == "lstm" else self.E
         return self.layers(start).view(self.shape)
 
+    @torch.no_grad()  # PyTorch's LSTM has another last digit where it keeps what the way back needs
     def stored(self) -> dict[str, torch.Tensor]:
         return {"prompt_embeddings": self.prompt()}
 

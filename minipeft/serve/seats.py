@@ -1,7 +1,7 @@
 """What an adapter file holds for the methods that train no low-rank change of a weight.
 
 Prompts and prefixes are written as Hugging Face PEFT writes them: one tensor, without the network that generated it.
-PEFT has no bottleneck adapters, experts or masks, so those have a `peft_type` of our own. A P-tuning or a reparametrised
+PEFT has no bottleneck adapters, experts or masks, so those have a `peft_type` of our own. A P-tuning or reparametrised
 prefix loads as what it wrote: a plain prompt or prefix, which can be trained on.
 """
 
@@ -30,10 +30,8 @@ class FrontLayout(Layout):
 
     def config(self, base: nn.Module, layers: list[Layer]) -> dict:
         layers_, heads, width = prefix_shape(base)
-        tasks = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-        task = next((kind for end, kind in tasks.items() if type(base).__name__.endswith(end)), None)
         return {
-            "task_type": task or ("CAUSAL_LM" if base.can_generate() else "FEATURE_EXTRACTION"),
+            "task_type": "CAUSAL_LM" if base.can_generate() else "FEATURE_EXTRACTION",
             "num_virtual_tokens": len(layers[0].stored()[self.key]),
             "num_transformer_submodules": 1,
             "token_dim": embedding(base, "A prompt").weight.shape[1],
