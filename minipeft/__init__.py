@@ -14,6 +14,11 @@ from minipeft.attach import Tuned, attach  # at once: the module of that name wo
 
 _HOME = {
     "LoRA": "methods.lora",
+    "ProjectedLoRA": "methods.projected",
+    "AdaLoRA": "methods.adalora",
+    "DoRA": "methods.dora",
+    "VeRA": "methods.vera",
+    "IA3": "methods.ia3",
     "Full": "methods.select",
     "BitFit": "methods.select",
     "Softmax": "methods.select",

@@ -16,13 +16,18 @@ import torch
 from torch import nn
 
 from minipeft.attach import Count, Tuned, attach
+from minipeft.methods.adalora import AdaLoRA
 from minipeft.methods.adapter import Adapter
+from minipeft.methods.dora import DoRA
 from minipeft.methods.experts import Experts
+from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.masked import Masked
 from minipeft.methods.prefix import PrefixTuning
+from minipeft.methods.projected import ProjectedLoRA
 from minipeft.methods.prompt import PromptTuning, PTuning
 from minipeft.methods.select import BitFit, Full, Softmax
+from minipeft.methods.vera import VeRA
 from minipeft.serve.checkpoint import load_adapter
 
 METHODS = {
@@ -34,6 +39,16 @@ METHODS = {
     "full": Full(),
     "bitfit": BitFit(),
     "softmax": Softmax(),
+    "pissa": LoRA(rank=2, init="pissa"),
+    "lora+": LoRA(rank=2, lr_ratio=4.0),
+    "projected": ProjectedLoRA(rank=3),
+    "projected, top": ProjectedLoRA(rank=3, basis="top"),
+    "dora": DoRA(rank=2),
+    "vera": VeRA(rank=20),
+    "adalora": AdaLoRA(rank=2, initial_rank=3),
+    "ia3": IA3(),
+    "dora and biases": [DoRA(rank=2, targets="attention"), BitFit()],
+    "ia3 and full": [IA3(), Full(targets=re.compile(r".*(proj|query|wi_0|norm).*"))],
     "masked": Masked(share=0.05),
     "masked at random, with biases": [Masked(share=0.05, by="random", targets="mlp"), BitFit()],
 }
@@ -56,11 +71,27 @@ FRONTS = {  # they stand before the tokens, so even the first output differs
 MERGEABLE = list(METHODS)
 WEIGHTLESS |= FRONTS
 METHODS |= WEIGHTLESS
-EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "classifier": "word_embeddings"}
+EMBEDDING = {
+    "llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "classifier": "word_embeddings",
+    "t5": "embed_tokens",
+}  # fmt: skip
+IA3_OF = {
+    "llama": IA3(),
+    "gpt2": IA3(targets=["c_attn"], feedforward=["mlp.c_proj"]),
+    "bert": IA3(targets=["key", "value"], feedforward=["output.dense"]),
+    "classifier": IA3(targets=["key", "value"], feedforward=["output.dense"]),
+    "t5": IA3(targets=["k", "v"], feedforward=["wo"]),
+}
 
 
 def method_for(name: str, model: str):
-    return LoRA(rank=2, targets=[EMBEDDING[model]]) if name == "lora on embedding" else METHODS[name]
+    if model == "t5" and "bias" in name or (model, name) == ("t5", "bitfit"):
+        pytest.skip("T5 has no biases")
+    if name == "lora on embedding":
+        return LoRA(rank=2, targets=[EMBEDDING[model]])
+    several = METHODS[name] if isinstance(METHODS[name], list) else [METHODS[name]]
+    found = [IA3_OF[model] if isinstance(method, IA3) else method for method in several]
+    return found if isinstance(METHODS[name], list) else found[0]
 
 
 @pytest.fixture(params=tiny.MODELS)
@@ -93,6 +124,10 @@ def train(model: nn.Module, steps: int = 20) -> list[float]:
 @pytest.mark.filterwarnings("ignore:Merging unties")
 def test_invariants(family, method_name, tmp_path):
     model, method = tiny.MODELS[family](), method_for(method_name, family)
+    if family == "t5" and method_name in FRONTS:
+        with tiny.untouched(model), pytest.raises(ValueError, match="an encoder and a decoder"):
+            attach(model, method)
+        return
     pointers = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     names, flags = list(dict(model.named_modules())), [p.requires_grad for p in model.parameters()]
     before, base = tiny.snapshot(model), logits(model)
@@ -168,6 +203,7 @@ def test_deltas_are_what_a_merge_changes(family, method_name):
         torch.testing.assert_close(base.state_dict()[name], before[name] + turn, atol=1e-6, rtol=0)
         changed.discard(name)
     aliases = {"lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    aliases |= {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     assert changed <= aliases, "nothing else changed"
 
 
@@ -581,6 +617,50 @@ def test_layers_are_float32_over_a_bfloat16_base():
     assert {p.dtype for p in attach(tiny.llama().double(), LoRA(rank=2)).adapters.parameters()} == {torch.float64}
 
 
+def test_every_method_works_over_a_bfloat16_base(method_name):
+    model = tiny.llama().to(torch.bfloat16)
+    base = logits(model)
+    tuned = attach(model, method_for(method_name, "llama"))
+    assert torch.equal(logits(tuned), base) != (method_name in FRONTS), "identity at init"
+    hooked = [layer for layer in tuned.adapters["default"].values() if not layer.slots]
+    assert all(p.dtype == torch.float32 for layer in hooked for p in layer.parameters())
+    tiny.randomise(tuned)
+    adapted = logits(tuned)
+    assert adapted.dtype == torch.bfloat16 and not torch.equal(adapted, base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _ = method_name in MERGEABLE and tuned.merge()
+    assert (logits(tuned) - adapted).abs().max() < 0.05 * adapted.abs().max()
+    with tuned.disabled():
+        assert torch.equal(logits(tuned), base)
+
+
+def test_merge_says_what_rounding_took():
+    """The smaller ΔW beside W, the more of it bfloat16 swallows; float32 keeps it (peft #1388)."""
+
+    def lost(size: float, dtype: torch.dtype) -> float:
+        model = nn.Sequential(nn.Linear(64, 64)).to(dtype)
+        tuned = attach(model, LoRA(rank=4))
+        layer = tuned.adapters["default"]["0"]
+        layer.B.data.normal_()
+        layer.B.data *= size * model[0].weight.float().norm() / layer.delta().norm()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = tuned.merge()
+        assert list(report) == ["0"] and [str(w.message)[:8] for w in caught] == ["Rounding"] * (report["0"] > 0.1)
+        stored = tuned.base[0].weight.float()
+        with tuned.disabled():
+            change = stored - tuned.base[0].weight.float()
+        expected = (change - layer.delta()).norm() / layer.delta().norm()
+        assert abs(report["0"] - expected) < 1e-3 * report["0"] + 1e-7
+        return report["0"]
+
+    assert lost(0.1, torch.float32) < 1e-5 and lost(0.001, torch.float32) < 1e-3
+    errors = [lost(size, torch.bfloat16) for size in (0.3, 0.03, 0.003)]
+    assert errors[0] < 0.03 < errors[1] < 0.3 < errors[2] < 1.0
+    assert attach(tiny.llama(), Full()).merge() == {}
+
+
 def test_meta_device(method_name):
     method = method_for(method_name, "llama")
     real = attach(tiny.llama(), method)
@@ -609,6 +689,12 @@ def test_counts_follow_the_formulas():
         "full": Count(base, base),
         "bitfit": Count(biases, base),
         "softmax": Count(V * d, base + V * d),
+        "pissa": Count(lora, base + lora),
+        "dora": Count(lora + biases, base + lora + biases),
+        "projected": Count(3 * biases, base + 3 * biases),
+        "vera": Count(biases + 20 * 7 * L, base + biases + 20 * 7 * L),
+        "adalora": Count(3 * lora // 2 + 3 * 7 * L, base + 3 * lora // 2 + 3 * 7 * L),
+        "ia3": Count(L * (2 * kv + ff), base + L * (2 * kv + ff)),
     }
     for name, count in expected.items():
         assert attach(tiny.llama(tied=True), METHODS[name]).count() == count, name

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import re
+import shutil
 import stat
 
 import pytest
@@ -13,8 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minipeft.attach import attach
+from minipeft.methods.adalora import AdaLoRA, ranks
+from minipeft.methods.dora import DoRA
+from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
+from minipeft.methods.projected import ProjectedLoRA
 from minipeft.methods.select import BitFit, Full, Softmax
+from minipeft.methods.vera import VeRA
 from minipeft.serve import checkpoint
 from minipeft.serve.checkpoint import CONFIG, PREFIX, WEIGHTS, load_adapter
 
@@ -169,6 +177,77 @@ def test_a_path_that_ends_another_is_not_mistaken_for_it(tmp_path):
         attach(nn.Linear(4, 4), LoRA(rank=1)).save(tmp_path / "root")
 
 
+def family() -> dict:
+    """One adapter of every method that has a file format of its own."""
+    qv = ["q_proj", "v_proj"]
+    return {
+        "lora": LoRA(rank=2, alpha=3, targets=qv),
+        "slices and biases": [LoRA(rank=2, targets=["q_proj[0:8]"]), BitFit()],
+        "lora and head": [LoRA(rank=2, alpha=3, rank_stabilized=True, targets=qv), Softmax()],
+        "pissa": LoRA(rank=2, init="pissa", targets=qv),
+        "projected": ProjectedLoRA(rank=2, targets=qv),
+        "dora": DoRA(rank=2, targets=qv),
+        "vera": VeRA(rank=3, targets=qv),
+        "adalora": AdaLoRA(rank=1, initial_rank=2, targets=qv),
+        "ia3": IA3(),
+        "select": Softmax(),
+    }
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "projected", "dora", "vera", "adalora", "ia3"])
+def test_each_method_comes_back_as_itself(method, tmp_path):
+    """The kind of layer, what trains and what is frozen; on slices of a fused projection, too."""
+    chosen = family()[method]
+    sliced = dataclasses.replace(chosen, targets=["c_attn[0:16]", "c_attn[32:48]"])
+    sliced = dataclasses.replace(sliced, feedforward=["mlp.c_proj"]) if method == "ia3" else sliced
+    for model, each in ((tiny.llama, chosen), (tiny.gpt2, sliced)):
+        tuned = attach(model(), each)
+        tiny.randomise(tuned)
+        tuned.save(tmp_path / "adapter")
+        kind = json.loads((tmp_path / "adapter" / CONFIG).read_text())["peft_type"]
+        assert kind.startswith("MINIPEFT_") == (model is tiny.gpt2)
+        loaded = load_adapter(model(), tmp_path / "adapter")
+        types = [{type(layer) for layer in each.adapters["default"].values()} for each in (tuned, loaded)]
+        assert types[0] == types[1] and loaded.count() == tuned.count()
+        assert torch.equal(logits(loaded), logits(tuned))
+        train = [{n for n, p in each.named_parameters() if p.requires_grad} for each in (tuned, loaded)]
+        assert train[0] == train[1]
+
+
+def test_pruned_triplets_stay_away(tmp_path):
+    tuned = attach(tiny.llama(), AdaLoRA(rank=1, initial_rank=3, targets=["q_proj", "v_proj"]))
+    tiny.randomise(tuned)
+    kept = [(3, [True, False, True]), (0, [False] * 3), (3, [True] * 3), (1, [False, True, False])]
+    for layer, (_, mask) in zip(tuned.adapters["default"].values(), kept, strict=True):
+        layer.kept.copy_(torch.tensor(mask))
+        layer.prune()
+    before = logits(tuned)
+    tuned.save(tmp_path / "a")
+    shapes = [value.shape[0] for key, value in load_file(tmp_path / "a" / WEIGHTS).items() if key.endswith("lora_E")]
+    assert sorted(shapes) == [0, 1, 2, 3]
+    loaded = load_adapter(tiny.llama(), tmp_path / "a")
+    assert (logits(loaded) - before).abs().max() < 1e-6
+    assert sorted(ranks(loaded).values()) == [0, 1, 2, 3] and loaded.count().trainable < tuned.count().trainable
+    loaded.save(tmp_path / "b")
+    assert (logits(load_adapter(tiny.llama(), tmp_path / "b")) - before).abs().max() < 1e-6
+    for step in range(1, 61):
+        loaded.stepped(step)
+    assert sorted(ranks(loaded).values()) == [0, 1, 2, 3], "the schedule of a loaded adapter is over"
+
+
+def test_one_file_holds_one_method(tmp_path):
+    mixed = attach(tiny.llama(), [LoRA(rank=1, targets=["q_proj"]), DoRA(rank=1, targets=["v_proj"])])
+    with pytest.raises(ValueError, match="DoRALayer and LoRALayer"):
+        mixed.save(tmp_path / "x")
+    pairs = attach(tiny.llama(), [VeRA(rank=2, targets=["q_proj"]), VeRA(rank=2, targets=["v_proj"])])
+    with pytest.raises(ValueError, match="several pairs"):
+        pairs.save(tmp_path / "x")
+    gammas = [AdaLoRA(rank=1, gamma=g, targets=[t]) for g, t in ((1.0, "q_proj"), (2.0, "v_proj"))]
+    with pytest.raises(ValueError, match="differ in γ"):
+        attach(tiny.llama(), gammas).save(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
 # -- damage -----------------------------------------------------------------------------------------------------------
 def edit_config(**changes):
     def edit(path):
@@ -207,10 +286,15 @@ DAMAGE = {
     "truncated": (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-8]), "not a safetensors file"),
     "corrupt header": (lambda p: (p / WEIGHTS).write_bytes(b"\xff" * 64), "not a safetensors file"),
     "pickle": (lambda p: torch.save({}, p / WEIGHTS), "not a safetensors file"),
-    "other method": (edit_config(peft_type="IA3"), "'IA3'"),
+    "other method": (edit_config(peft_type="LOHA"), "'LOHA'"),
+    "config of IA3": (edit_config(peft_type="IA3"), "no ia3_l for 4 of its targets"),
+    "config of VeRA": (edit_config(peft_type="VERA"), "no vera_lambda_b"),
+    "config of AdaLoRA": (edit_config(peft_type="ADALORA"), "init_r"),
     "no method": (edit_config(peft_type=None), "None"),
     "odd method": (edit_config(peft_type=["LORA"]), "LORA"),
-    "dora": (edit_config(use_dora=True), "use_dora"),
+    "config of DoRA": (edit_config(use_dora=True), "lacks 4 tensors.*lora_magnitude_vector"),
+    "config of PiSSA, odd rank": (edit_config(minipeft="PiSSA", r=3), "rank=3 is not twice"),
+    "qalora": (edit_config(use_qalora=True), "use_qalora"),
     "pissa": (edit_config(init_lora_weights="pissa"), "pissa"),
     "rank 0": (edit_config(r=0), "rank=0"),
     "rank of words": (edit_config(r="two"), "rank='two'"),
@@ -258,6 +342,96 @@ def test_another_model_is_refused(saved, tmp_path):
     full.save(tmp_path / "full")
     with tiny.untouched(untied := tiny.llama(tied=False)), pytest.raises(ValueError, match="lm_head.weight"):
         load_adapter(untied, tmp_path / "full")
+
+
+JUNK = [
+    None, True, False, 0, 1, -1, 2, 3, 10**9, 10**400, 0.0, -0.5, 1e308, float("nan"), float("inf"), "", "x", "(",
+    "LORA", "q_proj", "all-linear", [],
+    [1], ["q_proj"], [[]], {}, {"q_proj": 4}, {"q_proj": "x"}, {"(": 1}, {"a": {"b": []}},
+]  # fmt: skip
+TYPES = ["LORA", "VERA", "ADALORA", "IA3", "MINIPEFT_LORA", "MINIPEFT_IA3", "MINIPEFT_SELECT", "PREFIX_TUNING"]
+
+
+def mutate(path, pick: random.Random, others: list) -> str:
+    """Spoils the adapter in `path` in one way, and says how. Some ways do no harm."""
+    config, tensors = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
+    key = pick.choice(sorted(tensors))
+    value = tensors[key]
+    kind = pick.choice(["bytes", "cut", "grow", "config", "config", "config", "key", "shape", "dtype", "value", "swap"])
+    if kind in ("bytes", "cut", "grow"):
+        file = path / pick.choice([CONFIG, WEIGHTS, WEIGHTS])
+        data = bytearray(file.read_bytes())
+        at = pick.randrange(min(len(data), pick.choice([8, 2000, 10**9])))
+        if kind == "bytes":
+            data[at] ^= 1 << pick.randrange(8)
+        elif kind == "cut":
+            del data[at : at + pick.choice([1, 8, 10**9])]
+        else:
+            data[at:at] = bytes(pick.randrange(256) for _ in range(pick.choice([1, 8, 100])))
+        file.write_bytes(bytes(data))
+        return f"{kind} of {file.name} at {at}"
+    if kind == "config":
+        option = pick.choice([*config, "peft_type", "use_dora", "minipeft", "bias", "init_lora_weights", "entries"])
+        config[option] = pick.choice(TYPES if option == "peft_type" else [*JUNK, "PiSSA", "ProjectedLoRA"])
+        if pick.random() < 0.2:
+            del config[option]
+        (path / CONFIG).write_text(json.dumps(config))
+        return f"{option} = {config.get(option, 'left out')!r}"[:80]
+    if kind == "swap":
+        other = pick.choice(others)
+        file = pick.choice([CONFIG, WEIGHTS])
+        (path / file).write_bytes((other / file).read_bytes())
+        return f"{file} of {other.name}"
+    if kind == "key":
+        new = pick.choice(["x", key + "x", key[1:], key.replace("0", "7"), key.replace("q_proj", "o_proj"), None, key])
+        tensors.pop(key) if new != key else tensors.update({key + ".more": value.clone()})
+        tensors |= {} if new in (None, key) else {new: value}
+    elif kind == "shape":
+        shapes = [value.T, value[:0], value[:1], value.flatten(), value[None], torch.cat([value, value]), value.sum()]
+        tensors[key] = pick.choice(shapes).contiguous().clone()
+    elif kind == "dtype":
+        dtypes = [torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.float8_e4m3fn]
+        tensors[key] = value.to(pick.choice(dtypes))
+    else:
+        worst = pick.choice([float("nan"), float("inf"), -float("inf"), 1e38, 1e300])
+        value = value.double() if worst == 1e300 else value
+        tensors[key] = torch.where(torch.arange(value.numel()).view(value.shape) == 0, worst, value)
+    save_file(tensors, path / WEIGHTS)
+    return f"{kind} of {key}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_thousand_mutated_files_load_exactly_or_are_refused(tmp_path):
+    """No third outcome: one ValueError of one line, or every number of the file in its place; never a changed base."""
+    model, pick, sources = tiny.llama(), random.Random(0), []
+    for name, method in family().items():
+        tuned = attach(model, method)
+        tiny.randomise(tuned)
+        tuned.save(tmp_path / "whole" / name)
+        sources.append(tmp_path / "whole" / name)
+        tuned.detach()
+    look = tiny.untouched(model)
+    before, values, refused = look.look()[:3], tiny.snapshot(model), 0
+    for i in range(1000):
+        path = tmp_path / "adapter"
+        shutil.copytree(sources[i % len(sources)], path, dirs_exist_ok=True)
+        how = f"{sources[i % len(sources)].name}: {mutate(path, pick, sources)}"
+        try:
+            tuned = load_adapter(model, path)
+        except ValueError as error:
+            message = str(error)
+            assert message.startswith(f"The adapter in {str(path)!r} does not load: ") and "\n" not in message, how
+            refused += 1
+        else:
+            config, tensors = checkpoint.read(path)
+            held = checkpoint.expected(list(tuned.adapters["default"].values()), config)
+            tensors = {key: value for key, value in tensors.items() if not key.endswith(".base_layer.weight")}
+            assert held.keys() == tensors.keys(), how
+            assert all(torch.equal(held[key], tensors[key].to(held[key].dtype)) for key in held), how
+            assert all(p.requires_grad for p in tuned.adapters.parameters()) and tuned.active == ("default",), how
+            tuned.detach()
+        assert look.look()[:3] == before and tiny.same(tiny.snapshot(model), values), how
+    assert 500 < refused < 950
 
 
 def test_unpickling_never_happens(saved):

@@ -10,11 +10,16 @@ import torch
 import transformers as tf
 
 from minipeft.attach import attach
+from minipeft.methods.adalora import AdaLoRA
 from minipeft.methods.adapter import Adapter
+from minipeft.methods.dora import DoRA
+from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.prefix import PrefixTuning
+from minipeft.methods.projected import ProjectedLoRA
 from minipeft.methods.prompt import PromptTuning, PTuning
 from minipeft.methods.select import BitFit, Full, Softmax
+from minipeft.methods.vera import VeRA
 
 RE = re.compile
 
@@ -104,10 +109,20 @@ def whisper_large_v2():
     return tf.WhisperForConditionalGeneration(config)
 
 
+def t0_3b():
+    config = tf.T5Config(
+        vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    return tf.T5ForConditionalGeneration(config)
+
+
 d = 12288
 Q, K, VALUE = f"c_attn[0:{d}]", f"c_attn[{d}:{2 * d}]", f"c_attn[{2 * d}:{3 * d}]"
 O = "attn.c_proj"  # noqa: E741
 BERT_QV, LLAMA_QV = ["query", "value"], ["q_proj", "v_proj"]
+LLAMA_5 = [*LLAMA_QV, "k_proj", "up_proj", "down_proj"]
+DEBERTA_6 = RE(r"encoder\.layer\..*")
 
 ROWS = [  # source, model, method, trainable, total or None
     ("LoRA T2", roberta_base, LoRA(rank=8, targets=BERT_QV), 294_912, None),
@@ -127,6 +142,14 @@ ROWS = [  # source, model, method, trainable, total or None
     ("AdaLoRA", deberta_base, LoRA(rank=8, targets=RE(r"encoder\.layer\..*")), 1_327_104, None),
     ("LLM-Adapters", llama_7b, LoRA(rank=32, targets=[*LLAMA_QV, "k_proj", "up_proj", "down_proj"]), 56_098_816, None),
     ("VeRA", llama_7b, LoRA(rank=64, targets="all-linear"), 159_907_840, 6_738_415_616 + 159_907_840),
+    ("DoRA", llama_7b, DoRA(rank=32, targets=LLAMA_5), 56_975_360, 6_738_415_616 + 56_975_360),
+    ("DoRA", llama_7b, DoRA(rank=16, targets=LLAMA_5), 28_925_952, None),
+    ("VeRA", roberta_base, VeRA(rank=1024, targets=BERT_QV), 43_008, None),
+    ("VeRA", roberta_large, VeRA(rank=256, targets=BERT_QV), 61_440, None),
+    ("IA3", t0_3b, IA3(targets=["k", "v"], feedforward=["wo"]), 540_672, None),
+    ("PiSSA, as LoRA", llama_7b, LoRA(rank=32, targets=LLAMA_5, init="pissa"), 56_098_816, None),
+    ("Σ r·(d_in + d_out + 1)", deberta_base, AdaLoRA(rank=2, targets=DEBERTA_6), 331_776 * 3 // 2 + 72 * 3, None),
+    ("Σ d_out·k", roberta_base, ProjectedLoRA(rank=8, targets=BERT_QV), 294_912 // 2, None),
     ("PEFT docs", opt_350m, LoRA(rank=16, targets=LLAMA_QV), 1_572_864, 332_769_280),
     ("PEFT docs", qwen2_5_3b, LoRA(rank=16, targets=LLAMA_QV), 3_686_400, 3_089_625_088),
     ("PEFT docs", whisper_large_v2, LoRA(rank=32, targets=LLAMA_QV), 15_728_640, None),
@@ -165,8 +188,10 @@ def test_published_counts(source, build, method, trainable, total):
 def test_llm_adapters_share():
     with torch.device("meta"):
         model = llama_7b()
-    count = attach(model, LoRA(rank=32, targets=[*LLAMA_QV, "k_proj", "up_proj", "down_proj"])).count()
-    assert round(100 * count.share, 2) == 0.83
+    for method, share in ((LoRA(rank=32, targets=LLAMA_5), 0.83), (DoRA(rank=32, targets=LLAMA_5), 0.84)):
+        tuned = attach(model, method)
+        assert round(100 * tuned.count().share, 2) == share
+        tuned.detach()
 
 
 def test_gpt3_takes_seconds_and_no_memory():

@@ -42,7 +42,18 @@ def bert(task: str = "MaskedLM", labels: int = 3) -> nn.Module:
     return _fresh(getattr(transformers, f"BertFor{task}"), config)
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "classifier": lambda: bert("SequenceClassification")}
+def t5() -> nn.Module:
+    """Encoder and decoder, cross-attention, no biases, one shared embedding, tied to the head."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=V, d_model=D, d_kv=4, num_heads=4, d_ff=24, num_layers=L, dropout_rate=0.0, pad_token_id=0,
+        eos_token_id=2, decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=True,
+    )  # fmt: skip
+    return _fresh(T5ForConditionalGeneration, config)
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert, "classifier": lambda: bert("SequenceClassification"), "t5": t5}
 
 
 def _fresh(cls: type, config) -> nn.Module:
@@ -58,8 +69,9 @@ def batch(model: nn.Module, rows: int = 3, length: int = 7, seed: int = 0) -> di
     """Token ids and labels that the model accepts."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, V, (rows, length), generator=generator)
-    classes = "Classification" in type(getattr(model, "base", model)).__name__
-    return {"input_ids": ids, "labels": torch.arange(rows) % 3 if classes else ids}
+    kind = type(getattr(model, "base", model)).__name__
+    more = {"decoder_input_ids": ids.flip(1)} if "T5" in kind else {}
+    return {"input_ids": ids, **more, "labels": torch.arange(rows) % 3 if "Classification" in kind else ids}
 
 
 def randomise(tuned, seed: int = 1, scale: float = 0.1) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from minipeft.analyze.memory import PeakMemory
+from minipeft.attach import Layer, Tuned
 from minipeft.world.tasks import Task
 
 IGNORE = -100  # a label that no loss is taken over
@@ -130,7 +131,7 @@ def training(
 
 
 def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch, seed, schedule) -> Iterator[int]:
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups(model, lr), lr=lr, weight_decay=0.0)
     order = _order([len(ids) for ids, _ in encoded], batch, seed)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(schedule, step, steps))
     device = trainable[0].device
@@ -143,10 +144,10 @@ def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch
             with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
                 torch.manual_seed(seed * 1_000_003 + step)
                 if memory is None:
-                    loss = _step(model, inputs, optimizer)
+                    loss = _step(model, inputs, optimizer, step + 1)
                 else:
                     with memory:
-                        loss = _step(model, inputs, optimizer)
+                        loss = _step(model, inputs, optimizer, step + 1)
                     history.peak_memory = memory.peak
             if not math.isfinite(loss):
                 history.stopped = "diverged"
@@ -176,13 +177,28 @@ def _share(schedule: str, step: int, steps: int) -> float:
     return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
-def _step(model, inputs, optimizer) -> float:
+def groups(model: nn.Module, lr: float) -> list[dict]:
+    """AdamW's parameter groups: the trainable parameters by learning rate, of which a layer may ask for a multiple."""
+    layers = (module for module in model.modules() if isinstance(module, Layer))
+    factor = {id(p): rate for layer in layers for p, rate in layer.rates()}
+    found: dict[float, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            found.setdefault(factor.get(id(p), 1.0), []).append(p)
+    return [{"params": parameters, "lr": lr * rate} for rate, parameters in found.items()]
+
+
+def _step(model, inputs, optimizer, step: int) -> float:
+    """One step; returns the task's loss, without what the method adds to it."""
     loss = model(**inputs).loss
-    if torch.isfinite(loss):  # a step along a NaN would spoil the model for good
+    objective = loss + model.penalty() if isinstance(model, Tuned) else loss
+    if torch.isfinite(objective):  # a step along a NaN would spoil the model for good
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        objective.backward()
         optimizer.step()
-    return loss.item()
+        if isinstance(model, Tuned):
+            model.stepped(step)
+    return loss.item() if torch.isfinite(objective) else math.nan
 
 
 def _held(model, optimizer) -> list[torch.Tensor]:

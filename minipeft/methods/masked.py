@@ -59,13 +59,14 @@ class Masked(Method):
         if self.by == "random" or targets[0].module.weight.is_meta:
             ends = [round(total * sum(sizes[: i + 1]) / sum(sizes)) for i in range(len(sizes))]
             counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-            chosen = [partial(drawn, n, k) for n, k in zip(sizes, counts, strict=True)]
+            chosen = [partial(drawn, n, k) if k else None for n, k in zip(sizes, counts, strict=True)]
         else:
             scores = torch.cat([self.score(t).flatten().cpu() for t in targets])
             best = torch.zeros(sum(sizes), dtype=torch.bool)
             best[scores.topk(total).indices] = True
-            chosen = [partial(given, part.nonzero().flatten()) for part in best.split(sizes)]
-        return {t.key: partial(MaskedLayer, t, entries) for t, entries in zip(targets, chosen, strict=True)}
+            chosen = [partial(given, part.nonzero().flatten()) if part.any() else None for part in best.split(sizes)]
+        both = zip(targets, chosen, strict=True)  # a matrix of which no entry was chosen gets no layer
+        return {t.key: partial(MaskedLayer, t, entries) for t, entries in both if entries}
 
     def score(self, target: Target) -> torch.Tensor:
         if not isinstance(self.by, str):

@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from minipeft.attach import Layer, Method, WeightLayer
-from minipeft.methods.lora import LoRA, LoRALayer
+from minipeft.methods.adalora import AdaLoRA, AdaLoRALayer
+from minipeft.methods.dora import DoRA, DoRALayer
+from minipeft.methods.ia3 import IA3, IA3Layer
+from minipeft.methods.lora import LoRA, LoRALayer, PiSSALayer
+from minipeft.methods.projected import ProjectedLayer, ProjectedLoRA
+from minipeft.methods.vera import VeRA, VeRALayer
 from minipeft.targets import flipped, is_matrix
 
 PREFIX, OURS = "base_model.model.", "MINIPEFT_"
@@ -244,3 +249,171 @@ class LoRALayout(WeightLayout):
     def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> LoRA:
         stable, dropout = bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0
         return self.method(rank=rank, alpha=alpha, rank_stabilized=stable, dropout=dropout, targets=targets)
+
+
+@register
+class PiSSALayout(LoRALayout):
+    """A LoRA of rank 2r: lora_A.weight (A; A₀), lora_B.weight (B, −B₀). PEFT loads it as one, here it stays PiSSA."""
+
+    layer, flag = PiSSALayer, {"minipeft": "PiSSA"}
+
+    def config(self, base: nn.Module, layers: list[PiSSALayer]) -> dict:
+        config = super().config(base, layers)
+        alphas = {exactly(x.key): x.gamma * 2 * x.rank for x in layers}  # γ = α/√r would change with the rank
+        return config | {
+            "r": 2 * config["r"],
+            "use_rslora": False,
+            "lora_alpha": alphas[exactly(layers[0].key)],
+            "rank_pattern": {key: 2 * rank for key, rank in config["rank_pattern"].items()},
+            "alpha_pattern": {key: alphas[key] for key in config["alpha_pattern"]},
+        }
+
+    def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> LoRA:
+        if rank % 2 or rank < 2:
+            raise ValueError(f"rank={rank} is not twice the rank of a PiSSA.")
+        dropout = config.get("lora_dropout") or 0.0
+        return LoRA(rank=rank // 2, gamma=alpha / rank, dropout=dropout, targets=targets, init="pissa")
+
+
+@register
+class ProjectedLayout(LoRALayout):
+    """A LoRA with lora_A.weight Uᵀ and lora_B.weight L. PEFT loads it as one, here U stays frozen."""
+
+    layer, flag = ProjectedLayer, {"minipeft": "ProjectedLoRA"}
+
+    def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> ProjectedLoRA:
+        return ProjectedLoRA(rank=rank, gamma=alpha / rank, targets=targets)
+
+
+@register
+class DoRALayout(LoRALayout):
+    """LoRA's two, and lora_magnitude_vector (d_out,)."""
+
+    layer, method, flag = DoRALayer, DoRA, {"use_dora": True}
+    ends, needs = r"lora_(?:[AB]\.weight|magnitude_vector)", "lora_A, lora_B and lora_magnitude_vector"
+
+
+@register
+class VeRALayout(WeightLayout):
+    """vera_lambda_b (d_out,), vera_lambda_d (r,), and once base_model.vera_A (r, largest d_in) and vera_B."""
+
+    peft_type, layer = "VERA", VeRALayer
+    ends, needs = r"vera_lambda_[bd]", "vera_lambda_b and vera_lambda_d"
+    kinds = {
+        "r": (int,), "projection_prng_key": (int, type(None)), "d_initial": (*NUMBER, type(None)),
+        "vera_dropout": (*NUMBER, type(None)), "save_projection": (bool, type(None)),
+    }  # fmt: skip
+    pair = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
+
+    def config(self, base: nn.Module, layers: list[VeRALayer]) -> dict:
+        first = layers[0]
+        if any(layer.pair is not first.pair for layer in layers):
+            raise ValueError("These VeRA layers have several pairs A, B, and a file has one; use one VeRA(…) for all.")
+        return super().config(base, layers) | {
+            "r": first.method.rank,
+            "projection_prng_key": first.method.projection_seed,
+            "save_projection": True,
+            "vera_dropout": first.method.dropout,
+            "d_initial": first.method.d_initial,
+            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+            "bias": "none",
+        }
+
+    def owns(self, key: str) -> bool:
+        return key in self.pair or super().owns(key)
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[VeRA]:
+        held = {tuple(value.shape) for key, value in tensors.items() if key.endswith(".vera_lambda_d")}
+        if held != {(config["r"],)} and places:
+            raise ValueError(f"r = {config['r']}, but its vera_lambda_d have the shapes {sorted(held)}.")
+        values = {"d_initial": "d_initial", "vera_dropout": "dropout", "projection_prng_key": "projection_seed"}
+        given = {ours: config[name] for name, ours in values.items() if config.get(name) is not None}
+        return [VeRA(rank=config["r"], targets=[exact(place) for place in places], **given)] if places else []
+
+    def tensors(self, layers: list[VeRALayer], config: dict) -> Tensors:
+        shared = {key: getattr(layers[0].pair, name) for key, name in self.pair.items()}
+        return super().tensors(layers, config) | (shared if config.get("save_projection", True) else {})
+
+    def restore(self, layers: list[VeRALayer], config: dict, tensors: Tensors) -> None:
+        super().restore(layers, config, tensors)
+        for key, name in self.pair.items():
+            if key in tensors:
+                getattr(layers[0].pair, name).copy_(tensors[key])
+
+
+@register
+class AdaLoRALayout(WeightLayout):
+    """lora_A Q (rank, d_in), lora_B P (d_out, rank), lora_E Λ (rank, 1), without the pruned triplets.
+
+    lora_alpha = γ·(init_r + 10⁻⁵): PEFT divides by that sum. rank_pattern: for each lora_E which of init_r are left.
+    """
+
+    peft_type, layer = "ADALORA", AdaLoRALayer
+    ends, needs = r"lora_[ABE]", "lora_A, lora_B and lora_E"
+    numbers = {
+        "target_r": "rank", "total_step": "steps", "tinit": "warmup", "tfinal": "final", "deltaT": "interval",
+        "beta1": "beta1", "beta2": "beta2", "orth_reg_weight": "orthogonality", "lora_dropout": "dropout",
+    }  # fmt: skip
+    kinds = {
+        "init_r": (int,), "lora_alpha": NUMBER, "rank_pattern": MAPPING,
+        **{name: (*NUMBER, type(None)) for name in numbers},
+    }  # fmt: skip
+    foreign = LoRALayout.foreign
+
+    def config(self, base: nn.Module, layers: list[AdaLoRALayer]) -> dict:
+        first, width = layers[0], max(len(layer.kept) for layer in layers)
+        if any(layer.gamma != first.gamma for layer in layers):
+            raise ValueError("These AdaLoRA layers differ in γ, and a file has one; save them under separate names.")
+        alive = {f"{x.key}.lora_E": x.alive().tolist() + [False] * (width - len(x.kept)) for x in layers}
+        return super().config(base, layers) | {
+            "init_r": width,
+            "lora_alpha": first.gamma * (width + 1e-5),
+            **{name: getattr(first.method, ours) for name, ours in self.numbers.items()},
+            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+            "bias": "none",
+            "rank_pattern": None if all(map(all, alive.values())) else alive,
+        }
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[AdaLoRA]:
+        """One method for each rank that is left. What was pruned stays pruned, and nothing more will be."""
+        pattern, width = config.get("rank_pattern") or {}, config["init_r"]
+        groups: dict[int, list[tuple[str, int, int]]] = {}
+        for place in places:
+            left = pattern.get(f"{place}.lora_E", [True] * min(width, 10**6))
+            if not isinstance(left, list) or len(left) != width or not all(isinstance(each, bool) for each in left):
+                raise ValueError(f"rank_pattern must hold {width} times true or false for {place!r}.")
+            groups.setdefault(sum(left), []).append(exact(place))
+        given = {ours: config[name] for name, ours in self.numbers.items() if config.get(name) is not None}
+        gamma = config["lora_alpha"] / (width + 1e-5)
+        return [
+            AdaLoRA(gamma=gamma, initial_rank=rank, targets=targets, **(given | {"rank": rank}))
+            for rank, targets in groups.items()
+        ]
+
+
+@register
+class IA3Layout(WeightLayout):
+    """ia3_l: (d_out, 1), or (1, d_in) for a layer in feedforward_modules."""
+
+    peft_type, layer = "IA3", IA3Layer
+    ends, needs = "ia3_l", "ia3_l"
+    kinds = {"feedforward_modules": (str, *WORDS)}
+
+    def config(self, base: nn.Module, layers: list[IA3Layer]) -> dict:
+        inputs = sorted({layer.path for layer in layers if layer.feedforward})
+        mistaken = any(layer.path.endswith(tuple(inputs)) for layer in layers if not layer.feedforward)
+        return super().config(base, layers) | {
+            "feedforward_modules": "|".join(map(re.escape, inputs)) if mistaken else inputs,
+            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+        }
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[IA3]:
+        inputs = config.get("feedforward_modules") or []
+        if isinstance(inputs, str):
+            scaled = compiled(inputs, "feedforward_modules").fullmatch
+        else:
+            scaled = lambda path: path.endswith(tuple(inputs))  # noqa: E731
+        groups: dict[bool, list[tuple[str, int, int]]] = {False: [], True: []}
+        for place in map(exact, places):
+            groups[bool(scaled(place[0]))].append(place)
+        return [IA3(targets=groups[False], feedforward=groups[True])] if places else []
