@@ -31,6 +31,7 @@ _HOME = {
     "verbalize": "methods.prompt",
     "fit": "learn.fit",
     "evaluate": "learn.fit",
+    "batches": "learn.fit",
     "report": "learn.fit",
     "load_adapter": "serve.checkpoint",
     "shipped": "course.shipped",

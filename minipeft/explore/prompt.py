@@ -33,14 +33,16 @@ class TemplateExplorer(SliderPlot):
     def __init__(self, model=None, n: int = 150):
         self.model = load("pocket")[0] if model is None else model
         self.rows, self.found = tasks.mood().data["test"].select(range(n)), {}
-        super().__init__(self._draw, {"template": choice("template", list(self.templates))})
+        super().__init__(self._draw, {"template": choice("template", list(self.templates), self.templates[4])})
 
     def _draw(self, figure: Figure, template: str) -> str:
-        if template not in self.found:
+        for each in dict.fromkeys((self.templates[0], template)):
+            if each in self.found:
+                continue
             truth = torch.tensor(self.rows["label"])
-            odds = verbalize(self.model, self.model.tokenizer, self.rows["text"], template, tasks.mood_words())
+            odds = verbalize(self.model, self.model.tokenizer, self.rows["text"], each, tasks.mood_words())
             loss = -odds[torch.arange(len(truth)), truth].log().mean().item()
-            self.found[template] = ((odds.argmax(1) == truth).float().mean().item(), loss)
+            self.found[each] = ((odds.argmax(1) == truth).float().mean().item(), loss)
         best, share = tasks.mood().ceiling, sum(self.rows["label"]) / len(self.rows)
         axes = figure.subplots()
         figure.subplots_adjust(left=0.4, right=0.97, top=0.9, bottom=0.15)
