@@ -123,6 +123,20 @@ def test_a_prompt_of_words_is_the_words_themselves(family):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_a_model_that_counts_positions_by_padding_gives_the_prompt_places_of_its_own():
+    """RoBERTa numbers the tokens that are not padding: a placeholder that looks like padding would get no place."""
+    import transformers
+
+    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+    torch.manual_seed(0)
+    model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(vocab_size=61, pad_token_id=1, **shape)).eval()
+    words, ids = [9, 4, 17], tiny.batch(tiny.llama())["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.cat([torch.tensor([words]).expand(3, -1), ids], 1)).logits[:, 3:]
+        found = attach(model, PromptTuning(3, init=words))(ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_the_loss_is_that_of_the_text_alone():
     tuned = tuned_for("llama", "prompt")
     batch = tiny.batch(tuned)
