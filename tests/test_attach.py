@@ -304,6 +304,48 @@ def test_a_choice_per_row_equals_running_each_row_alone():
         assert torch.equal(tokens[:1], tuned.generate(ids[:1], max_new_tokens=3, do_sample=False))
 
 
+def test_every_weight_method_can_be_chosen_per_row(method_name):
+    tuned = attach(tiny.llama(), LoRA(rank=1))
+    tuned.add("other", method_for(method_name, "llama"))
+    if any(layer.slots for layer in tuned.adapters["other"].values()):
+        pytest.skip("it replaces parameters of the base")
+    tiny.randomise(tuned)
+    ids = tiny.batch(tuned, rows=4)["input_ids"]
+    with torch.no_grad():
+        together = tuned(ids, adapters=[None, "other", "default", "other"]).logits
+        for row, names in enumerate([(), ("other",), ("default",), ("other",)]):
+            tuned.use(*names)
+            torch.testing.assert_close(together[row], tuned(ids[row : row + 1]).logits[0], atol=1e-5, rtol=0)
+
+
+def test_looking_at_the_deltas_changes_nothing(method_name):
+    tuned = attach(tiny.llama(), method_for(method_name, "llama"))
+    tiny.randomise(tuned)
+    base, adapted = logits(tiny.llama()), logits(tuned)
+    deltas = tuned.deltas()
+    with tuned.disabled():
+        assert tiny.same(tuned.deltas(), deltas) and torch.equal(logits(tuned), base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned.merge()
+    merged = logits(tuned)
+    assert tiny.same(tuned.deltas(), deltas) and torch.equal(logits(tuned), merged)
+    tuned.unmerge()
+    assert torch.equal(logits(tuned), adapted)
+
+
+def test_stacked_changes_are_taken_against_the_same_weight():
+    """Two DoRAs add up: each measures the bare W, in the forward and in the merge."""
+    tuned = attach(tiny.llama(), DoRA(rank=2))
+    tuned.add("second", DoRA(rank=2, targets=["q_proj", "down_proj"]), seed=1)
+    tuned.add("third", IA3())
+    tiny.randomise(tuned)
+    tuned.use("default", "second", "third")
+    stacked = logits(tuned)
+    tuned.merge()
+    assert (logits(tuned) - stacked).abs().max() < 1e-5
+
+
 def test_gradients_per_row_reach_only_the_chosen_adapters():
     tuned = three()
     tuned.use("default", "pirate")
@@ -516,7 +558,7 @@ def test_state_dict_is_strict():
     assert nn.Sequential(tuned).state_dict().keys() == {f"0.{key}" for key in tuned.state_dict()}
 
 
-@pytest.mark.parametrize("method", ["lora", "lora and head", "full"])
+@pytest.mark.parametrize("method", ["lora", "lora and head", "full", "pissa", "dora", "vera", "adalora", "ia3"])
 def test_compile(method):
     torch._dynamo.reset()
     tuned = attach(tiny.llama(), METHODS[method])

@@ -308,3 +308,25 @@ def test_equal_ranks_prune_nothing():
         tuned(**tiny.batch(tuned)).loss.backward()
         tuned.stepped(step)
     assert set(ranks(tuned).values()) == {3}
+
+
+# -- what is shipped ---------------------------------------------------------------------------------------------------
+def test_the_shipped_sweep_is_complete_and_about_these_methods():
+    from minipeft.course import family
+    from minipeft.world import load
+
+    found, (model, _) = family.measured(), load("pocket")
+    assert found["sweeps"].keys() == family.METHODS.keys()
+    for name, method in family.METHODS.items():
+        runs = found["sweeps"][name]
+        best, rates = family.best_of(runs), sorted(each["lr"] for each in runs if each["seed"] == 0)
+        assert {each["seed"] for each in best} == set(family.SEEDS), name
+        assert best[0]["lr"] not in (rates[0], rates[-1]), f"{name}: the valley's floor is inside"
+        assert all(found["floor"] < each["loss"] < found["before"] for each in best), name
+        tuned = attach(model, method)
+        assert {each["trainable"] for each in runs} == {tuned.count().trainable}, name
+        tuned.detach()
+    for budget, record in found["budgets"].items():
+        method = AdaLoRA(rank=int(budget), steps=family.STEPS)
+        totals = [method.budget(step, len(found["layers"])) for step in record["steps"]]
+        assert [sum(each) for each in record["ranks"]] == totals

@@ -44,3 +44,15 @@ def test_views_and_progress_bars_go_and_pictures_stay():
     assert [len(cell.outputs) for cell in book.cells] == [0, 1, 1]
     assert set(book.cells[1].outputs[0].data) == {"image/png", "text/plain"}
     assert "widgets" not in book.metadata
+
+
+def test_a_text_that_came_in_pieces_is_one():
+    book = notebook("x")
+    pieces = [("stdout", "a\n"), ("stdout", "b\n"), ("stderr", "c\n"), ("stdout", "d\n")]
+    book.cells[0].outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in pieces]
+    normalise(book)
+    assert [(o.name, o.text) for o in book.cells[0].outputs] == [
+        ("stdout", "a\nb\n"),
+        ("stderr", "c\n"),
+        ("stdout", "d\n"),
+    ]

@@ -25,9 +25,20 @@ def normalise(notebook) -> None:
         cell["id"] = f"cell-{i}"
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _stays(output)]
+            cell.outputs = _joined([output for output in cell.outputs if _stays(output)])
             for output in cell.outputs:
                 output.get("data", {}).pop(WIDGET, None)  # its picture stays: a view needs a kernel
+
+
+def _joined(outputs: list) -> list:
+    """Pieces of one printed text as one: how a text is cut up depends on how busy the machine was."""
+    result = []
+    for output in outputs:
+        if output.output_type == "stream" and result and result[-1].get("name") == output.name:
+            result[-1].text += output.text
+        else:
+            result.append(output)
+    return result
 
 
 def _stays(output) -> bool:

@@ -5,7 +5,9 @@ As for LoRA: random tiny models, every trainable number moved first, float64 to 
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import re
 
 import pytest
@@ -131,6 +133,55 @@ def test_logits_and_gradients_agree(method, family, dtype, tolerance, tmp_path):
         scale = max(1.0, expected[key].abs().max().item())
         assert (expected[key] - found[key]).abs().max() <= tolerance * scale, key
     assert tuned.count().trainable == reference.get_nb_trainable_parameters()[0]
+
+
+def drawn(family: str, pick: random.Random):
+    """A tiny model whose widths, heads and layers are drawn."""
+    import transformers as tf
+
+    heads, wide, layers, V = (
+        pick.choice([2, 4]),
+        pick.choice([4, 6, 10]),
+        pick.choice([1, 2, 3]),
+        pick.randrange(20, 70),
+    )
+    d, ff = heads * wide, pick.randrange(9, 40)
+    if family == "llama":
+        shape = dict(hidden_size=d, intermediate_size=ff, num_hidden_layers=layers, num_attention_heads=heads)
+        bias, kv = pick.random() < 0.5, pick.choice([1, 2])
+        shape |= dict(num_key_value_heads=kv, attention_bias=bias, mlp_bias=bias, vocab_size=V)
+        return tf.LlamaForCausalLM, tf.LlamaConfig(max_position_embeddings=32, **shape)
+    if family == "gpt2":
+        drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        shape = dict(n_embd=d, n_layer=layers, n_head=heads, n_inner=ff, vocab_size=V)
+        return tf.GPT2LMHeadModel, tf.GPT2Config(n_positions=32, bos_token_id=1, eos_token_id=2, **shape, **drop)
+    if family == "bert":
+        drop = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        shape = dict(hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ff)
+        return tf.BertForMaskedLM, tf.BertConfig(vocab_size=V, max_position_embeddings=32, **shape, **drop)
+    shape = dict(d_model=d, d_kv=wide, num_heads=heads, d_ff=ff, num_layers=layers, vocab_size=V, dropout_rate=0.0)
+    gated = dict(feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+    return tf.T5ForConditionalGeneration, tf.T5Config(**shape, **gated)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_agreement_on_drawn_shapes(seed, tmp_path, monkeypatch):
+    pick = random.Random(seed)
+    family, method = list(TARGETS)[seed % 3] if seed % 4 else "t5", METHODS[seed % len(METHODS)]
+    cls, config = drawn(family, pick)
+    monkeypatch.setitem(tiny.MODELS, family, lambda: tiny._fresh(cls, copy.deepcopy(config)))
+    reference = theirs(method, family, torch.float64)
+    reference.save_pretrained(tmp_path)
+    tuned = load_adapter(tiny.MODELS[family]().double(), tmp_path)
+    batch = {k: v % config.vocab_size for k, v in tiny.batch(tuned).items()}
+    assert tuned.count().trainable == reference.get_nb_trainable_parameters()[0]
+    if method == "adalora":  # its penalty is compared above
+        reference.peft_config["default"].orth_reg_weight = 0.0
+        tuned.methods["default"] = ()
+    expected, found = outcome(reference, batch, mine=False), outcome(tuned, batch, mine=True)
+    assert expected.keys() == found.keys()
+    for key in expected:
+        assert (expected[key] - found[key]).abs().max() <= 1e-12 * max(1.0, expected[key].abs().max().item()), key
 
 
 @pytest.mark.parametrize("family", TARGETS)
