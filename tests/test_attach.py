@@ -304,12 +304,14 @@ def test_a_choice_per_row_equals_running_each_row_alone():
         assert torch.equal(tokens[:1], tuned.generate(ids[:1], max_new_tokens=3, do_sample=False))
 
 
-def test_every_weight_method_can_be_chosen_per_row(method_name):
+def test_every_hooked_method_can_be_chosen_per_row_and_the_others_say_that_they_cannot(method_name):
     tuned = attach(tiny.llama(), LoRA(rank=1))
     tuned.add("other", method_for(method_name, "llama"))
-    if any(layer.slots for layer in tuned.adapters["other"].values()):
-        pytest.skip("it replaces parameters of the base")
     tiny.randomise(tuned)
+    if any(layer.slots or layer.front for layer in tuned.adapters["other"].values()):
+        with pytest.raises(ValueError, match="cannot be chosen per row"):
+            logits(tuned, adapters=["other", None, None])
+        return
     ids = tiny.batch(tuned, rows=4)["input_ids"]
     with torch.no_grad():
         together = tuned(ids, adapters=[None, "other", "default", "other"]).logits
@@ -318,6 +320,7 @@ def test_every_weight_method_can_be_chosen_per_row(method_name):
             torch.testing.assert_close(together[row], tuned(ids[row : row + 1]).logits[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method_name", MERGEABLE)
 def test_looking_at_the_deltas_changes_nothing(method_name):
     tuned = attach(tiny.llama(), method_for(method_name, "llama"))
     tiny.randomise(tuned)
@@ -591,6 +594,21 @@ def test_compile(method):
         torch.testing.assert_close(logits(compiled, adapters=[None] * 3), plain, atol=1e-5, rtol=0)
     tuned.detach()
     close(plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "method", ["adapter", "adapter, parallel", "experts", "prompt", "p-tuning", "prefix", "masked"]
+)
+def test_compile_adapters_and_what_stands_in_front(method):
+    torch._dynamo.reset()
+    tuned = attach(tiny.llama(), METHODS[method])
+    tiny.randomise(tuned)
+    compiled = torch.compile(tuned, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(logits(compiled), logits(tuned), atol=1e-5, rtol=0)
+        with tuned.disabled():
+            torch.testing.assert_close(logits(compiled), logits(tiny.llama()), atol=1e-5, rtol=0)
     torch._dynamo.reset()
 
 
