@@ -1,9 +1,10 @@
 """The one mechanism: `attach(model, method) -> Tuned`.
 
-Every method in this package is a recipe for *layers*: small modules that hold the trainable numbers. Two things carry
-them into a model, and neither touches its module tree or the names in its `state_dict`:
+Every method in this package is a recipe for *layers*: small modules that hold the trainable numbers. Three things carry
+them into a model, and none touches its module tree or the names in its `state_dict`:
 
-- a **hook**: a `Seat` on a module of the base adds the output of the layers that sit there (LoRA and its family);
+- a **hook**: a `Seat` on a module of the base changes its output by the layers that sit there (LoRA, adapters);
+- a **front**: what stands before the tokens, as embeddings or as keys and values (prompts, prefixes; see `front.py`);
 - a **pointer swap**: a `Selected` layer holds a trainable copy of one parameter, and the owner's pointer is moved to
   the copy (full fine-tuning, BitFit, softmax tuning). Merged weights are installed the same way.
 
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minipeft.front import Front
 from minipeft.targets import Slot, Target, flipped, numbers, packed, slots
 
 
@@ -49,14 +51,23 @@ class Method:
         """Called after optimizer step `step` (from 1), while the gradients of that step are still there."""
 
 
+After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (output, x, plain) -> output
+
+
 class Layer(nn.Module):
     """The trainable numbers of one adapter in one place. `path` names the place in `Tuned.deltas()`."""
 
     slots: tuple[Slot, ...] = ()  # the parameters that this layer replaces; () for a layer that works through a hook
+    front: str | None = None  # "prompt" or "prefix": the layer stands before the tokens, see `front.py`
 
     def __init__(self, path: str):
         super().__init__()
         self.path = path
+
+    def seats(self) -> dict[str, After]:
+        """{path of a module: what gives its new output, called with the output so far, the module's first input, and
+        its plain output, before any layer of this kind}."""
+        return {}
 
     def added(self) -> int:
         """How many numbers the model has more than before."""
@@ -101,6 +112,9 @@ class WeightLayer(Layer):
         self.padding = (target.start, target.width - target.stop)
         self.owner = (target.module,)  # in a tuple, so that the base is no submodule of the layer
 
+    def seats(self) -> dict[str, After]:
+        return {self.path: self.after}
+
     @property
     def weight(self) -> torch.Tensor:
         """The target's own rows of the weight that is in place, (d_out, d_in)."""
@@ -134,11 +148,11 @@ class State:
 
 
 class Seat:
-    """The hook on one module of the base, and the layers that sit there: {adapter name: layers}."""
+    """The hook on one module of the base, and what the layers that sit there do to its output: {adapter name: …}."""
 
     def __init__(self, state: State):
         self.state = state
-        self.layers: dict[str, list[WeightLayer]] = {}
+        self.layers: dict[str, list[After]] = {}
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         state = self.state
@@ -147,8 +161,8 @@ class Seat:
         x, plain = args[0] if args else next(iter(kwargs.values())), output
         if state.rows is None:
             for name in state.active:
-                for layer in self.layers.get(name, ()):
-                    output = layer.after(output, x, plain)
+                for after in self.layers.get(name, ()):
+                    output = after(output, x, plain)
             return output
         if x.shape[0] != state.batch:
             raise ValueError(
@@ -157,8 +171,8 @@ class Seat:
             )
         for name, rows in state.rows.items():
             rows = rows.to(output.device)
-            for layer in self.layers.get(name, ()):
-                output = output.index_copy(0, rows, layer.after(output[rows], x[rows], plain[rows]))
+            for after in self.layers.get(name, ()):
+                output = output.index_copy(0, rows, after(output[rows], x[rows], plain[rows]))
         return output
 
 
@@ -197,7 +211,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
 
 def carries_adapters(model: nn.Module) -> bool:
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return hasattr(model, "_tuned") or any(isinstance(getattr(hook, "__self__", None), Seat) for hook in hooks)
+    return hasattr(model, "_tuned") or any(isinstance(getattr(hook, "__self__", None), Seat | Front) for hook in hooks)
 
 
 def build(
@@ -262,7 +276,8 @@ class Tuned(nn.Module):
         self.base = base
         self.methods: dict[str, tuple[Method, ...]] = {}
         self._state = State()
-        self._seats: dict[str, Seat] = {}
+        self._seats: dict[tuple[str, bool], Seat] = {}  # by path, and whether weights are changed there
+        self._front: Front | None = None
         self._originals: dict[Slot, nn.Parameter] = {}  # what the installed pointers replaced
         self._merged: dict[Slot, nn.Parameter] | None = None
         self._disabled = False
@@ -332,13 +347,16 @@ class Tuned(nn.Module):
         self.adapters[name].train(self.training).requires_grad_(False)
         self.methods[name] = methods
         for layer in layers.values():
-            if layer.slots:
-                continue
-            if layer.path not in self._seats:
-                self._seats[layer.path] = Seat(self._state)
-                module = self.base.get_submodule(layer.path)
-                module.register_forward_hook(self._seats[layer.path].hook, with_kwargs=True)
-            self._seats[layer.path].layers.setdefault(name, []).append(layer)
+            if layer.front:
+                self._front = self._front or Front(self.base, self._state)
+                self._front.layers.setdefault(name, []).append(layer)
+            for path, after in layer.seats().items():
+                weight = isinstance(layer, WeightLayer)
+                if (path, weight) not in self._seats:
+                    self._seats[path, weight] = seat = Seat(self._state)
+                    # A change of the weight comes first, whatever was attached first: an adapter sees what W' gives.
+                    self.base.get_submodule(path).register_forward_hook(seat.hook, with_kwargs=True, prepend=weight)
+                self._seats[path, weight].layers.setdefault(name, []).append(after)
 
     def use(self, *names: str) -> None:
         """Activates these adapters, together if several (their changes add up), and only them; none is the bare base.
@@ -462,15 +480,17 @@ class Tuned(nn.Module):
         for (path, name), flag in self._required.items():
             owner = self.base.get_submodule(path)
             owner._parameters[name] = merged.get((path, name), owner._parameters[name]).requires_grad_(flag)
-        for path, seat in self._seats.items():
-            hooks = self.base.get_submodule(path)._forward_hooks
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is seat]:
-                del hooks[key]
-                self.base.get_submodule(path)._forward_hooks_with_kwargs.pop(key, None)
+        ours = {id(seat) for seat in (*self._seats.values(), self._front)}
+        for module in self.base.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in ours]:
+                    del hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         if untied and hasattr(self.base, "config"):
             self.base.config.tie_word_embeddings = False
         del self.base._tuned
-        self.adapters, self.methods, self._seats, self._merged = nn.ModuleDict(), {}, {}, None
+        self.adapters, self.methods, self._seats, self._front, self._merged = nn.ModuleDict(), {}, {}, None, None
         self._state.active = ()
         return self.base
 
@@ -527,8 +547,9 @@ class Tuned(nn.Module):
         lost: dict[str, float] = {}
         with self._unmerged():
             for layer in (layer for layer in self._layers() if not layer.slots):
+                changes = layer.changes()  # says so, where a layer changes no weight
                 owner = self.base.get_submodule(layer.path)
-                for name, delta in layer.changes().items():
+                for name, delta in changes.items():
                     slot = (layer.path, name)
                     if name not in owner._parameters and not (name == "weight" and packed(owner)):
                         raise ValueError(
@@ -570,10 +591,10 @@ class Tuned(nn.Module):
             raise TypeError(f"adapters={adapters!r} is not a list with one adapter name or None per row of the batch.")
         names = self._known([name for name in adapters if name is not None])
         for name in names:
-            if any(layer.slots for layer in self.adapters[name].values()):
-                raise ValueError(
-                    f"{name!r} replaces parameters of the base, so it cannot be chosen per row; use({name!r})."
-                )
+            layers = self.adapters[name].values()
+            if any(layer.slots or layer.front for layer in layers):
+                what = "replaces parameters of" if any(layer.slots for layer in layers) else "puts tokens in front of"
+                raise ValueError(f"{name!r} {what} the base, so it cannot be chosen per row; use({name!r}).")
         batch = next(
             (len(v) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), len(adapters)
         )

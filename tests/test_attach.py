@@ -17,10 +17,15 @@ from torch import nn
 
 from minipeft.attach import Count, Tuned, attach
 from minipeft.methods.adalora import AdaLoRA
+from minipeft.methods.adapter import Adapter
 from minipeft.methods.dora import DoRA
+from minipeft.methods.experts import Experts
 from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
+from minipeft.methods.masked import Masked
+from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.projected import ProjectedLoRA
+from minipeft.methods.prompt import PromptTuning, PTuning
 from minipeft.methods.select import BitFit, Full, Softmax
 from minipeft.methods.vera import VeRA
 from minipeft.serve.checkpoint import load_adapter
@@ -44,7 +49,28 @@ METHODS = {
     "ia3": IA3(),
     "dora and biases": [DoRA(rank=2, targets="attention"), BitFit()],
     "ia3 and full": [IA3(), Full(targets=re.compile(r".*(proj|query|wi_0|norm).*"))],
+    "masked": Masked(share=0.05),
+    "masked at random, with biases": [Masked(share=0.05, by="random", targets="mlp"), BitFit()],
 }
+WEIGHTLESS = {  # they change no weight, so they do not merge
+    "adapter": Adapter(4),
+    "adapter, parallel": Adapter(4, "parallel", activation="gelu"),
+    "adapter, shared": Adapter(4, share=2, share_within=True, activation="tanh"),
+    "adapter and head": [Adapter(4, "pfeiffer", top=1, activation="silu"), Softmax()],
+    "experts": Experts(4, activation="gelu"),
+}
+FRONTS = {  # they stand before the tokens, so even the first output differs
+    "prompt": PromptTuning(3),
+    "prompt and head": [PromptTuning(2), Softmax()],
+    "p-tuning": PTuning(3, hidden=8),
+    "p-tuning, lstm": PTuning(3, "lstm", hidden=4),
+    "p-tuning, task": PTuning(3, "task", hidden=8),
+    "prefix": PrefixTuning(3),
+    "prefix, reparametrised": PrefixTuning(3, hidden=8),
+}
+MERGEABLE = list(METHODS)
+WEIGHTLESS |= FRONTS
+METHODS |= WEIGHTLESS
 EMBEDDING = {
     "llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "classifier": "word_embeddings",
     "t5": "embed_tokens",
@@ -98,12 +124,16 @@ def train(model: nn.Module, steps: int = 20) -> list[float]:
 @pytest.mark.filterwarnings("ignore:Merging unties")
 def test_invariants(family, method_name, tmp_path):
     model, method = tiny.MODELS[family](), method_for(method_name, family)
+    if family == "t5" and method_name in FRONTS:
+        with tiny.untouched(model), pytest.raises(ValueError, match="an encoder and a decoder"):
+            attach(model, method)
+        return
     pointers = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     names, flags = list(dict(model.named_modules())), [p.requires_grad for p in model.parameters()]
     before, base = tiny.snapshot(model), logits(model)
 
     tuned = attach(model, method)
-    assert torch.equal(logits(tuned), base), "identity at init"
+    assert torch.equal(logits(tuned), base) != (method_name in FRONTS), "identity at init"
     assert list(dict(model.named_modules())) == names and model.state_dict().keys() == before.keys()
     trainable = [name for name, p in tuned.named_parameters() if p.requires_grad]
     assert trainable and all(name.startswith("adapters.") for name in trainable)
@@ -125,14 +155,19 @@ def test_invariants(family, method_name, tmp_path):
         assert tiny.same(tiny.snapshot(model), before), "base bit-identical after 20 steps"
     assert torch.equal(logits(tuned), adapted)
 
-    tuned.merge()
-    assert (logits(tuned) - adapted).abs().max() < 1e-5
-    with tuned.disabled():
-        assert torch.equal(logits(tuned), base)
-    with pytest.raises(ValueError, match="unmerge"):
+    if method_name in WEIGHTLESS:
+        for refused in (tuned.merge, tuned.deltas):
+            with pytest.raises(ValueError, match="changes no weight"):
+                refused()
+    else:
         tuned.merge()
-    assert (logits(tuned) - adapted).abs().max() < 1e-5
-    tuned.unmerge()
+        assert (logits(tuned) - adapted).abs().max() < 1e-5
+        with tuned.disabled():
+            assert torch.equal(logits(tuned), base)
+        with pytest.raises(ValueError, match="unmerge"):
+            tuned.merge()
+        assert (logits(tuned) - adapted).abs().max() < 1e-5
+        tuned.unmerge()
     assert torch.equal(logits(tuned), adapted)
     with pytest.raises(ValueError, match="not merged"):
         tuned.unmerge()
@@ -150,6 +185,7 @@ def test_invariants(family, method_name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Merging unties")
+@pytest.mark.parametrize("method_name", MERGEABLE)
 def test_deltas_are_what_a_merge_changes(family, method_name):
     model = tiny.MODELS[family]()
     before = tiny.snapshot(model)
@@ -268,12 +304,14 @@ def test_a_choice_per_row_equals_running_each_row_alone():
         assert torch.equal(tokens[:1], tuned.generate(ids[:1], max_new_tokens=3, do_sample=False))
 
 
-def test_every_weight_method_can_be_chosen_per_row(method_name):
+def test_every_hooked_method_can_be_chosen_per_row_and_the_others_say_that_they_cannot(method_name):
     tuned = attach(tiny.llama(), LoRA(rank=1))
     tuned.add("other", method_for(method_name, "llama"))
-    if any(layer.slots for layer in tuned.adapters["other"].values()):
-        pytest.skip("it replaces parameters of the base")
     tiny.randomise(tuned)
+    if any(layer.slots or layer.front for layer in tuned.adapters["other"].values()):
+        with pytest.raises(ValueError, match="cannot be chosen per row"):
+            logits(tuned, adapters=["other", None, None])
+        return
     ids = tiny.batch(tuned, rows=4)["input_ids"]
     with torch.no_grad():
         together = tuned(ids, adapters=[None, "other", "default", "other"]).logits
@@ -282,6 +320,7 @@ def test_every_weight_method_can_be_chosen_per_row(method_name):
             torch.testing.assert_close(together[row], tuned(ids[row : row + 1]).logits[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method_name", MERGEABLE)
 def test_looking_at_the_deltas_changes_nothing(method_name):
     tuned = attach(tiny.llama(), method_for(method_name, "llama"))
     tiny.randomise(tuned)
@@ -558,6 +597,21 @@ def test_compile(method):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    "method", ["adapter", "adapter, parallel", "experts", "prompt", "p-tuning", "prefix", "masked"]
+)
+def test_compile_adapters_and_what_stands_in_front(method):
+    torch._dynamo.reset()
+    tuned = attach(tiny.llama(), METHODS[method])
+    tiny.randomise(tuned)
+    compiled = torch.compile(tuned, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(logits(compiled), logits(tuned), atol=1e-5, rtol=0)
+        with tuned.disabled():
+            torch.testing.assert_close(logits(compiled), logits(tiny.llama()), atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+
+
 def test_compiled_training_gives_the_same_gradients():
     torch._dynamo.reset()
     tuned = attach(tiny.llama(), METHODS["lora and head"])
@@ -578,6 +632,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, method_name)
     tiny.randomise(tuned)
     tuned.train()
     grads = []
+    if method_name.startswith("prefix"):
+        tuned.gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+            tuned(**tiny.batch(tuned))
+        return
     for checkpointing in (False, True):
         if checkpointing:
             tuned.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -596,7 +655,7 @@ def test_to_moves_the_originals_too(method_name, merged):
     tiny.randomise(tuned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _ = merged and tuned.merge()
+        _ = merged and method_name in MERGEABLE and tuned.merge()
     adapted = logits(tuned)
     tuned.to(torch.float64)
     assert logits(tuned).dtype == torch.float64
@@ -622,7 +681,7 @@ def test_every_method_works_over_a_bfloat16_base(method_name):
     model = tiny.llama().to(torch.bfloat16)
     base = logits(model)
     tuned = attach(model, method_for(method_name, "llama"))
-    assert torch.equal(logits(tuned), base), "identity at init"
+    assert torch.equal(logits(tuned), base) != (method_name in FRONTS), "identity at init"
     hooked = [layer for layer in tuned.adapters["default"].values() if not layer.slots]
     assert all(p.dtype == torch.float32 for layer in hooked for p in layer.parameters())
     tiny.randomise(tuned)
@@ -630,7 +689,7 @@ def test_every_method_works_over_a_bfloat16_base(method_name):
     assert adapted.dtype == torch.bfloat16 and not torch.equal(adapted, base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuned.merge()
+        _ = method_name in MERGEABLE and tuned.merge()
     assert (logits(tuned) - adapted).abs().max() < 0.05 * adapted.abs().max()
     with tuned.disabled():
         assert torch.equal(logits(tuned), base)
@@ -672,7 +731,8 @@ def test_meta_device(method_name):
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(p.is_meta for p in tuned.parameters())
     assert tuned.count() == real.count()
-    assert {n: d.shape for n, d in tuned.deltas().items()} == {n: d.shape for n, d in real.deltas().items()}
+    if method_name in MERGEABLE:
+        assert {n: d.shape for n, d in tuned.deltas().items()} == {n: d.shape for n, d in real.deltas().items()}
     assert tuned(**{k: v.to("meta") for k, v in tiny.batch(real).items()}).logits.is_meta
 
 

@@ -11,10 +11,13 @@ import transformers as tf
 
 from minipeft.attach import attach
 from minipeft.methods.adalora import AdaLoRA
+from minipeft.methods.adapter import Adapter
 from minipeft.methods.dora import DoRA
 from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
+from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.projected import ProjectedLoRA
+from minipeft.methods.prompt import PromptTuning, PTuning
 from minipeft.methods.select import BitFit, Full, Softmax
 from minipeft.methods.vera import VeRA
 
@@ -51,6 +54,22 @@ def bert_base_uncased():
 
 def bert_base_cased_classifier():
     return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=28996, num_labels=2))
+
+
+def bert_large():
+    return tf.BertModel(
+        tf.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    )
+
+
+def bloomz_560m():
+    return tf.BloomForCausalLM(tf.BloomConfig(hidden_size=1024, n_layer=24, n_head=16, vocab_size=250880))
+
+
+def t5_encoder_large():
+    """The half of T5.1.1 Large that Lester et al. put their prompt before."""
+    shape = dict(d_model=1024, d_kv=64, d_ff=2816, num_layers=24, num_heads=16, feed_forward_proj="gated-gelu")
+    return tf.T5EncoderModel(tf.T5Config(vocab_size=32128, is_encoder_decoder=False, **shape))
 
 
 def gpt2_medium():
@@ -135,6 +154,22 @@ ROWS = [  # source, model, method, trainable, total or None
     ("PEFT docs", qwen2_5_3b, LoRA(rank=16, targets=LLAMA_QV), 3_686_400, 3_089_625_088),
     ("PEFT docs", whisper_large_v2, LoRA(rank=32, targets=LLAMA_QV), 15_728_640, None),
     ("PEFT docs", bert_base_cased_classifier, [LoRA(rank=8, targets=["query", "key"]), Softmax()], 296_450, None),
+    ("LoRA T2, Houlsby", roberta_large, Adapter(8), 835_968, None),
+    ("LoRA T2, Pfeiffer", roberta_large, Adapter(16, "pfeiffer"), 811_392, None),
+    ("LoRA T4, Houlsby", gpt3, Adapter(1), 7_078_080, None),
+    ("LoRA T4, Houlsby", gpt3, Adapter(8), 40_109_568, None),
+    ("Houlsby", bert_large, Adapter(64), 6_343_680, None),
+    ("Houlsby, blocks in pairs", bert_large, Adapter(64, share=2), 6_343_680 // 2, None),
+    ("Houlsby, one adapter a block", bert_large, Adapter(64, share_within=True), 6_343_680 // 2, None),
+    ("Houlsby, one adapter a pair", bert_large, Adapter(64, share=2, share_within=True), 6_343_680 // 4, None),
+    ("Houlsby, one adapter in all", bert_large, Adapter(64, share=24, share_within=True), 6_343_680 // 48, None),
+    ("Houlsby, top 6 blocks", bert_large, Adapter(64, top=6), 6_343_680 // 4, None),
+    ("Prefix", gpt2_medium, PrefixTuning(5), 245_760, None),
+    ("PEFT docs, P-tuning", bloomz_560m, PTuning(20, hidden=128), 300_288, None),
+    ("PEFT docs, prefix", bloomz_560m, PrefixTuning(20), 983_040, None),
+    ("PEFT docs, prompt", bloomz_560m, PromptTuning(8), 8_192, None),
+    *[("Lester T4", t5_encoder_large, PromptTuning(n), 1024 * n, None) for n in (1, 5, 20, 50, 100, 150)],
+    ("prefix, 2 key-value heads of 128", qwen2_5_3b, PrefixTuning(10), 10 * 36 * 2 * 2 * 128, None),
     ("GPT-2 M, tied head", gpt2_medium, Softmax(), 50257 * 1024, 354_823_168 + 50257 * 1024),
 ]
 
@@ -169,3 +204,11 @@ def test_gpt3_takes_seconds_and_no_memory():
     assert tuned.count().total > 174_000_000_000
     assert time.perf_counter() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes, of 700 GB of weights
+
+
+def test_houlsby_share():
+    """ "2.1 %" of BERT-large is of its 24 blocks."""
+    with torch.device("meta"):
+        model = bert_large()
+    blocks = sum(p.numel() for p in model.encoder.parameters())
+    assert round(100 * attach(model, Adapter(64)).count().trainable / blocks, 3) == 2.098

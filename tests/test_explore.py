@@ -62,6 +62,57 @@ def test_every_task_of_the_explorer_can_be_chosen(task):
     assert explorer.score is not None and explorer.samples[task]
 
 
+def test_the_adapter_explorer_gathers_a_point_for_every_run_and_says_the_formula():
+    explorer = mp.AdapterExplorer(small())
+    for bottleneck, sharing in ((2, "none"), (4, "none"), (4, "all blocks")):
+        explorer.controls["bottleneck"].value = bottleneck
+        explorer.controls["sharing"].value = sharing
+    d, blocks = 32, 2
+    each = {m: 2 * d * m + m + d for m in (2, 4)}
+    numbers = [n for n, _ in explorer.points["pirate"].values()]
+    assert numbers == [2 * blocks * each[2], 2 * blocks * each[4], each[4]]
+    assert f"1 adapter of 2dm + m + d = 2·{d}·4 + 4 + {d} = {each[4]:,}" in explorer.text.value
+    shown = {line.get_label(): list(line.get_xdata()) for line in explorer.figure.axes[1].get_lines()}
+    assert shown["this run"] == [each[4]] and shown["before"] == numbers[:2]
+
+
+def test_templates_stay_in_the_picture_and_differ():
+    explorer = mp.TemplateExplorer(n=60)
+    explorer.redraw()
+    explorer.controls["template"].value = "{text} he felt"  # the third, after the two that are there at first
+    bars = [bar.get_width() for bar in explorer.figure.axes[0].patches]
+    assert (
+        bars == [accuracy for accuracy, _ in explorer.found.values()]
+        and len(bars) == 3
+        and bars[2] > max(bars[:2]) + 0.2
+    )
+
+
+def test_the_prompt_explorer_names_the_nearest_words():
+    explorer = mp.PromptExplorer(small(), task="flip")
+    explorer.controls["length"].value = 2
+    assert "n·d = 2·32 = 64" in explorer.text.value and "nearest words" in explorer.text.value
+    explorer.controls["start"].value = "lstm"
+    assert type(explorer.tuned.methods["default"][0]).__name__ == "PTuning"
+
+
+def test_the_prefix_explorer_shows_the_attention_that_the_prefix_gets():
+    from minipeft.explore.prompt import attention_in_front
+
+    explorer = mp.PrefixExplorer(small(), task="flip")
+    for start in ("words", "reparametrised", "random"):
+        explorer.controls["start"].value = start
+    assert "8·2·2·(2·16) = 1,024 in the file" in explorer.text.value
+    text = "anna went to the lake ."
+    shares = attention_in_front(explorer.tuned, [text, text + " it rained ."])
+    assert shares.shape == (2, 2) and (shares > 0).all() and (shares < 1).all()
+    alone = attention_in_front(explorer.tuned, [text])
+    maps = explorer.tuned.base.config._attn_implementation
+    assert maps == "sdpa" and alone.shape == (2, 2)
+    shown = [float(t.get_text()) for t in explorer.figure.axes[1].texts]
+    assert len(shown) == 4 and all(0 < v < 1 for v in shown)
+
+
 def test_a_second_move_cancels_the_run_and_the_loop_stays_free():
     explorer = LoRAExplorer(small())
 

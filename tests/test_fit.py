@@ -260,3 +260,13 @@ def test_full_fine_tuning_needs_more_memory_than_lora():
         peaks[name] = fit(mp.attach(small(), method), tasks.forecast(), steps=2, batch=2, progress=False).peak_memory
     parameters = sum(p.numel() for p in small().parameters())
     assert peaks["full"] - peaks["lora"] > 3 * 4 * parameters * 0.5  # gradients and Adam's two moments, and more
+
+
+def test_batches_are_those_that_fit_draws():
+    model, task = small(), mp.world.flip()
+    seen = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    tuned = mp.attach(model, mp.LoRA(rank=1))
+    mp.fit(tuned, task, steps=3, batch=5, seed=4, progress=False)
+    found = [batch["input_ids"] for batch in mp.batches(model, task, 3, size=5, seed=4)]
+    assert len(found) == 3 and all(map(torch.equal, found, seen))

@@ -1,8 +1,19 @@
 """The widgets: each is a plain function that draws a figure, and the sliders that call it."""
 
+from minipeft.explore.adapter import AdapterExplorer
 from minipeft.explore.lora import LoRAExplorer
 from minipeft.explore.predict import Predict
+from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
 from minipeft.explore.slider import SliderPlot
 
-__all__ = ["LoRAExplorer", "Predict", "QuantisationExplorer", "SliderPlot"]
+__all__ = [
+    "AdapterExplorer",
+    "LoRAExplorer",
+    "Predict",
+    "PrefixExplorer",
+    "PromptExplorer",
+    "QuantisationExplorer",
+    "SliderPlot",
+    "TemplateExplorer",
+]

@@ -223,6 +223,16 @@ def _order(lengths: list[int], batch: int, seed: int) -> Iterator[list[int]]:
             yield block[i * batch : (i + 1) * batch]
 
 
+def batches(model: nn.Module, task: Task, n: int, size: int = 16, seed: int = 0, tokenizer=None) -> Iterator[dict]:
+    """`n` batches of training rows as `fit` draws them with this `seed`, each what the model is called with."""
+    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    rows = _check(model, task, n, 1.0, size, tokenizer)
+    encoded = encode(task.kind, rows, tokenizer, _context(model))
+    order, device = _order([len(ids) for ids, _ in encoded], size, seed), next(model.parameters()).device
+    for _ in range(n):
+        yield collate(task.kind, [encoded[i] for i in next(order)], tokenizer, device)
+
+
 def encode(kind: str, rows, tokenizer, context: int | None) -> list[tuple[list[int], list[int] | int]]:
     """Rows as (token ids, labels): labels are the ids with IGNORE where no loss is taken, or the class of the row.
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import minipeft.serve.seats  # noqa: F401 - its layouts register themselves
 from minipeft.attach import Layer, Method, Tuned, build, carries_adapters, check_name, wrap
 from minipeft.methods.select import Full, Selected, parameter_name
 from minipeft.serve.layout import OURS, PREFIX, WORDS, Layout, layout_for, layout_of
@@ -246,7 +247,8 @@ def fill(layers: list[Layer], config: dict, tensors: dict[str, torch.Tensor]) ->
         value = tensors[key]
         if value.shape != mine.shape:
             raise ValueError(f"{key!r} has shape {tuple(value.shape)}, but this model needs {tuple(mine.shape)}.")
-        if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        real = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        if value.dtype not in (real if mine.is_floating_point() else (mine.dtype,)):
             raise ValueError(f"{key!r} holds {value.dtype} numbers; an adapter's are float32, float16 or bfloat16.")
         if not torch.isfinite(value.to(mine.dtype)).all():
             raise ValueError(f"{key!r} holds NaN or infinite numbers; save it from a run that converged.")

@@ -1,0 +1,174 @@
+"""What every explorer shares: controls for one method's knobs, and the pocket model trained again at every move."""
+
+from __future__ import annotations
+
+import copy
+import html
+from collections.abc import Iterator
+
+import ipywidgets
+import torch
+from matplotlib.figure import Figure
+
+from minipeft.attach import Method, Tuned, attach
+from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, SliderPlot
+from minipeft.learn.fit import History, evaluate, training
+from minipeft.world import tasks
+from minipeft.world.base import load, write
+from minipeft.world.corpus import pretty
+
+TASKS = {"pirate": tasks.pirate, "flip": tasks.flip, "cipher": tasks.cipher}
+STEPS, BATCH = 60, 10
+STYLE = {"description_width": "initial"}
+
+
+def slider(label: str, options: list, value) -> ipywidgets.SelectionSlider:
+    return ipywidgets.SelectionSlider(
+        options=options, value=value, description=label, continuous_update=False, style=STYLE
+    )
+
+
+def choice(label: str, options: list, value=None) -> ipywidgets.Dropdown:
+    value = options[0] if value is None else value
+    return ipywidgets.Dropdown(options=options, value=value, description=label, style=STYLE)
+
+
+class TrainingExplorer(SliderPlot):
+    """Live training of one method on the pocket model: loss against the task's exact floor, and what the model writes.
+
+    Every move trains a fresh adapter for 60 steps of 10 texts (seed 0) on the same frozen base; the last few runs stay
+    in the picture in grey. `history`, `tuned` and `score` hold the present run, `points` every finished one.
+
+    A subclass says how the knobs become a method (`method`) and a title (`title`), and what stands on the right
+    (`side`) and below (`formula`).
+    """
+
+    name: str  # of the method, in titles
+    rates: dict[str, float]  # {task: the learning rate where the explorer begins}
+    tasks = TASKS
+
+    def __init__(self, model, task: str, knobs: dict[str, ipywidgets.ValueWidget]):
+        # the lesson may use its own as it likes
+        self.model = load("pocket")[0] if model is None else copy.deepcopy(model)
+        self.history, self.score, self.tuned = History(), None, None
+        self.before: list[tuple[str, str, list[float]]] = []  # (task, settings, losses) of finished runs
+        self.points: dict[str, dict[str, tuple[int, float]]] = {}  # task -> settings -> (numbers trained, test loss)
+        self.samples: dict[str, str] = {}
+        rates = [(f"{v:g}", v) for v in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)]
+        controls = knobs | {
+            "lr": slider("learning rate", rates, self.rates[task]),
+            "task": choice("task", list(self.tasks), task),
+        }
+        super().__init__(self._draw, controls, self._train)
+
+    def method(self, **knobs) -> Method:
+        raise NotImplementedError
+
+    def title(self, **knobs) -> str:
+        raise NotImplementedError
+
+    def side(self, axes, task: str) -> None:
+        """The right panel: the test loss of every run so far, by how many numbers it trained."""
+        draw_points(axes, self.points.get(task, {}), self.tasks[task]().floor)
+
+    def formula(self, **knobs) -> str:
+        """HTML that says how many numbers these knobs train."""
+        return ""
+
+    def _train(self, lr, task, **knobs) -> Iterator[int | None]:
+        if self.tuned is not None:
+            self.tuned.detach()
+            self.tuned = None
+        self.history, self.score, chosen = History(), None, self.tasks[task]()
+        self.tuned = attach(self.model, self.method(**knobs))
+        yield from training(self.tuned, chosen, self.history, steps=STEPS, lr=lr, batch=BATCH)
+        yield None  # a picture of all steps before the slower test
+        self.score = evaluate(self.tuned, chosen, n=100)
+        self.samples[task] = sample(self.tuned, task)
+        self.before = [run for run in self.before if run[0] == task][-3:]
+        settings = f"{self.title(**knobs)}, lr={lr:g}"
+        self.before.append((task, settings, self.history.losses))
+        self.points.setdefault(task, {})[settings] = (self.tuned.count().trainable, self.score.loss)
+
+    def _draw(self, figure: Figure, lr, task, **knobs) -> str:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        # a layout engine takes 60 ms
+        figure.subplots_adjust(left=0.06, right=0.985, top=0.92, bottom=0.13, wspace=0.17)
+        earlier = self.before[:-1] if self.score else self.before
+        draw_losses(
+            left, self.history, self.tasks[task]().floor, [run[1:] for run in earlier if run[0] == task], self.score
+        )
+        left.set_title(f"{task}: {self.name} {self.title(**knobs)}, learning rate {lr:g}")
+        self.side(right, task)
+        return self._report(task, self.formula(**knobs) if self.tuned is not None else "")
+
+    def _report(self, task: str, formula: str) -> str:
+        if self.tuned is None:
+            return ""
+        lines = [f"<b>{self.tuned.count()}</b>{formula and '; ' + formula}"]
+        if self.score is not None:
+            accuracy = (
+                ""
+                if self.score.accuracy is None
+                else (f", accuracy {self.score.accuracy:.2f} of at best {self.tasks[task]().ceiling:.2f}")
+            )
+            lines.append(
+                f"test loss {self.score.loss:.3f}, floor {self.tasks[task]().floor:.3f} nats a token{accuracy}; "
+                f"{self.history.seconds[-1]:.1f} s; {self.history.peak_memory / 2**20:.0f} MiB at the peak"
+            )
+            lines.append(f"<i>{html.escape(self.samples[task])}</i>")
+        else:
+            lines.append(f"step {len(self.history.losses)} of {STEPS} …")
+        return "<br>".join(lines)
+
+
+def draw_losses(axes, history: History, floor: float | None, earlier=(), score=None) -> None:
+    """Loss by step with the floor; `earlier` is [(label, losses)], `score` the test result at the end."""
+    for style, (label, losses) in zip(("--", "-.", ":"), reversed(list(earlier)), strict=False):
+        axes.plot(range(1, len(losses) + 1), losses, style, color=GREY, linewidth=1, label=f"before: {label}")
+    axes.plot(range(1, len(history.losses) + 1), history.losses, color=BLUE, marker=".", label="this run, each batch")
+    if score is not None:
+        axes.plot([STEPS + 1.5], [score.loss], "D", color=ORANGE, label=f"test after training {score.loss:.3f}")
+    if floor is not None:
+        axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label=f"floor of the task {floor:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, STEPS + 3))
+    axes.legend(fontsize="small", loc="upper right")
+
+
+def draw_points(axes, points: dict[str, tuple[int, float]], floor: float | None) -> None:
+    """Test loss by numbers trained; `points` is {settings: (numbers, loss)}, the last one in orange."""
+    axes.set(title="test loss of every run so far", xlabel="numbers trained", ylabel="test loss (nats a token)")
+    if not points:
+        axes.text(0.5, 0.5, "a point appears when the run ends", ha="center", va="center", transform=axes.transAxes)
+        return
+    *before, last = points.values()
+    if before:
+        axes.plot(*zip(*before, strict=True), "o", color=GREY, label="before")
+    axes.plot(*last, "D", color=ORANGE, label="this run")
+    if floor is not None:
+        axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label="floor")
+    numbers = [n for n, _ in points.values()]
+    axes.set_xscale("log")
+    axes.set_xlim(min(numbers) / 2, max(numbers) * 2)
+    axes.minorticks_off()
+    axes.legend(fontsize="small", loc="upper right")
+
+
+def sample(tuned: Tuned, task: str) -> str:
+    """What the tuned model says now, as a reader would want to see it for this task."""
+    tokenizer = tuned.tokenizer
+    if task == "flip":
+        prompt = "on sunday , anna went to the lake . the sun was hot . anna won a red boat in a race . anna felt"
+        ids = tokenizer(prompt, return_tensors="pt").to(tuned.device)
+        with torch.no_grad():
+            p = tuned(**ids).logits[0, -1].softmax(-1)
+        words = {
+            m: sum(p[tokenizer.convert_tokens_to_ids(w)].item() for w in ws) for m, ws in tasks.mood_words().items()
+        }
+        return f"{pretty(prompt)} … glad {words['glad']:.2f}, sad {words['sad']:.2f}"
+    if task == "cipher":
+        key = tasks.permutation()
+        back = {secret: word for word, secret in key.items()}
+        [text] = write(tuned, tokenizer, f"{key['one']} {key['morning']}")
+        return f"{text} — deciphered: {pretty(' '.join(back.get(w, w) for w in text.split()))}"
+    return pretty(write(tuned, tokenizer, "on sunday")[0])

@@ -1,0 +1,106 @@
+"""Prefix tuning: train the keys and values of n places before the text, in every layer (Li and Liang 2021,
+"Prefix-Tuning: Optimizing Continuous Prompts for Generation", §4).
+
+    layer l:   attention(Q, [P_K⁽ˡ⁾; K], [P_V⁽ˡ⁾; V])        P_K, P_V trained, of shape (n, kv heads · head width)
+
+A token of the text asks (Q) and is answered from what stands before it (K, V). At n = 5 in GPT-2 medium (24 layers,
+width 1024) the flat prefix holds 5 · 24 · 2 · 1024 = 245,760 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from minipeft.attach import Layer, Method
+from minipeft.methods.prompt import check_front, embedding, like, repeated
+
+
+@dataclass(frozen=True)
+class PrefixTuning(Method):
+    """`length`: n, the number of places before the text (§7.2: 10 for tables, 200 for summaries).
+
+    `hidden`: None trains the prefix itself; a number trains an embedding E (n, key-value width) and a network that
+        writes the prefix, P = W₂·tanh(W₁·E) (§4.3: steadier training). A file holds the P that it wrote.
+    `init` of a flat prefix: "random" draws from N(0, 1); or token ids, repeated or cut to n, whose own keys and values
+        are copied (§7.4: much better than random where data are few).
+
+    Raises ValueError for a length or `hidden` below 1, an unknown init, or both `hidden` and ids; and, at `attach`, for
+    a model without token embeddings, or without attention heads in its configuration.
+    """
+
+    length: int = 8
+    hidden: int | None = None
+    init: str | Sequence[int] = "random"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "init", check_front(self.length, self.init, ("random",)))
+        if self.hidden is not None and (not isinstance(self.hidden, int) or self.hidden < 1):
+            raise ValueError(f"hidden={self.hidden!r} is neither None nor a whole number of at least 1, such as 128.")
+        if self.hidden is not None and self.init != "random":
+            raise ValueError("Token ids say what the prefix itself is at first, and hidden= has a network write it.")
+
+    def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Prefix]]:
+        embedding(model, "A prefix")
+        prefix_shape(model)
+        return {"prefix": partial(Prefix, model, self)}
+
+
+def prefix_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(layers, key-value heads, head width). With grouped queries there are fewer key-value heads than heads."""
+    config = model.config.get_text_config()
+    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if not layers or not heads:
+        raise ValueError(f"The configuration of {type(model).__name__} names no layers and attention heads.")
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return layers, getattr(config, "num_key_value_heads", None) or heads, width
+
+
+class Prefix(Layer):
+    """`value` (n, layers·2·kv·w) if flat; else `E` (n, kv·w) and `layers`, which turn it into that."""
+
+    front = "prefix"
+
+    def __init__(self, model: nn.Module, method: PrefixTuning, generator: torch.Generator):
+        super().__init__("prefix")
+        table = embedding(model, "A prefix").weight
+        layers, heads, width = prefix_shape(model)
+        self.shape, n = (layers, heads, width), method.length
+        self.flat = method.hidden is None
+        with like(table, generator):
+            if self.flat:
+                self.value = nn.Parameter(torch.randn(n, layers * 2 * heads * width))
+            else:
+                self.E = nn.Parameter(torch.randn(n, heads * width))
+                last = nn.Linear(method.hidden, layers * 2 * heads * width)
+                self.layers = nn.Sequential(nn.Linear(heads * width, method.hidden), nn.Tanh(), last)
+        self.to(torch.promote_types(table.dtype, torch.float32))
+        if method.init != "random" and not table.is_meta:
+            self.value.data.copy_(words(model, repeated(method.init, n, len(table))))
+
+    def folded(self) -> torch.Tensor:
+        """(n, layers·2·kv·w): K and V of layer 0, of layer 1, …"""
+        return self.value if self.flat else self.layers(self.E)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self.folded()}
+
+    def prefix(self) -> torch.Tensor:
+        """(n, 2·layers, kv, w)"""
+        layers, heads, width = self.shape
+        return self.folded().view(-1, 2 * layers, heads, width)
+
+
+@torch.no_grad()
+def words(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    """The keys and values that the model computes for these tokens, (n, layers·2·kv·w)."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    states = [state[0].transpose(0, 1).flatten(1) for layer in cache.layers for state in (layer.keys, layer.values)]
+    return torch.cat(states, 1)

@@ -1,0 +1,244 @@
+"""Prompts: hard ones, written in words and scored without training, and soft ones, whose embeddings are trained.
+
+    p(y | x):   hard     [template with x in it]            → probability of the words that stand for y
+                soft     [p₁ … pₙ] x₁ … x_L                 p trained, of shape (n, d), the model frozen
+
+At n = 20 and d = 1024 a soft prompt holds 20,480 numbers, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from minipeft.attach import Layer, Method
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hard prompts
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def verbalize(
+    model: nn.Module, tokenizer, texts: Sequence[str], template: str, verbalizer: Mapping[str, Sequence[str]]
+) -> torch.Tensor:
+    """p(class | text) of a language model that was never trained to classify, (texts, classes), rows summing to 1.
+
+        p(c | x) ∝ Σ over the words w of c of p(w | template(x))        (Schick and Schütze 2021, "PET", §3)
+
+    `template` has `{text}` where the text goes, as in "{text} i felt"; what is scored is the next word, or the one at
+    `{mask}` for a masked language model. `verbalizer` is {class: the words that stand for it}, each one token.
+
+    Raises ValueError for a template without `{text}` and for words that are not one token.
+    """
+    if "{text}" not in template:
+        raise ValueError(f"The template {template!r} has no place for the text; write {{text}} where it goes.")
+    words = [_one_token(tokenizer, word) for several in verbalizer.values() for word in several]
+    filled = [template.format(text=text, mask=tokenizer.mask_token or "") for text in texts]
+    found = []
+    for start in range(0, len(filled), 64):
+        batch = tokenizer(filled[start : start + 64], return_tensors="pt", padding=True, padding_side="right")
+        batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        if "{mask}" in template:
+            place = (batch["input_ids"] == tokenizer.mask_token_id).int().argmax(1)
+        else:
+            place = batch["attention_mask"].sum(1) - 1
+        logits = model(**batch).logits
+        found.append(logits[torch.arange(len(place)), place].float().softmax(-1)[:, words])
+    by_class = torch.split(torch.cat(found), [len(several) for several in verbalizer.values()], dim=1)
+    odds = torch.stack([each.sum(1) for each in by_class], 1)
+    return odds / odds.sum(1, keepdim=True)
+
+
+def _one_token(tokenizer, word: str) -> int:
+    """The word's token as it stands within a text, so with a space before it where the tokenizer marks that."""
+    ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(f"{word!r} is {len(ids)} tokens, or unknown to this tokenizer; choose words of one token.")
+    return ids[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Soft prompts
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PromptTuning(Method):
+    """Train n embeddings before the text, nothing else (Lester et al. 2021, "The Power of Scale for
+    Parameter-Efficient Prompt Tuning", §2): n·d numbers.
+
+    `length`: n, the paper uses 1 to 150 (§3.2).
+    `init`: "vocabulary" copies the embeddings of random tokens; "random" draws from N(0, 1); or token ids, such as
+        `tokenizer("tell it like a pirate").input_ids`, repeated or cut to n (§3.2 compares them).
+
+    Raises ValueError for a length below 1 or an unknown init; and, at `attach`, for a model without token embeddings.
+    """
+
+    length: int = 8
+    init: str | Sequence[int] = "vocabulary"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "init", check_front(self.length, self.init, ("vocabulary", "random")))
+
+    def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], SoftPrompt]]:
+        embedding(model, "A prompt")
+        return {"prompt": partial(SoftPrompt, model, self)}
+
+
+class SoftPrompt(Layer):
+    """`value` (n, d): trainable embeddings, in float32 (float64 over a float64 base)."""
+
+    front = "prompt"
+
+    def __init__(self, model: nn.Module, method: PromptTuning, generator: torch.Generator):
+        super().__init__("prompt")
+        table = embedding(model, "A prompt").weight
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        n, d = method.length, table.shape[1]
+        self.value = nn.Parameter(torch.zeros(n, d, dtype=dtype, device=table.device))
+        if table.device.type != "meta":
+            if method.init == "random":
+                start = torch.empty(n, d, dtype=dtype).normal_(generator=generator)
+            elif method.init == "vocabulary":
+                start = table[torch.randint(len(table), (n,), generator=generator).to(table.device)]
+            else:
+                start = table[torch.tensor(repeated(method.init, n, len(table)), device=table.device)]
+            self.value.data.copy_(start)
+
+    def prompt(self) -> torch.Tensor:
+        """(n, d)"""
+        return self.value
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self.value}
+
+
+@dataclass(frozen=True)
+class PTuning(Method):
+    """Train a network that writes the prompt (Liu et al. 2021, "GPT Understands, Too", §3.2): p = G(E).
+
+    `generator`: "mlp"  pᵢ = W₃·relu(W₂·relu(W₁·eᵢ)), one vector at a time; "lstm", a bidirectional LSTM over e₁ … eₙ
+        and two layers on top, so that the vectors know of one another; "task", one task embedding z of `hidden`
+        numbers that W₂·relu(W₁·z) turns into the whole prompt.
+    `hidden`: the width within the generator.
+
+    The generator is needed for training only: a file holds the (n, d) prompt that it wrote.
+    Raises like `PromptTuning`.
+    """
+
+    length: int = 8
+    generator: str = "mlp"
+    hidden: int = 128
+
+    def __post_init__(self) -> None:
+        check_front(self.length, "random", ("random",))
+        if self.generator not in ("mlp", "lstm", "task"):
+            raise ValueError(f'generator={self.generator!r} is not "mlp", "lstm" or "task".')
+        if not isinstance(self.hidden, int) or isinstance(self.hidden, bool) or self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden!r} is not a whole number of at least 1, such as 128.")
+
+    def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], GeneratedPrompt]]:
+        embedding(model, "A prompt")
+        return {"prompt": partial(GeneratedPrompt, model, self)}
+
+
+class GeneratedPrompt(Layer):
+    """`E` (n, d), or z (hidden,), and the networks that turn it into the prompt."""
+
+    front = "prompt"
+
+    def __init__(self, model: nn.Module, method: PTuning, generator: torch.Generator):
+        super().__init__("prompt")
+        table = embedding(model, "A prompt").weight
+        n, d, h = method.length, table.shape[1], method.hidden
+        self.kind, self.shape = method.generator, (n, d)
+        with like(table, generator):
+            self.E = nn.Parameter(torch.randn(h) if self.kind == "task" else torch.randn(n, d))
+            if self.kind == "mlp":
+                sizes = (d, h, h, d)
+            elif self.kind == "lstm":
+                self.lstm = nn.LSTM(d, h, bidirectional=True, num_layers=2, batch_first=True)
+                sizes = (2 * h, 2 * h, d)
+            else:
+                sizes = (h, h, n * d)
+            linears = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+            self.layers = nn.Sequential(*(x for each in linears for x in (each, nn.ReLU())))[:-1]
+        self.to(torch.promote_types(table.dtype, torch.float32))
+
+    def prompt(self) -> torch.Tensor:
+        """(n, d)"""
+        start = self.lstm(self.E)[0] if self.kind == "lstm" else self.E
+        return self.layers(start).view(self.shape)
+
+    @torch.no_grad()  # PyTorch's LSTM has another last digit where it keeps what the way back needs
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeddings": self.prompt()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What prompts and prefixes share
+# ---------------------------------------------------------------------------------------------------------------------
+def embedding(model: nn.Module, what: str) -> nn.Embedding:
+    """The model's token embeddings, before which a prompt goes."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = None
+    if not isinstance(found, nn.Embedding):
+        raise ValueError(f"{what} stands before token embeddings, and {type(model).__name__} has none; use LoRA.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{what} stands before the tokens of one stack, and {type(model).__name__} has an encoder and a decoder; "
+            "attach it to a model with one of them."
+        )
+    return found
+
+
+def check_front(length: int, init: str | Sequence[int], known: tuple[str, ...]) -> str | tuple[int, ...]:
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise ValueError(f"length={length!r} is not a whole number of at least 1, such as 8.")
+    if isinstance(init, str) and init not in known:
+        raise ValueError(f"init={init!r} is not {' or '.join(map(repr, known))}; for words, give their token ids.")
+    init = init if isinstance(init, str) else tuple(init)
+    if not init or not (isinstance(init, str) or all(isinstance(i, int) for i in init)):
+        raise ValueError(f"init={init!r} holds no token ids; use tokenizer(text).input_ids.")
+    return init
+
+
+def repeated(ids: Sequence[int], n: int, vocabulary: int) -> list[int]:
+    if not all(0 <= i < vocabulary for i in ids):
+        raise ValueError(f"init={tuple(ids)} has ids outside the {vocabulary:,} tokens of this model.")
+    return list(itertools.islice(itertools.cycle(ids), n))
+
+
+class like:
+    """`with like(weight, generator):` — what is built has PyTorch's own initial values, drawn on the CPU from
+    `generator` and moved to the weight's device; on the meta device nothing is drawn."""
+
+    def __init__(self, weight: torch.Tensor, generator: torch.Generator):
+        self.meta = weight.device.type == "meta"
+        self.device = torch.device(weight.device)
+        self.seed = None if self.meta else torch.randint(2**31, (), generator=generator).item()
+
+    def __enter__(self) -> None:
+        self.fork = torch.random.fork_rng(devices=[])
+        self.fork.__enter__()
+        if not self.meta:
+            torch.manual_seed(self.seed)
+        self.device.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.device.__exit__(*error)
+        self.fork.__exit__(*error)
+
+
+@torch.no_grad()
+def nearest(model: nn.Module, tokenizer, prompt: torch.Tensor, k: int = 3) -> list[list[tuple[str, float]]]:
+    """For each row of a prompt (n, d), the k tokens whose embeddings have the largest cosine with it."""
+    table = nn.functional.normalize(model.get_input_embeddings().weight.float(), dim=-1)
+    cosines, ids = (nn.functional.normalize(prompt.float(), dim=-1) @ table.T).topk(k)
+    words = [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
+    return [list(zip(row, values, strict=True)) for row, values in zip(words, cosines.tolist(), strict=True)]
