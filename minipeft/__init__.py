@@ -17,6 +17,7 @@ _HOME = {
     "Full": "methods.select",
     "BitFit": "methods.select",
     "Softmax": "methods.select",
+    "Subspace": "analyze.intrinsic",
     "fit": "learn.fit",
     "evaluate": "learn.fit",
     "report": "learn.fit",
