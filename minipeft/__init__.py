@@ -25,6 +25,7 @@ _HOME = {
     "shipped": "course.shipped",
     "Predict": "explore.predict",
     "LoRAExplorer": "explore.lora",
+    "RankExplorer": "explore.rank",
     "load": "world.base",
     "write": "world.base",
     "pretty": "world.corpus",

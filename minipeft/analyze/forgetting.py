@@ -1,7 +1,7 @@
 """What a model unlearns while it learns a task: the base's own stories and questions, before and after.
 
-Methods are compared at *matched task loss*: each trains until its loss on the task is the same. Otherwise the method that
-learnt least would look as if it forgot least.
+Methods are compared at *matched task loss*: each trains until its loss on the task is the same. Otherwise the method
+that learnt least would look as if it forgot least.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from minipeft.explore.lora import LoRAExplorer
 from minipeft.explore.predict import Predict
+from minipeft.explore.rank import RankExplorer
 from minipeft.explore.slider import SliderPlot
 
-__all__ = ["LoRAExplorer", "Predict", "SliderPlot"]
+__all__ = ["LoRAExplorer", "Predict", "RankExplorer", "SliderPlot"]
