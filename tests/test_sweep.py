@@ -144,5 +144,5 @@ def test_a_shipped_run_can_be_run_again():
     """The quickest run of the atlas; another kind of CPU may differ in late digits, and training enlarges them."""
     runs = atlas.load()
     row = runs[(runs.task == "facts(64)") & (runs.method == "LoRA") & (runs["rank"] == 1) & (runs.lr == 1e-3)].iloc[0]
-    again = s.run(s.Point(*(row[name] for name in vars(POINTS[0]))))
+    again = s.run(s.point("LoRA", "facts(64)", 1e-3, int(row.seed), rank=1))
     assert again["loss"] == pytest.approx(row.loss, rel=0.02) and again["trainable"] == row.trainable

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import ipywidgets
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from minipeft.analyze.spectrum import Spectrum, marchenko_pastur, similarity, spectra, truncated
 from minipeft.attach import Tuned
@@ -112,4 +113,5 @@ def draw_similarity(figure: Figure, pairs: Sequence[tuple[str, Spectrum, Spectru
         picture = axes.imshow(phi, origin="lower", vmin=0, vmax=1, cmap="cividis", extent=(0.5, n + 0.5, 0.5, m + 0.5),
                               aspect="auto")  # fmt: skip
         axes.set(title=title, xlabel=labels[1], ylabel=labels[0])
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(picture, ax=list(panels), label="φ(i, j)")
