@@ -25,6 +25,7 @@ _HOME = {
     "shipped": "course.shipped",
     "Predict": "explore.predict",
     "LoRAExplorer": "explore.lora",
+    "MemoryCalculator": "explore.budget",
     "RankExplorer": "explore.rank",
     "load": "world.base",
     "write": "world.base",
