@@ -127,6 +127,8 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_is_what_attach_counts_and_its_formula_adds_up(family, name):
     model = tiny.MODELS[family]()
+    if name == "bitfit" and not any(n.endswith("bias") for n, _ in model.named_parameters()):
+        pytest.skip("this family has no biases")
     with tiny.untouched(model):
         b = budget(model, METHODS[name])
     count = attach(tiny.MODELS[family](), METHODS[name]).count()

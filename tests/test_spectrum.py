@@ -205,7 +205,7 @@ METHODS = {
 @pytest.mark.parametrize("family", tiny.MODELS)
 @pytest.mark.parametrize("name", METHODS)
 def test_spectra_of_a_model_are_those_of_its_deltas(family, name):
-    names = {"llama": "embed_tokens", "gpt2": "wte"}
+    names = {"llama": "embed_tokens", "gpt2": "wte", "t5": "embed_tokens"}
     method = METHODS[name] if name != "embedding" else LoRA(rank=2, targets=[names.get(family, "word_embeddings")])
     tuned = attach(tiny.MODELS[family](), method)
     tiny.randomise(tuned)

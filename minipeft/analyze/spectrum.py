@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from minipeft.attach import Layer, Tuned, WeightLayer
 from minipeft.methods.lora import LoRALayer
-from minipeft.targets import flipped
+from minipeft.targets import Slot, flipped
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,13 @@ def truncated(tuned: Tuned, rank: int, found: Mapping[str, Spectrum] | None = No
     """
     tuned._must_be_open("truncated")
     found = spectra(tuned) if found is None else found
-    new = tuned._merge()
+    new: dict[Slot, nn.Parameter] = {}
     with torch.no_grad(), tuned.disabled():
         for path, layers in _by_path(tuned).items():
-            if path not in found:
-                continue
             places = layers[0].slots or ((path, "weight"),)
+            if path not in found:  # the copy of a vector
+                new |= dict.fromkeys(places, nn.Parameter(layers[0].value.detach(), requires_grad=False))
+                continue
             owner = tuned.base.get_submodule(places[0][0])
             old, delta = owner._parameters[places[0][1]], found[path].truncate(rank).matrix()
             value = old.to(delta) + (delta.T if flipped(owner) else delta)
