@@ -1,19 +1,23 @@
 """The widgets: each is a plain function that draws a figure, and the sliders that call it."""
 
 from minipeft.explore.adapter import AdapterExplorer
+from minipeft.explore.budget import MemoryCalculator
 from minipeft.explore.lora import LoRAExplorer
 from minipeft.explore.predict import Predict
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
+from minipeft.explore.rank import RankExplorer
 from minipeft.explore.slider import SliderPlot
 
 __all__ = [
     "AdapterExplorer",
     "LoRAExplorer",
+    "MemoryCalculator",
     "Predict",
     "PrefixExplorer",
     "PromptExplorer",
     "QuantisationExplorer",
+    "RankExplorer",
     "SliderPlot",
     "TemplateExplorer",
 ]

@@ -1,0 +1,294 @@
+"""Sweeps: method × settings × task × learning rate × seed, one small file a run, one Parquet file in the end.
+
+    points = grid("short")
+    sweep(points, "runs", executor=ProcessPoolExecutor(4))     # or dask's, or MPI's; None runs here
+    collect(points, "runs", "atlas.parquet")
+
+    python -m minipeft.learn.sweep short --folder runs --out atlas.parquet             # what the course ships
+    python -m minipeft.learn.sweep full --folder runs --out atlas.parquet --workers 8  # all 1,500 runs
+
+Kill it at any moment and start it again: what is finished stays, the rest is run. A run depends on nothing but its
+point, so order, executor and restarts do not change a figure; only `seconds` differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from minipeft.analyze.spectrum import spectra
+from minipeft.attach import attach
+from minipeft.learn.fit import History, evaluate, training
+from minipeft.world import base, tasks
+
+WALL_TIME = ("seconds",)  # the columns that differ between two executions
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run. `method` is a name that `minipeft` exports, `settings` its arguments as JSON, `task` a pocket task's
+    name, with its size where it has one ("facts(64)"); `lr` constant, `steps` of `batch` rows, `seed` of everything."""
+
+    method: str
+    settings: str
+    task: str
+    lr: float
+    seed: int
+    steps: int = 30
+    batch: int = 8
+
+    @property
+    def key(self) -> str:
+        """The name of its file: it changes with every field."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:20]
+
+
+def point(method: str, task: str, lr: float, seed: int, steps: int = 30, batch: int = 8, **settings) -> Point:
+    """`point("LoRA", "pirate", 1e-2, 0, rank=8)`. Raises ValueError for an unknown method, task or setting."""
+    made = Point(method, json.dumps(settings, sort_keys=True), task, float(lr), seed, steps, batch)
+    method_of(made), task_of(task)
+    return made
+
+
+def method_of(point: Point):
+    import minipeft
+    from minipeft.attach import Method
+
+    kind = getattr(minipeft, point.method, None) if point.method in minipeft.__all__ else None
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise ValueError(f"{point.method!r} is no method of minipeft; LoRA and Full are two.")
+    try:
+        return kind(**json.loads(point.settings))
+    except TypeError as error:
+        raise ValueError(f"{point.method} does not take {point.settings}: {error}.") from error
+
+
+@cache
+def task_of(name: str) -> tasks.Task:
+    """The task that a name such as "pirate" or "facts(64)" stands for."""
+    word, _, size = name.partition("(")
+    known = ("pirate", "cipher", "flip", "facts", "forecast", "answer", "plain")
+    if word not in known or bool(size) != (word == "facts") or (size and not size.rstrip(")").isdigit()):
+        raise ValueError(f'{name!r} is no task of a sweep; there is {", ".join(known)}, with a size in "facts(64)".')
+    return tasks.facts(int(size.rstrip(")"))) if size else getattr(tasks, word)()
+
+
+@cache
+def _pocket():
+    return base.load("pocket")[0]
+
+
+def run(point: Point) -> dict:
+    """Trains a fresh adapter on the pocket model, on one CPU thread, and measures it.
+
+    `loss`, `accuracy` on the first 50 test rows (all facts of a `facts` task) and `plain_loss` on 50 of the base's own
+    stories, in nats a token; `train_loss`, the mean of the last ten batches; `stable_rank` and `effective_rank`,
+    medians over the changed matrices; `peak_memory` of a step in bytes. A run that diverged says so in `stopped`, and
+    is scored as it is.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, task, history = _pocket(), task_of(point.task), History()
+        tuned = attach(model, method_of(point), seed=point.seed)
+        try:
+            started = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for _ in training(tuned, task, history, point.steps, point.lr, point.batch, point.seed):
+                    pass
+            score = evaluate(tuned, task, n=None if task.bits else 50)
+            plain = evaluate(tuned, tasks.plain(), n=50)
+            found = list(spectra(tuned).values()) if history.stopped == "finished" else []
+            count = tuned.count()
+        finally:
+            tuned.detach()
+    finally:
+        torch.set_num_threads(threads)
+    return asdict(point) | {
+        "trainable": count.trainable,
+        "total": count.total,
+        "floor": task.floor,
+        "bits": task.bits,
+        "loss": score.loss,
+        "accuracy": score.accuracy,
+        "plain_loss": plain.loss,
+        "train_loss": statistics.fmean(history.losses[-10:]) if history.losses else None,
+        "stable_rank": statistics.median(s.stable_rank for s in found) if found else None,
+        "effective_rank": statistics.median(s.effective_rank for s in found) if found else None,
+        "tokens": history.tokens,
+        "peak_memory": history.peak_memory,
+        "stopped": history.stopped,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _write(path: Path, text: bytes) -> None:
+    """The whole file or none of it, whenever the process dies."""
+    handle, half = tempfile.mkstemp(dir=path.parent, prefix=".half-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(text)
+        os.replace(half, path)
+    except BaseException:
+        os.unlink(half)
+        raise
+
+
+def _run_to_disk(point: Point, folder: str) -> str:
+    _write(Path(folder) / f"{point.key}.json", json.dumps(run(point)).encode())
+    return point.key
+
+
+def sweep(
+    points: Sequence[Point], folder: str | os.PathLike, executor: Executor | None = None, seconds: float | None = None
+) -> int:
+    """Runs the points that have no file in `folder` yet, and returns how many are still missing.
+
+    `executor`: any `concurrent.futures.Executor`; None runs them here, one after the other. `seconds`: begin no new run
+    after that long. An error in a run is raised once those that were begun are done; finished runs stay.
+    """
+    from tqdm.auto import tqdm
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(".half-*"):
+        stale.unlink()
+    waiting = [p for p in dict.fromkeys(points) if not (folder / f"{p.key}.json").exists()]
+    started = time.monotonic()
+    with tqdm(total=len(waiting), desc="sweep", mininterval=5) as bar:
+        if executor is None:
+            for each in waiting:
+                if seconds is not None and time.monotonic() - started > seconds:
+                    break
+                _run_to_disk(each, str(folder))
+                bar.update()
+        else:
+            futures = [executor.submit(_run_to_disk, each, str(folder)) for each in waiting]
+            try:
+                left = None if seconds is None else max(0.0, seconds)
+                for future in as_completed(futures, timeout=left):
+                    future.result()
+                    bar.update()
+            except TimeoutError:
+                pass
+            finally:
+                for future in futures:
+                    future.cancel()
+    return sum(not (folder / f"{p.key}.json").exists() for p in points)
+
+
+def collect(points: Iterable[Point], folder: str | os.PathLike, path: str | os.PathLike) -> int:
+    """Writes the runs of `points`, in their order, to one Parquet file with its provenance; returns its bytes.
+
+    Raises ValueError when a run is missing or damaged, and writes nothing then.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for each in dict.fromkeys(points):
+        file = Path(folder) / f"{each.key}.json"
+        try:
+            row = json.loads(file.read_bytes())
+            if any(row[name] != value for name, value in asdict(each).items()):
+                raise ValueError("it holds another point")
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"The run of {each} is missing or damaged ({error}); delete {file}, sweep again."
+            ) from error
+        rows.append(row)
+    if not rows:
+        raise ValueError("There are no points to collect; grid('short') makes some.")
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"provenance": json.dumps(provenance(rows))})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    _write(Path(path), sink.getvalue().to_pybytes())
+    return Path(path).stat().st_size
+
+
+def provenance(rows: Sequence[dict]) -> dict:
+    """Where the figures come from: versions, device, seeds, date, and the wall time of all runs together."""
+    import transformers
+
+    return {
+        "runs": len(rows),
+        "model": "pocket",
+        "seeds": sorted({row["seed"] for row in rows}),
+        "device": f"CPU, 1 thread ({platform.machine()})",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+        "seconds": round(sum(row["seconds"] for row in rows)),
+    }
+
+
+TASKS = ("pirate", "cipher", "flip", "facts(64)")
+
+
+def grid(name: str = "short", seeds: int | None = None) -> list[Point]:
+    """Two grids, seed by seed, so that what is there after a while is complete for the first seeds.
+
+    "short": 4 tasks × (LoRA at ranks 1 and 16, and full fine-tuning) × 4 rates, 48 runs a seed, 2 seeds.
+    "full": 5 tasks × (LoRA at 7 ranks, Full, BitFit, Softmax) × 6 rates × 5 seeds = 1,500 runs.
+    """
+    if name == "short":
+        methods = [("LoRA", {"rank": r}, (1e-3, 3e-3, 1e-2, 3e-2)) for r in (1, 16)]
+        methods.append(("Full", {}, (3e-4, 1e-3, 3e-3, 1e-2)))
+        chosen, seeds = TASKS, 2 if seeds is None else seeds
+    elif name == "full":
+        rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+        methods = [("LoRA", {"rank": r}, rates) for r in (1, 2, 4, 8, 16, 32, 64)]
+        methods += [(method, {}, rates) for method in ("Full", "BitFit", "Softmax")]
+        chosen, seeds = (*TASKS, "forecast"), 5 if seeds is None else seeds
+    else:
+        raise ValueError(f'{name!r} is no grid; there is "short" and "full".')
+    return [
+        point(method, task, lr, seed, **settings)
+        for seed, task, (method, settings, rates) in itertools.product(range(seeds), chosen, methods)
+        for lr in rates
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("grid", choices=["short", "full"])
+    parser.add_argument("--folder", required=True, help="where each finished run is kept")
+    parser.add_argument("--out", help="the Parquet file to write when all runs are there")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--seeds", type=int, help="how many seeds; the grid's own number if not given")
+    parser.add_argument("--seconds", type=float, help="begin no new run after this long")
+    options = parser.parse_args()
+    points = grid(options.grid, options.seeds)
+    if options.workers > 1:
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn")  # a fork of a process that ran torch's threads can hang
+        with ProcessPoolExecutor(options.workers, mp_context=context) as executor:
+            missing = sweep(points, options.folder, executor, options.seconds)
+    else:
+        missing = sweep(points, options.folder, seconds=options.seconds)
+    print(f"{len(points) - missing} of {len(points)} runs are in {options.folder}")
+    if options.out and not missing:
+        print(f"{options.out}: {collect(points, options.folder, options.out):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Sweeps: killed and restarted, here or in processes, they give one and the same table; damage is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+
+from minipeft.course import atlas
+from minipeft.learn import sweep as s
+
+POINTS = [
+    s.point(method, task, lr, seed, steps=3, batch=2, **settings)
+    for method, settings in (("LoRA", {"rank": 2}), ("BitFit", {}))
+    for task, lr, seed in (("facts(4)", 1e-2, 0), ("facts(4)", 1e-3, 1))
+]
+
+
+def table(path):
+    found = pq.read_table(path)
+    about = json.loads(found.schema.metadata[b"provenance"])
+    return found.drop_columns(list(s.WALL_TIME)).to_pylist(), {k: v for k, v in about.items() if k != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert s.sweep(POINTS, folder / "runs") == 0
+    s.collect(POINTS, folder / "runs", folder / "atlas.parquet")
+    return folder
+
+
+def test_a_sweep_killed_at_random_and_restarted_gives_the_same_table(whole, tmp_path):
+    script = (
+        "from minipeft.learn import sweep as s\n"
+        f"s.sweep([s.Point(*p) for p in {[tuple(vars(p).values()) for p in POINTS]!r}], {str(tmp_path / 'runs')!r})"
+    )
+    rng = random.Random(os.getpid())
+    done, tries = 0, 0
+    while done < len(POINTS) and tries < 3:
+        child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        before = done
+        while child.poll() is None and done == before:  # let it finish a run, then kill it in the next
+            time.sleep(0.02)
+            done = len(list((tmp_path / "runs").glob("*.json")))
+        time.sleep(rng.random() * 0.3)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        tries += 1
+    finished = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").glob("*.json")}
+    assert finished
+    assert s.sweep(POINTS, tmp_path / "runs") == 0
+    assert all(f.stat().st_mtime_ns == t for f, t in finished.items()), "what was finished is not run again"
+    s.collect(POINTS, tmp_path / "runs", tmp_path / "atlas.parquet")
+    assert table(tmp_path / "atlas.parquet") == table(whole / "atlas.parquet")
+
+
+def test_an_executor_and_another_order_give_the_same_table(whole, tmp_path):
+    with ThreadPoolExecutor(1) as executor:
+        assert s.sweep(POINTS[::-1] + POINTS, tmp_path / "runs", executor) == 0
+    s.collect(POINTS, tmp_path / "runs", tmp_path / "atlas.parquet")
+    assert table(tmp_path / "atlas.parquet") == table(whole / "atlas.parquet")
+
+
+def test_time_can_run_out_and_a_missing_or_damaged_run_is_said(whole, tmp_path):
+    assert s.sweep(POINTS, tmp_path / "runs", seconds=-1) == len(POINTS)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        s.collect(POINTS, tmp_path / "runs", tmp_path / "atlas.parquet")
+    assert not (tmp_path / "atlas.parquet").exists()
+    good = (whole / "runs" / f"{POINTS[0].key}.json").read_text()
+    for bad in (good[:40], json.dumps(json.loads(good) | {"lr": 5.0})):
+        (tmp_path / "runs" / f"{POINTS[0].key}.json").write_text(bad)
+        with pytest.raises(ValueError, match="missing or damaged"):
+            s.collect(POINTS[:1], tmp_path / "runs", tmp_path / "atlas.parquet")
+
+
+def test_an_error_in_a_run_is_raised_and_leaves_no_half_file(tmp_path):
+    bad = replace(POINTS[0], settings='{"rank": 4096}')
+    with pytest.raises(ValueError, match="rank=4096"):
+        s.sweep([bad], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_field_of_a_point_names_another_file():
+    changes = dict(method="Full", settings="{}", task="flip", lr=0.5, seed=9, steps=4, batch=3)
+    assert len({POINTS[0].key, *(replace(POINTS[0], **{k: v}).key for k, v in changes.items())}) == 1 + len(changes)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: s.point("Lora", "flip", 1e-2, 0), "no method"),
+        (lambda: s.point("fit", "flip", 1e-2, 0), "no method"),
+        (lambda: s.point("LoRA", "flop", 1e-2, 0), "no task"),
+        (lambda: s.point("LoRA", "facts", 1e-2, 0), "no task"),
+        (lambda: s.point("LoRA", "flip", 1e-2, 0, bottleneck=3), "does not take"),
+        (lambda: s.grid("huge"), "no grid"),
+        (lambda: s.collect([], "x", "y"), "no points"),
+    ],
+)
+def test_mistakes_are_said(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_complete_grid_has_1500_runs():
+    assert len(set(s.grid("full"))) == 1500
+
+
+def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():
+    runs = atlas.load()
+    assert atlas.PATH.stat().st_size < 5 * 2**20
+    started = time.process_time()
+    atlas.load()
+    assert time.process_time() - started < 0.2
+    about = runs.attrs["provenance"]
+    assert about["runs"] == len(runs) and about["seeds"] == sorted(set(runs.seed))
+    assert {"date", "torch", "device", "seconds"} <= about.keys() and about["date"] in atlas.describe(runs)
+    points = s.grid("short", seeds=len(about["seeds"]))
+    assert [tuple(row) for row in runs[list(vars(points[0]))].itertuples(index=False)] == [
+        tuple(vars(p).values()) for p in points
+    ], "every run of the grid, and no other"
+    assert atlas.curve(runs, "pirate", "LoRA", 16)["count"].eq(len(about["seeds"])).all()
+    with pytest.raises(ValueError, match="no runs"):
+        atlas.curve(runs, "pirate", "LoRA", 5)
+
+
+def test_something_else_is_no_atlas(tmp_path):
+    (tmp_path / "x.parquet").write_text("no")
+    with pytest.raises(ValueError, match="no atlas"):
+        atlas.load(tmp_path / "x.parquet")
+
+
+def test_a_shipped_run_can_be_run_again():
+    """The quickest run of the atlas; another kind of CPU may differ in late digits, and training enlarges them."""
+    runs = atlas.load()
+    row = runs[(runs.task == "facts(64)") & (runs.method == "LoRA") & (runs["rank"] == 1) & (runs.lr == 1e-3)].iloc[0]
+    again = s.run(s.point("LoRA", "facts(64)", 1e-3, int(row.seed), rank=1))
+    assert again["loss"] == pytest.approx(row.loss, rel=0.02) and again["trainable"] == row.trainable
