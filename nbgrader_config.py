@@ -27,6 +27,8 @@ c.Autograde.autograde_preprocessors = [
     "nbgrader.preprocessors.AssignLatePenalties",
     "nbgrader.preprocessors.CheckCellMetadata",
 ]
+# A student's own HTML does nothing in whoever reads the page.
+c.HTMLExporter.sanitize_html = True
 # Feedback shows what a learner may see: the verdicts, not the code of the hidden tests.
 c.GenerateFeedback.preprocessors = [
     "nbgrader.preprocessors.ClearHiddenTests",

@@ -78,6 +78,8 @@ def test_the_parts_are_what_they_are_called():
 @pytest.mark.parametrize("family", tiny.MODELS)
 @pytest.mark.parametrize("method", [*METHODS, "qlora"])
 def test_predicted_equals_measured_to_the_byte(family, method):
+    if (family, method) == ("t5", "biases"):
+        pytest.skip("T5 has no biases")
     model, quantized = tiny.MODELS[family](), method == "qlora"
     method = METHODS.get(method, LoRA(rank=2))
     with tiny.untouched(model):

@@ -150,12 +150,14 @@ class Sandbox:
             wire.send(self.write, message)
         except wire.Broken as error:
             raise Killed("its process ended") from error
-        return self._receive(min(left, self.limits.each + 3))
+        return self._receive(self.limits.each + 3, left)
 
-    def _receive(self, seconds: float):
+    def _receive(self, seconds: float, left: float = float("inf")):
         try:
-            return wire.receive(self.read, seconds, self._watch)
+            return wire.receive(self.read, min(seconds, left), self._watch)
         except TimeoutError as error:
+            if left < seconds:
+                raise Killed(f"the submission took longer than {self.limits.seconds} s") from error
             raise Killed("it took too long and did not let itself be interrupted") from error
         except wire.Broken as error:
             raise Killed(str(error)) from error

@@ -163,11 +163,14 @@ def test_feedback_tells_why_and_hides_the_hidden_tests(graded):
     assert "divide by the rank" in page and "HIDDEN TESTS" not in page and ">grade<" not in page
 
 
-def test_feedback_shows_the_hidden_tests_when_asked(tmp_path):
-    hand_in(tmp_path / "in", bob=WRONG)
+def test_feedback_shows_the_hidden_tests_when_asked_and_runs_no_script_of_the_students(tmp_path):
+    notebook = copy.deepcopy(WRONG)
+    notebook.cells.append(nbformat.v4.new_markdown_cell("My notes <script>alert('from bob')</script>"))
+    hand_in(tmp_path / "in", bob=notebook)
     grade(tmp_path / "in", tmp_path / "out", "lora", reveal=True, progress=False)
     page = (tmp_path / "out" / "feedback" / "bob" / "lora" / "lora.html").read_text()
     assert "HIDDEN TESTS" in page and ">grade<" in page
+    assert "My notes" in page and "<script>alert('from bob')" not in page
 
 
 def test_a_second_run_grades_only_what_changed(graded, monkeypatch):
