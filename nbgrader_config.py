@@ -28,10 +28,11 @@ c.Autograde.autograde_preprocessors = [
     "nbgrader.preprocessors.CheckCellMetadata",
 ]
 # A student's own HTML does nothing in whoever reads the page.
-c.HTMLExporter.sanitize_html = True
+c.SanitizeHTML.enabled = True
 # Feedback shows what a learner may see: the verdicts, not the code of the hidden tests.
 c.GenerateFeedback.preprocessors = [
     "nbgrader.preprocessors.ClearHiddenTests",
+    "nbconvert.preprocessors.sanitize.SanitizeHTML",
     "nbgrader.preprocessors.GetGrades",
     "nbconvert.preprocessors.CSSHTMLHeaderPreprocessor",
 ]
