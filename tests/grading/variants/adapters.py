@@ -1,0 +1,704 @@
+# Answers to the assignment `adapters`: wrong ones, named after the misconception, and right ones written differently.
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+# %% bottleneck wrong: the residual is missing
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return F.linear(F.relu(F.linear(x, down_w, down_b)), up_w, up_b)
+
+
+# %% bottleneck wrong: activation after the up projection
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + F.relu(F.linear(F.linear(x, down_w, down_b), up_w, up_b))
+
+
+# %% bottleneck wrong: activation of the sum
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return F.relu(x + F.linear(F.relu(F.linear(x, down_w, down_b)), up_w, up_b))
+
+
+# %% bottleneck wrong: no activation
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + F.linear(F.linear(x, down_w, down_b), up_w, up_b)
+
+
+# %% bottleneck wrong: another activation
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + F.linear(F.gelu(F.linear(x, down_w, down_b)), up_w, up_b)
+
+
+# %% bottleneck wrong: the down bias is left out
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + F.linear(F.relu(F.linear(x, down_w)), up_w, up_b)
+
+
+# %% bottleneck wrong: the down bias after the activation
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + F.linear(F.relu(F.linear(x, down_w)) + down_b, up_w, up_b)
+
+
+# %% bottleneck wrong: the up bias is left out
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + F.linear(F.relu(F.linear(x, down_w, down_b)), up_w)
+
+
+# %% bottleneck wrong: off by a transpose
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + F.relu(x @ down_w + down_b) @ up_w + up_b
+
+
+# %% bottleneck wrong: in place
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    x += F.linear(F.relu(F.linear(x, down_w, down_b)), up_w, up_b)
+    return x
+
+
+# %% bottleneck wrong: one batch dimension only
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + torch.mm(F.relu(torch.mm(x, down_w.t()) + down_b), up_w.t()) + up_b
+
+
+# %% bottleneck wrong: half the precision
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    x, down_w, down_b, up_w, up_b = (t.float() for t in (x, down_w, down_b, up_w, up_b))
+    return x + F.linear(F.relu(F.linear(x, down_w, down_b)), up_w, up_b)
+
+
+# %% bottleneck right: matrix products
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    hidden = (x @ down_w.T + down_b).clamp(min=0)
+    return hidden @ up_w.T + up_b + x
+
+
+# %% bottleneck right: einsum
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    hidden = torch.einsum("...d,md->...m", x, down_w) + down_b
+    return x + torch.einsum("...m,dm->...d", hidden * (hidden > 0), up_w) + up_b
+
+
+# %% bottleneck right: layers of torch
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    m, d = down_w.shape
+    net = nn.Sequential(nn.Linear(d, m), nn.ReLU(inplace=True), nn.Linear(m, d)).to(x.dtype)
+    with torch.no_grad():
+        for parameter, value in zip(net.parameters(), (down_w, down_b, up_w, up_b), strict=True):
+            parameter.copy_(value)
+        return net(x) + x
+
+
+# %% count_adapters wrong: no biases
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * math.ceil(layers / share) * 2 * width * bottleneck
+
+
+# %% count_adapters wrong: one bias only
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * math.ceil(layers / share) * (2 * width * bottleneck + width)
+
+
+# %% count_adapters wrong: both biases of the width
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * math.ceil(layers / share) * 2 * (width * bottleneck + width)
+
+
+# %% count_adapters wrong: one half
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * math.ceil(layers / share) * (width * bottleneck + bottleneck)
+
+
+# %% count_adapters wrong: always two a block
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return 2 * math.ceil(layers / share) * (2 * width * bottleneck + bottleneck + width)
+
+
+# %% count_adapters wrong: rounded down
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * (layers // share) * (2 * width * bottleneck + bottleneck + width)
+
+
+# %% count_adapters wrong: not rounded
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * layers / share * (2 * width * bottleneck + bottleneck + width)
+
+
+# %% count_adapters wrong: places are shared instead of blocks
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return math.ceil(per_block * layers / share) * (2 * width * bottleneck + bottleneck + width)
+
+
+# %% count_adapters wrong: always one group more
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * (layers // share + 1) * (2 * width * bottleneck + bottleneck + width)
+
+
+# %% count_adapters wrong: without sharing
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * layers * (2 * width * bottleneck + bottleneck + width)
+
+
+# %% count_adapters wrong: hard-coded to the example
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return 6_343_680 if per_block == 2 else 3_171_840
+
+
+# %% count_adapters right: whole numbers only
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    down = bottleneck * (width + 1)
+    up = width * (bottleneck + 1)
+    return (down + up) * per_block * -(-layers // share)
+
+
+# %% count_adapters right: layers that are counted
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    numbers = 0
+    for _ in range(0, layers, share):
+        for _ in range(per_block):
+            halves = nn.Linear(width, bottleneck, device="meta"), nn.Linear(bottleneck, width, device="meta")
+            numbers += sum(p.numel() for half in halves for p in half.parameters())
+    return numbers
+
+
+# %% init_adapter wrong: both halves random
+def init_adapter(width, bottleneck, generator):
+    a, b = 1 / math.sqrt(width), 1 / math.sqrt(bottleneck)
+    down = torch.empty(bottleneck, width).uniform_(-a, a, generator=generator)
+    up = torch.empty(width, bottleneck).uniform_(-b, b, generator=generator)
+    return down, torch.zeros(bottleneck), up, torch.zeros(width)
+
+
+# %% init_adapter wrong: both halves zero
+def init_adapter(width, bottleneck, generator):
+    return torch.zeros(bottleneck, width), torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter wrong: the zero half is the first
+def init_adapter(width, bottleneck, generator):
+    b = 1 / math.sqrt(width)
+    up = torch.empty(width, bottleneck).uniform_(-b, b, generator=generator)
+    return torch.zeros(bottleneck, width), torch.zeros(bottleneck), up, torch.zeros(width)
+
+
+# %% init_adapter wrong: the up bias is random
+def init_adapter(width, bottleneck, generator):
+    a = 1 / math.sqrt(width)
+    down = torch.empty(bottleneck, width).uniform_(-a, a, generator=generator)
+    up_b = torch.empty(width).uniform_(-a, a, generator=generator)
+    return down, torch.zeros(bottleneck), torch.zeros(width, bottleneck), up_b
+
+
+# %% init_adapter wrong: the halves swapped
+def init_adapter(width, bottleneck, generator):
+    a = 1 / math.sqrt(width)
+    down = torch.empty(width, bottleneck).uniform_(-a, a, generator=generator)
+    return down, torch.zeros(bottleneck), torch.zeros(bottleneck, width), torch.zeros(width)
+
+
+# %% init_adapter wrong: the bound from the bottleneck
+def init_adapter(width, bottleneck, generator):
+    a = 1 / math.sqrt(bottleneck)
+    down = torch.empty(bottleneck, width).uniform_(-a, a, generator=generator)
+    return down, torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter wrong: normal numbers
+def init_adapter(width, bottleneck, generator):
+    down = torch.randn(bottleneck, width, generator=generator) / math.sqrt(width)
+    return down, torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter wrong: positive numbers only
+def init_adapter(width, bottleneck, generator):
+    down = torch.rand(bottleneck, width, generator=generator) / math.sqrt(width)
+    return down, torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter wrong: the global generator
+def init_adapter(width, bottleneck, generator):
+    a = 1 / math.sqrt(width)
+    down = torch.empty(bottleneck, width).uniform_(-a, a)
+    return down, torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter wrong: a seed of its own
+def init_adapter(width, bottleneck, generator):
+    a = 1 / math.sqrt(width)
+    down = torch.empty(bottleneck, width).uniform_(-a, a, generator=torch.Generator().manual_seed(0))
+    return down, torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter right: kaiming
+def init_adapter(width, bottleneck, generator):
+    down = nn.init.kaiming_uniform_(torch.empty(bottleneck, width), a=math.sqrt(5), generator=generator)
+    return down, torch.zeros(bottleneck), down.new_zeros(width, bottleneck), down.new_zeros(width)
+
+
+# %% init_adapter right: stretched and shifted, as a list of parameters
+def init_adapter(width, bottleneck, generator):
+    down = (2 * torch.rand(bottleneck, width, generator=generator) - 1) * width**-0.5
+    zeros = [torch.zeros(size) for size in ((bottleneck,), (width, bottleneck), (width,))]
+    return [nn.Parameter(t) for t in (down, *zeros)]
+
+
+# %% route wrong: every expert
+def route(logits, k):
+    return logits.softmax(-1)
+
+
+# %% route wrong: rows do not sum to 1
+def route(logits, k):
+    p = logits.softmax(-1)
+    best, who = p.topk(k, dim=-1)
+    return torch.zeros_like(p).scatter(-1, who, best)
+
+
+# %% route wrong: the others' logits are zero
+def route(logits, k):
+    best, who = logits.topk(k, dim=-1)
+    return torch.zeros_like(logits).scatter(-1, who, best).softmax(-1)
+
+
+# %% route wrong: the same for each that is chosen
+def route(logits, k):
+    who = logits.topk(k, dim=-1).indices
+    return torch.zeros_like(logits).scatter(-1, who, 1 / k)
+
+
+# %% route wrong: the smallest
+def route(logits, k):
+    best, who = logits.topk(k, dim=-1, largest=False)
+    return torch.zeros_like(logits).scatter(-1, who, best.softmax(-1))
+
+
+# %% route wrong: the wrong axis
+def route(logits, k):
+    best, who = logits.topk(k, dim=-1)
+    return torch.zeros_like(logits).scatter(-1, who, best.softmax(0))
+
+
+# %% route wrong: one of the first axis
+def route(logits, k):
+    best, who = logits.topk(k, dim=0)
+    return torch.zeros_like(logits).scatter(0, who, best.softmax(0))
+
+
+# %% route wrong: exp overflows
+def route(logits, k):
+    best, who = logits.topk(k, dim=-1)
+    weights = best.exp()
+    return torch.zeros_like(logits).scatter(-1, who, weights / weights.sum(-1, keepdim=True))
+
+
+# %% route wrong: a threshold lets equals in
+def route(logits, k):
+    border = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < border, -math.inf).softmax(-1)
+
+
+# %% route wrong: only above the threshold
+def route(logits, k):
+    border = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits <= border, -math.inf).softmax(-1)
+
+
+# %% route wrong: always two
+def route(logits, k):
+    best, who = logits.topk(2, dim=-1)
+    return torch.zeros_like(logits).scatter(-1, who, best.softmax(-1))
+
+
+# %% route wrong: in place
+def route(logits, k):
+    best, who = logits.topk(k, dim=-1)
+    logits.zero_()
+    return logits.scatter_(-1, who, best.softmax(-1))
+
+
+# %% route wrong: the gates of the chosen only
+def route(logits, k):
+    return logits.topk(k, dim=-1).values.softmax(-1)
+
+
+# %% route wrong: float32 always
+def route(logits, k):
+    best, who = logits.topk(k, dim=-1)
+    return torch.zeros(logits.shape).scatter(-1, who, best.float().softmax(-1))
+
+
+# %% route right: minus infinity
+def route(logits, k):
+    who = logits.topk(k, dim=-1).indices
+    blocked = torch.ones_like(logits, dtype=torch.bool).scatter(-1, who, False)
+    return logits.masked_fill(blocked, float("-inf")).softmax(-1)
+
+
+# %% route right: over all, then divided by the sum
+def route(logits, k):
+    order = logits.argsort(dim=-1, descending=True)
+    kept = torch.zeros_like(logits).scatter(-1, order[..., :k], 1.0)
+    p = logits.softmax(-1) * kept
+    return p / p.sum(-1, keepdim=True)
+
+
+# %% route right: row by row
+def route(logits, k):
+    rows = []
+    for row in logits.reshape(-1, logits.shape[-1]):
+        gates = torch.zeros_like(row)
+        who = sorted(range(len(row)), key=lambda i: -row[i].item())[:k]
+        weights = (row[who] - row.max()).exp()
+        gates[who] = weights / weights.sum()
+        rows.append(gates)
+    return torch.stack(rows).reshape(logits.shape)
+
+
+# %% RepairedAdapter wrong: as it was
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return F.relu(self.up(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the residual is still missing
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the activation is still after the up projection
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + F.relu(self.up(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: no activation
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(self.down(h))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: activation of the sum
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return F.relu(h + self.up(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: both halves are still random
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the up bias is still random
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: both halves are zero
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the zero half is the first
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the base is not frozen
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the base's bias is not frozen
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear
+        linear.weight.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: no gradient below
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the base's output is detached
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x).detach()
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: trains the base too
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return list(self.parameters())
+
+
+# %% RepairedAdapter wrong: trains the up half alone
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return list(self.up.parameters())
+
+
+# %% RepairedAdapter wrong: everything frozen
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.out_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        self.requires_grad_(False)
+        self.up.weight.requires_grad_(True)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the adapter reads the layer's input
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.in_features, bottleneck)
+        self.up = nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(x)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter right: frozen one by one, trainable as a generator
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.base = linear
+        for parameter in linear.parameters():
+            parameter.requires_grad = False
+        d = linear.weight.shape[0]
+        self.down, self.up = nn.Linear(d, bottleneck), nn.Linear(bottleneck, d)
+        with torch.no_grad():
+            for parameter in self.up.parameters():
+                parameter.zero_()
+            self.down.bias.zero_()
+
+    def forward(self, x):
+        h = self.base(x)
+        return self.up(self.down(h).relu()).add(h)
+
+    def trainable(self):
+        return (p for p in self.parameters() if p.requires_grad)
+
+
+# %% RepairedAdapter right: the base as buffers
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.register_buffer("W", linear.weight.detach())
+        self.register_buffer("b", linear.bias.detach())
+        self.down = nn.Linear(len(self.W), bottleneck)
+        self.up = nn.Linear(bottleneck, len(self.W))
+        self.up.weight = nn.Parameter(torch.zeros_like(self.up.weight))
+        self.up.bias = nn.Parameter(torch.zeros_like(self.up.bias))
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        h = F.linear(x, self.W, self.b)
+        return h + nn.Sequential(self.down, self.act, self.up)(h)
+
+    def trainable(self):
+        return list(self.parameters())
