@@ -32,7 +32,7 @@ from nbgrader.preprocessors import NbGraderPreprocessor
 
 from minipeft.course import assignments
 from minipeft.course.exercises import exercises
-from minipeft.course.sandbox import Killed, Limits, Sandbox, isolation
+from minipeft.course.sandbox import CannotStart, Killed, Limits, Sandbox, isolation
 from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, NOT_ATTEMPTED, Raised, Verdict, examine
 
 RESTARTS = 4  # how often a process that died is started again without the cell or call that ended it
@@ -162,7 +162,10 @@ def released_text(assignment: str) -> str:
 # One submission
 # ---------------------------------------------------------------------------------------------------------------------
 def report(text: str, assignment: str, limits: Limits = LIMITS) -> dict:
-    """Everything about one submission as JSON: verdicts, points, remarks, the executed notebook. It raises nothing."""
+    """Everything about one submission as JSON: verdicts, points, remarks, the executed notebook.
+
+    It raises CannotStart where no submission can be run, and otherwise nothing, whatever the text holds.
+    """
     started = time.perf_counter()
     source = nbformat.reads(source_text(assignment), as_version=4)
     points = {exercise_of(cell): cell.metadata.nbgrader.points for cell in source.cells if is_test(cell)}
@@ -199,7 +202,7 @@ def run(notebook, assignment: str, seed: int, limits: Limits, found: dict) -> di
     errors: dict[str, str] = {}  # of the cells with answers
     fatal: dict[int, str] = {}  # cells that ended the process, and why; they are left out the next time
     deadline = time.monotonic() + limits.seconds
-    for _ in range(RESTARTS + 1):
+    for attempt in range(RESTARTS + 1):
         i = -1
         try:
             with Sandbox(limits) as box:
@@ -211,6 +214,10 @@ def run(notebook, assignment: str, seed: int, limits: Limits, found: dict) -> di
                     break
                 finally:
                     found["peak_memory"] = max(found["peak_memory"], box.peak)
+        except CannotStart:
+            if attempt == RESTARTS:
+                raise
+            time.sleep(1)
         except Killed as killed:
             if i < 0 or time.monotonic() > deadline:
                 found["remarks"].append(f"The run was ended: {killed}.")
@@ -572,7 +579,7 @@ def main() -> int:
     started = time.perf_counter()
     try:
         table = grade(asked.submissions, asked.out, asked.assignment, reveal=asked.reveal)
-    except ValueError as error:
+    except (ValueError, CannotStart) as error:
         print(error, file=sys.stderr)
         return 2
     print(table[["student", "assignment", "score", "most", "lost", "remarks"]].to_string(index=False, max_colwidth=60))

@@ -45,6 +45,10 @@ class Killed(Exception):
     """The process ended, or was ended; the text says why."""
 
 
+class CannotStart(RuntimeError):
+    """The process does not even start, before it has seen a submission: the machine's fault, and no student's."""
+
+
 @functools.cache
 def bubblewrap() -> str | None:
     """The path of a bubblewrap that works here, or None."""
@@ -122,6 +126,12 @@ class Sandbox:
         try:
             if self._receive(60) != "ready":
                 raise Killed("it did not start")
+        except Killed as killed:
+            self.__exit__()
+            raise CannotStart(
+                f"The process that runs submissions does not start ({killed}); see what this says: "
+                "python -m minipeft doctor. Nobody lost a point; run the same command again."
+            ) from killed
         except BaseException:
             self.__exit__()
             raise

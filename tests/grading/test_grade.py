@@ -18,7 +18,7 @@ from hostile import FIRST, cell_named
 
 from minipeft.course.assignments import EXERCISES, ROOT, sources
 from minipeft.course.grade import Submission, discover, grade, mend, name_of, report
-from minipeft.course.sandbox import Limits
+from minipeft.course.sandbox import CannotStart, Limits
 
 pytest.importorskip("nbgrader", reason="the classroom extra is not installed")
 SOLVED = nbformat.read(sources()["lora"], as_version=4)
@@ -99,6 +99,15 @@ def test_all_the_time_used_up_is_said():
     sleepy.cells.insert(1, nbformat.v4.new_code_cell("import time\ntime.sleep(4)"))
     found = report(nbformat.writes(sleepy), "lora", Limits(seconds=5))
     assert sum(found["points"].values()) == 0 and "longer than 5 s" in " ".join(found["remarks"])
+
+
+def test_a_machine_that_cannot_run_submissions_costs_nobody_a_point(tmp_path, monkeypatch):
+    monkeypatch.setattr("minipeft.course.sandbox.sys.executable", "/bin/false")
+    monkeypatch.setattr("minipeft.course.grade.RESTARTS", 0)
+    hand_in(tmp_path / "in", ada=submission())
+    with pytest.raises(CannotStart, match="Nobody lost a point"):
+        grade(tmp_path / "in", tmp_path / "out", "lora", progress=False)
+    assert not list((tmp_path / "out").glob("reports/**/*.json"))
 
 
 # What was handed in --------------------------------------------------------------------------------------------------
