@@ -275,6 +275,7 @@ def quantised_layer(cls, weight, bias, code, block: int, x, g) -> dict:
     return seen | {"gradient": x.grad}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Adapters
 # ---------------------------------------------------------------------------------------------------------------------
 def start_adapter(function, width: int, bottleneck: int, seed: int) -> dict:
@@ -309,8 +310,10 @@ def adapter_after(cls, weight, bias, x, bottleneck: int, halves: list, seed: int
     descend(adapter, 0.1)
     seen["gradient below"] = x.grad is not None and bool(x.grad.any())
     seen["base after a step"] = [linear.weight.detach().clone(), linear.bias.detach().clone()]
+    return seen
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # The LoRA family
 # ---------------------------------------------------------------------------------------------------------------------
 def dora_layer(cls, weight, bias, x, rank: int, gamma: float, A, B, m, G, seed: int) -> dict:
@@ -338,6 +341,7 @@ def dora_layer(cls, weight, bias, x, rank: int, gamma: float, A, B, m, G, seed: 
     return seen
 
 
+# ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 # ---------------------------------------------------------------------------------------------------------------------
 def put_before(function, prompt, embeds, mask, labels, weights) -> dict:
