@@ -218,12 +218,13 @@ def walls() -> tuple[str, ...]:
     real = os.path.realpath(sys.executable)
     seen += [] if any(real.startswith(path + "/") for path in seen) else [os.path.dirname(os.path.dirname(real))]
     words = [bubblewrap(), "--unshare-all", "--die-with-parent", "--new-session"]
+    words += ["--size", str(LIMITS.disk), "--tmpfs", "/tmp"]  # first: the course itself may lie below it
     for path in dict.fromkeys(seen):
         if os.path.islink(path) and path.count("/") == 1:
             words += ["--symlink", os.readlink(path), path]
         elif os.path.exists(path):
             words += ["--ro-bind", path, path]
     words += ["--tmpfs", str(ANSWERS), "--remount-ro", str(ANSWERS)]
-    words += ["--proc", "/proc", "--dev", "/dev", "--size", str(LIMITS.disk), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    words += ["--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp"]
     words += ["--remount-ro", "/dev", "--remount-ro", "/"]
     return tuple(words)
