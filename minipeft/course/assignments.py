@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from minipeft.course.notebooks import METADATA
+
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTIONS, EXERCISES = ROOT / "solutions", ROOT / "exercises"
 PREPROCESSORS = (
@@ -49,10 +51,7 @@ def release(source: Path) -> str:
 
 def tidy(notebook) -> None:
     """Ids and metadata that do not depend on who saved the file, and with what."""
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
+    notebook.metadata = METADATA
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
         cell.metadata = {

@@ -13,14 +13,15 @@ import time
 from pathlib import Path
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+METADATA = {  # of every notebook of the course: nothing that depends on who saved it, and with what
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 def normalise(notebook) -> None:
     """Drop from an executed notebook what differs from run to run, or cannot be shown without a kernel."""
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
+    notebook.metadata = METADATA
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}

@@ -62,10 +62,10 @@ class TrainingExplorer(SliderPlot):
         super().__init__(self._draw, controls, self._train)
 
     def method(self, **knobs) -> Method:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define method")
 
     def title(self, **knobs) -> str:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define title")
 
     def side(self, axes, task: str) -> None:
         """The right panel: the test loss of every run so far, by how many numbers it trained."""

@@ -45,18 +45,18 @@ class Layout:
 
     def config(self, base: nn.Module, layers: list[Layer]) -> dict:
         """The options that rebuild these layers; a `peft_type` among them replaces the layout's own."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define config")
 
     def methods(self, base: nn.Module, config: dict, tensors: Tensors) -> list[Method]:
         """The methods that build layers for what the file holds; ValueError when it cannot fit `base`.
 
         It runs before anything is allocated, so sizes in `config` must be held against the shapes in `tensors` here.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define methods")
 
     def owns(self, key: str) -> bool:
         """Whether a key of the file is the method's own, and not a parameter of the base that was trained as well."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define owns")
 
     def place(self, layer: Layer) -> str:
         """What stands before the names that `layer.stored()` gives."""
@@ -139,7 +139,7 @@ class WeightLayout(Layout):
 
     def build(self, config: dict, places: list[str], tensors: Tensors) -> list[Method]:
         """The methods for these places, each a path, or "path[start:stop]" for a slice; see `exact`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define build")
 
 
 def exact(place: str) -> tuple[str, int, int]:

@@ -129,7 +129,7 @@ class SettingsLayout(Layout):
 
     def fits(self, method: Method, key: str, value: torch.Tensor) -> bool:
         """Whether a tensor of the file has the size that the settings ask for."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define fits")
 
 
 @register
