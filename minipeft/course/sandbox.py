@@ -129,8 +129,8 @@ class Sandbox:
         except Killed as killed:
             self.__exit__()
             raise CannotStart(
-                f"The process that runs submissions does not start ({killed}); see whether disk or memory is full, and "
-                "whether .venv/bin/python -m minipeft doctor finds all. Nobody lost a point: run the same command again."
+                f"The process that runs submissions does not start ({killed}); is disk or memory full, and "
+                "does .venv/bin/python -m minipeft doctor find all? Nobody lost a point: run the same command again."
             ) from killed
         except BaseException:
             self.__exit__()
