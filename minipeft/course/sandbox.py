@@ -25,6 +25,7 @@ from minipeft.course import wire
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ANSWERS = PACKAGE / "course" / "exercises"
+HOME = "/submission"  # inside bubblewrap; nothing of the grader's can lie below it, as it could below /tmp
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,11 @@ class Sandbox:
         numbers = (to_read, to_write, limits.memory, limits.disk, limits.processes, limits.seconds, limits.each)
         command = [sys.executable, "-m", "minipeft.course.worker", *map(str, numbers)]
         apart = bubblewrap() is not None
+        home = HOME if apart else self.home
         environment = {
-            "HOME": "/tmp" if apart else self.home,
-            "TMPDIR": "/tmp" if apart else self.home,
-            "IPYTHONDIR": ("/tmp" if apart else self.home) + "/ipython",
+            "HOME": home,
+            "TMPDIR": home,
+            "IPYTHONDIR": home + "/ipython",
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": str(PACKAGE.parent),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -202,7 +204,7 @@ def folder_size(path: str) -> int:
 
 @functools.cache
 def walls() -> tuple[str, ...]:
-    """bubblewrap's arguments: what the process sees, all of it read only but /tmp."""
+    """bubblewrap's arguments: what the process sees, all of it read only but its home."""
     seen = [
         "/usr",
         "/bin",
@@ -218,13 +220,13 @@ def walls() -> tuple[str, ...]:
     real = os.path.realpath(sys.executable)
     seen += [] if any(real.startswith(path + "/") for path in seen) else [os.path.dirname(os.path.dirname(real))]
     words = [bubblewrap(), "--unshare-all", "--die-with-parent", "--new-session"]
-    words += ["--size", str(LIMITS.disk), "--tmpfs", "/tmp"]  # first: the course itself may lie below it
     for path in dict.fromkeys(seen):
         if os.path.islink(path) and path.count("/") == 1:
             words += ["--symlink", os.readlink(path), path]
         elif os.path.exists(path):
             words += ["--ro-bind", path, path]
     words += ["--tmpfs", str(ANSWERS), "--remount-ro", str(ANSWERS)]
-    words += ["--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp"]
+    words += ["--proc", "/proc", "--dev", "/dev"]
+    words += ["--size", str(LIMITS.disk), "--tmpfs", HOME, "--chdir", HOME]
     words += ["--remount-ro", "/dev", "--remount-ro", "/"]
     return tuple(words)
