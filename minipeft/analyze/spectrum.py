@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import Layer, Tuned, WeightLayer
+from minipeft.attach import Layer, Tuned
 from minipeft.methods.lora import LoRALayer
 from minipeft.targets import Slot, flipped
 
@@ -124,10 +124,9 @@ def spectra(tuned: Tuned) -> dict[str, Spectrum]:
             if all(type(layer) is LoRALayer for layer in layers):
                 left = torch.cat([F.pad(layer.gamma * layer.B, (0, 0, *layer.padding)) for layer in layers], 1)
                 found[path] = decompose(left, torch.cat([layer.A for layer in layers]))
-                continue
-            delta = sum(layer.full_delta() if isinstance(layer, WeightLayer) else layer.delta() for layer in layers)
-            if delta.ndim == 2:
-                found[path] = decompose(delta)
+    if len(found) < len(_by_path(tuned)):
+        rest = {path: delta for path, delta in tuned.deltas().items() if path not in found and delta.ndim == 2}
+        found |= {path: decompose(delta) for path, delta in rest.items()}
     return found
 
 
