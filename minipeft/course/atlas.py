@@ -3,20 +3,22 @@
     runs = atlas.load()             # a pandas table, one row a run, with the columns of `minipeft.learn.sweep.run`
     runs.attrs["provenance"]        # versions, device, seeds, date, wall time
 
-It was made by `python -m minipeft.learn.sweep short --folder runs --out minipeft/course/atlas.parquet`.
+It was made by `python -m minipeft.learn.sweep --folder runs --out minipeft/course/atlas.parquet --workers 2`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 PATH = Path(__file__).with_name("atlas.parquet")
 
 
 def load(path: str | os.PathLike = PATH):
-    """All runs; `settings` is JSON, and `rank` is taken out of it (missing for methods without one).
+    """All runs; `settings` is JSON, and `size` (rank, bottleneck or length, missing for methods without one) and
+    `targets` are taken out of it.
 
     Raises ValueError when the file is missing or no atlas.
     """
@@ -31,8 +33,10 @@ def load(path: str | os.PathLike = PATH):
             f"{str(path)!r} is no atlas ({error}); `python -m minipeft.learn.sweep` writes one."
         ) from error
     runs = table.to_pandas()
-    runs["rank"] = [json.loads(settings).get("rank") for settings in runs["settings"]]
-    runs["rank"] = runs["rank"].astype("Int64")
+    settings = [json.loads(text) for text in runs["settings"]]
+    runs["size"] = [s.get("rank", s.get("bottleneck", s.get("length"))) for s in settings]
+    runs["size"] = runs["size"].astype("Int64")
+    runs["targets"] = [s.get("targets", "all-linear") for s in settings]
     runs.attrs["provenance"] = provenance
     return runs
 
@@ -43,11 +47,44 @@ def describe(runs) -> str:
     return f"measured {p['date']}, {p['device']}, torch {p['torch']}, seeds {', '.join(map(str, p['seeds']))}"
 
 
-def curve(runs, task: str, method: str, rank: int | None = None, value: str = "loss"):
-    """Mean, least and largest `value` over the seeds for each learning rate: a table indexed by `lr`."""
-    chosen = runs[(runs.task == task) & (runs.method == method)]
-    chosen = chosen[chosen["rank"] == rank] if rank is not None else chosen
+def curve(runs, task: str, method: str, size: int | None = None, value: str = "loss", **others):
+    """Mean, least and largest `value` over the seeds for each learning rate: a table indexed by `lr`.
+
+    `size`: the rank, bottleneck or length. `others`: `steps`, `batch` and `targets`, if not 60, 10 and "all-linear".
+    Raises ValueError where there are no such runs.
+    """
+    wanted = {"task": task, "method": method, "steps": 60, "batch": 10, "targets": "all-linear"} | others
+    if size is not None:
+        wanted["size"] = size
+    chosen = runs
+    for column, each in wanted.items():
+        chosen = chosen[chosen[column] == each]
     if chosen.empty:
-        what = f"{method} at rank {rank}" if rank is not None else method
-        raise ValueError(f"The atlas has no runs of {what} on {task!r}; it has {', '.join(sorted(set(runs.task)))}.")
+        what = ", ".join(f"{column} {each}" for column, each in wanted.items())
+        raise ValueError(f"The atlas has no runs of {what}; it has {', '.join(sorted(set(runs.method)))}.")
     return chosen.groupby("lr")[value].agg(["mean", "min", "max", "count"])
+
+
+def best(runs, task: str, method: str, size: int | None = None, **others):
+    """The row of `curve` with the least mean loss, as a mapping: "lr", "mean", "min", "max", "count"."""
+    means = curve(runs, task, method, size, **others).reset_index()
+    return means.loc[means["mean"].idxmin()].to_dict()
+
+
+@cache
+def measured() -> tuple[dict[tuple[str, str, float], tuple[int, list[float]]], str]:
+    """What an explorer looks up: {(the method as its repr, task, learning rate): (numbers trained, loss by seed)}, of
+    the runs that are as long as an explorer's own, and where they come from."""
+    from minipeft.learn.sweep import Point, method_of
+
+    runs = load()
+    runs = runs[(runs.steps == Point.steps) & (runs.batch == Point.batch)]
+    names = {
+        (method, settings): repr(method_of(Point(method, settings, "pirate", 1e-3, 0)))
+        for method, settings in set(zip(runs.method, runs.settings, strict=True))
+    }
+    found: dict[tuple[str, str, float], tuple[int, list[float]]] = {}
+    for row in runs.itertuples():
+        key = names[row.method, row.settings], row.task, row.lr
+        found.setdefault(key, (row.trainable, []))[1].append(row.loss)
+    return found, describe(runs)

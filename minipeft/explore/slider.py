@@ -77,14 +77,14 @@ class SliderPlot:
             self.running = None
 
     def _steps(self) -> Iterator[None]:
-        """The work in short steps with a redraw every REDRAW seconds, from the first step on to the last."""
+        """The work in short steps: a redraw after the first two, then every REDRAW seconds, and after the last."""
         if self.run is None:
             self.redraw()
             return
         work, drawn = self.run(**self.values), 0.0
         try:
-            for _ in work:
-                if time.perf_counter() - drawn > self.REDRAW:
+            for i, _ in enumerate(work):
+                if i < 2 or time.perf_counter() - drawn > self.REDRAW:
                     self.redraw()
                     drawn = time.perf_counter()
                 yield

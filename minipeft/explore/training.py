@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import html
+import statistics
 from collections.abc import Iterator
 
 import ipywidgets
@@ -11,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 
 from minipeft.attach import Method, Tuned, attach
-from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, SliderPlot
+from minipeft.course import atlas
+from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.world import tasks
 from minipeft.world.base import load, write
@@ -33,11 +35,17 @@ def choice(label: str, options: list, value=None) -> ipywidgets.Dropdown:
     return ipywidgets.Dropdown(options=options, value=value, description=label, style=STYLE)
 
 
+def options(control) -> list:
+    """The values that a choice or a slider can take."""
+    return [pair[1] if isinstance(pair, tuple) else pair for pair in control.options]
+
+
 class TrainingExplorer(SliderPlot):
     """Live training of one method on the pocket model: loss against the task's exact floor, and what the model writes.
 
-    Every move trains a fresh adapter for 60 steps of 10 texts (seed 0) on the same frozen base; the last few runs stay
-    in the picture in grey. `history`, `tuned` and `score` hold the present run, `points` every finished one.
+    Every move shows at once what the atlas measured for these settings, where it has them, and trains a fresh adapter
+    for 60 steps of 10 texts (seed 0) on the same frozen base; the last few runs stay in the picture in grey.
+    `history`, `tuned` and `score` hold the present run, `points` every finished one.
 
     A subclass says how the knobs become a method (`method`) and a title (`title`), and what stands on the right
     (`side`) and below (`formula`).
@@ -69,11 +77,21 @@ class TrainingExplorer(SliderPlot):
 
     def side(self, axes, task: str) -> None:
         """The right panel: the test loss of every run so far, by how many numbers it trained."""
-        draw_points(axes, self.points.get(task, {}), self.tasks[task]().floor)
+        draw_points(axes, self.points.get(task, {}), self.tasks[task]().floor, self.curve())
 
     def formula(self, **knobs) -> str:
         """HTML that says how many numbers these knobs train."""
         return ""
+
+    def measured(self, lr: float, task: str, **knobs) -> tuple[int, list[float]] | None:
+        """(numbers trained, test loss by seed) of these settings in the atlas, if it has them."""
+        return atlas.measured()[0].get((repr(self.method(**knobs)), task, lr))
+
+    def curve(self) -> list[tuple[int, list[float]]]:
+        """`measured` for every position of the first knob, the others staying where they are."""
+        name, *_ = self.controls
+        each = (self.measured(**self.values | {name: value}) for value in options(self.controls[name]))
+        return [found for found in each if found]
 
     def _train(self, lr, task, **knobs) -> Iterator[int | None]:
         if self.tuned is not None:
@@ -81,6 +99,7 @@ class TrainingExplorer(SliderPlot):
             self.tuned = None
         self.history, self.score, chosen = History(), None, self.tasks[task]()
         self.tuned = attach(self.model, self.method(**knobs))
+        yield 0  # a picture of what is known before the first step
         yield from training(self.tuned, chosen, self.history, steps=STEPS, lr=lr, batch=BATCH)
         yield None  # a picture of all steps before the slower test
         self.score = evaluate(self.tuned, chosen, n=100)
@@ -98,6 +117,8 @@ class TrainingExplorer(SliderPlot):
         draw_losses(
             left, self.history, self.tasks[task]().floor, [run[1:] for run in earlier if run[0] == task], self.score
         )
+        draw_measured(left, self.measured(lr, task, **knobs))
+        left.legend(fontsize="small", loc="upper right")
         left.set_title(f"{task}: {self.name} {self.title(**knobs)}, learning rate {lr:g}")
         self.side(right, task)
         return self._report(task, self.formula(**knobs) if self.tuned is not None else "")
@@ -119,6 +140,8 @@ class TrainingExplorer(SliderPlot):
             lines.append(f"<i>{html.escape(self.samples[task])}</i>")
         else:
             lines.append(f"step {len(self.history.losses)} of {STEPS} …")
+        if self.measured(**self.values):
+            lines.append(f"<small>atlas: {atlas.measured()[1]}</small>")
         return "<br>".join(lines)
 
 
@@ -131,23 +154,42 @@ def draw_losses(axes, history: History, floor: float | None, earlier=(), score=N
         axes.plot([STEPS + 1.5], [score.loss], "D", color=ORANGE, label=f"test after training {score.loss:.3f}")
     if floor is not None:
         axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label=f"floor of the task {floor:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, STEPS + 3))
-    axes.legend(fontsize="small", loc="upper right")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, STEPS + 4))
 
 
-def draw_points(axes, points: dict[str, tuple[int, float]], floor: float | None) -> None:
-    """Test loss by numbers trained; `points` is {settings: (numbers, loss)}, the last one in orange."""
-    axes.set(title="test loss of every run so far", xlabel="numbers trained", ylabel="test loss (nats a token)")
-    if not points:
+def draw_measured(axes, found: tuple[int, list[float]] | None) -> None:
+    """The atlas's test losses of these settings after the last step: a bar from the best seed to the worst."""
+    if found:
+        _, losses = found
+        mean = statistics.fmean(losses)
+        spread = [[mean - min(losses)], [max(losses) - mean]]
+        label = f"atlas: {mean:.3f}, {len(losses)} seeds"
+        axes.errorbar([STEPS + 3], [mean], spread, fmt="s", color=RED, capsize=4, label=label)
+
+
+def draw_points(axes, points: dict[str, tuple[int, float]], floor: float | None, curve=()) -> None:
+    """Test loss by numbers trained; `points` is {settings: (numbers, loss)}, the last one in orange; `curve` the
+    atlas's [(numbers, loss by seed)]."""
+    axes.set(title="test loss by size", xlabel="numbers trained", ylabel="test loss (nats a token)")
+    numbers = [n for n, _ in (*points.values(), *curve)]
+    if not numbers:
         axes.text(0.5, 0.5, "a point appears when the run ends", ha="center", va="center", transform=axes.transAxes)
         return
-    *before, last = points.values()
+    if curve:
+        means = [statistics.fmean(losses) for _, losses in curve]
+        spread = [[m - min(losses) for m, (_, losses) in zip(means, curve, strict=True)],
+                  [max(losses) - m for m, (_, losses) in zip(means, curve, strict=True)]]  # fmt: skip
+        axes.errorbar(
+            [n for n, _ in curve], means, spread, fmt="s--", color=RED, capsize=3, markersize=4,
+            label=f"atlas, {len(curve[0][1])} seeds",
+        )  # fmt: skip
+    *before, last = points.values() or [None]
     if before:
         axes.plot(*zip(*before, strict=True), "o", color=GREY, label="before")
-    axes.plot(*last, "D", color=ORANGE, label="this run")
+    if last:
+        axes.plot(*last, "D", color=ORANGE, label="this run")
     if floor is not None:
         axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label="floor")
-    numbers = [n for n, _ in points.values()]
     axes.set_xscale("log")
     axes.set_xlim(min(numbers) / 2, max(numbers) * 2)
     axes.minorticks_off()

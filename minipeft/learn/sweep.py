@@ -239,34 +239,62 @@ def provenance(rows: Sequence[dict]) -> dict:
     }
 
 
-LANGUAGE = ("pirate", "flip", "cipher")
-FRONT = ("pirate", "flip", "forecast")
-GRID = (  # method, its settings, tasks, learning rates: the best rate should not be the least or the largest tried
-    *(("LoRA", {"rank": r, "gamma": 2.0}, (*LANGUAGE, "facts(64)"), 1e-3) for r in (1, 2, 4, 8, 16, 32, 64)),
-    ("Full", {}, (*LANGUAGE, "facts(64)", "forecast"), 3e-4),
-    ("DoRA", {"rank": 8, "gamma": 2.0}, (*LANGUAGE, "facts(64)"), 1e-3),
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+LANGUAGE, FACTS = ("pirate", "flip", "cipher"), "facts(64)"
+FRONT = ("pirate", "flip", "forecast")  # for what stands before the text
+
+
+def _lora(rank: int, **settings) -> tuple[str, dict]:
+    return "LoRA", {"rank": rank, "gamma": 2.0, **settings}
+
+
+# (method, settings), tasks, least and largest learning rate: chosen so that the best is not the least or the largest
+SLIDERS = (
+    *((_lora(r), (*LANGUAGE, FACTS), 1e-3, 1e-1 if r <= 8 else 3e-2) for r in (1, 2, 4, 8, 16, 32, 64)),
+    (("Full", {}), (*LANGUAGE, FACTS, "forecast"), 3e-4, 3e-2),
+    (("DoRA", {"rank": 8, "gamma": 2.0}), (*LANGUAGE, FACTS), 1e-3, 3e-2),
+    (("BitFit", {}), (*LANGUAGE, FACTS), 3e-3, 3e-1),
+    (("Softmax", {}), (*LANGUAGE, FACTS), 1e-3, 3e-2),
+    *(((method, {}), (*LANGUAGE, FACTS), 1e-2, 3e-1) for method in ("IA3", "VeRA")),
     *(
-        (m, {}, (*LANGUAGE, "facts(64)"), lr)
-        for m, lr in (("BitFit", 3e-3), ("Softmax", 1e-3), ("IA3", 1e-2), ("VeRA", 1e-2))
+        (("Adapter", {"bottleneck": m}), LANGUAGE, *((3e-3, 1e-1) if m <= 4 else (1e-3, 3e-2)))
+        for m in (1, 2, 4, 8, 16, 32, 64)
     ),
-    *(("Adapter", {"bottleneck": m}, LANGUAGE, 1e-3) for m in (1, 2, 4, 8, 16, 32, 64)),
-    *((m, {"length": n}, FRONT, 1e-2) for m in ("PromptTuning", "PrefixTuning") for n in (1, 2, 4, 8, 16, 32)),
+    *(
+        ((method, {"length": n}), FRONT, 1e-2, 3e-1)
+        for method in ("PromptTuning", "PrefixTuning")
+        for n in (1, 4, 8, 16, 32)
+    ),
+    (("PTuning", {"length": 8}), FRONT, 1e-2, 3e-1),
+    # equal numbers in attention and in the MLPs, many and few
+    *(
+        (_lora(r, targets=where), ("pirate", FACTS), 1e-3, 3e-2)
+        for where, r in (("attention", 24), ("mlp", 16), ("attention", 3), ("mlp", 2))
+    ),
 )
+BATCHES = ((120, 5), (15, 40))  # 600 texts in other batches than 10
+LONG = ((_lora(1), 3e-3), (_lora(4), 3e-3), (_lora(16), 3e-3), (_lora(64), 3e-3), (("Full", {}), 1e-3))  # on cipher
+CAPACITY = (32, 64, 128, 256, 512)  # facts to learn by heart
 
 
 def grid(seeds: int = 3) -> list[Point]:
-    """The runs of the atlas, seed by seed: every method and size of the lessons' sliders, 60 steps of 10 texts.
-
-    Five learning rates each, a factor of three apart, from the one that `GRID` names (four where that is 0.01).
-    """
-    rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    return [
-        point(method, task, lr, seed, **settings)
-        for seed in range(seeds)
-        for method, settings, chosen, least in GRID
-        for task in chosen
-        for lr in rates[rates.index(least) :][:5]
-    ]
+    """The runs of the atlas, seed by seed: every method and size of the lessons' sliders, 60 steps of 10 texts, at
+    learning rates a factor of three apart; pirate in other batches; and, for the first two seeds, long runs: 600 steps
+    on cipher, and 1,500 steps of 32 facts with LoRA in the MLPs, which fill small ranks."""
+    points = []
+    for seed in range(seeds):
+        for (method, settings), names, least, largest in SLIDERS:
+            rates = [lr for lr in RATES if least <= lr <= largest]
+            points += [point(method, task, lr, seed, **settings) for task in names for lr in rates]
+        for (method, settings), least in ((_lora(16), 1e-3), (("Full", {}), 3e-4)):
+            rates = RATES[RATES.index(least) :][:4]
+            points += [point(method, "pirate", lr, seed, *shape, **settings) for shape in BATCHES for lr in rates]
+        if seed < 2:
+            for (method, settings), least in LONG:
+                points += [point(method, "cipher", lr, seed, 600, **settings) for lr in RATES[RATES.index(least) :][:2]]
+            for method, settings in (_lora(1, targets="mlp"), _lora(4, targets="mlp")):
+                points += [point(method, f"facts({n})", 1e-2, seed, 1500, 32, **settings) for n in CAPACITY]
+    return points
 
 
 def main() -> None:

@@ -1,0 +1,381 @@
+"""The rows of the ledger that runs decide: those of the atlas, and some that train anew."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from functools import cache
+
+import torch
+
+from minipeft.analyze.budget import budget, training_bytes
+from minipeft.analyze.spectrum import random_spectrum, spectra, truncated
+from minipeft.attach import attach
+from minipeft.course import atlas
+from minipeft.course.claims import HOLDS, WRONG, claim, only
+from minipeft.methods.lora import LoRA
+from minipeft.methods.select import Full
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the atlas
+# ---------------------------------------------------------------------------------------------------------------------
+LANGUAGE = ("pirate", "cipher", "flip")
+TASKS = (*LANGUAGE, "facts(64)")
+
+
+@cache
+def _runs():
+    return atlas.load()
+
+
+@cache
+def _before(task: str) -> float:
+    """The base's loss on what the runs are scored on."""
+    from minipeft.learn.fit import evaluate
+    from minipeft.learn.sweep import task_of
+    from minipeft.world.base import load
+
+    chosen = task_of(task)
+    return evaluate(load("pocket")[0], chosen, n=None if chosen.bits else 100).loss
+
+
+def gain(task: str, method: str, size: int | None = None) -> float:
+    """The fall in loss over full fine-tuning's after 60 steps, each at its best learning rate, mean of the seeds."""
+    ours, full = (atlas.best(_runs(), task, *which)["mean"] for which in ((method, size), ("Full",)))
+    return round((_before(task) - ours) / (_before(task) - full), 2)
+
+
+@claim(
+    "C13",
+    "BitFit may not capture complex tasks",
+    "D §3.1",
+    "atlas",
+    lambda f: only([t for t in TASKS if f[t] < 0.9], len(TASKS)),
+)
+def _() -> dict:
+    """BitFit's gain over full fine-tuning's after 60 steps, each at its best rate, on the pocket model. Below 0.9
+    counts as not captured; `flip`, one reversed attribute, is the simple task."""
+    return {t: gain(t, "BitFit") for t in TASKS}
+
+
+@claim(
+    "C14",
+    "PEFT reaches 90–100 % of full fine-tuning's gain with 0.1–1 % of the parameters",
+    "E §2",
+    "atlas",
+    lambda f: only([t for t in LANGUAGE if f[f"{t}, r=1 of full"] >= 0.9], len(LANGUAGE)),
+)
+def _() -> dict:
+    """Gain of LoRA over full fine-tuning's after 60 steps, each at its best rate, on the pocket model. Rank 1 is the
+    least there is, and just above 1 % of so small a model."""
+    figures = {f"{t}, r={r} of full": gain(t, "LoRA", r) for t in LANGUAGE for r in (1, 16)}
+    lora = _runs()[(_runs().method == "LoRA") & (_runs()["size"] == 1)].iloc[0]
+    return figures | {"trainable share at r=1 in %": round(float(100 * lora.trainable / lora.total), 2)}
+
+
+def stored_bits(row) -> float:
+    """The bits that a run on `facts` holds: those asked for, minus what is missing, loss · tokens / ln 2. A completion
+    has five tokens: four words and the end."""
+    facts = int(row.task.removeprefix("facts(").removesuffix(")"))
+    return max(0.0, row.bits - row.loss * 5 * facts / math.log(2))
+
+
+@claim(
+    "C17",
+    "One parameter is about one bit",
+    "E §2",
+    "atlas",
+    lambda f: HOLDS if 0.5 <= f["learnt, LoRA r=1 in the MLPs, 512 facts"] <= 2 else WRONG,
+)
+def _() -> dict:
+    """Bits a number: as stored in float32 and in NF4; and as learnt by heart in 1,500 steps of LoRA r=1 in the MLPs,
+    where more facts no longer bring more bits (mean of two seeds)."""
+    from minipeft.methods import nf4
+
+    long = _runs()[(_runs().steps == 1500) & (_runs()["size"] == 1)]
+    figures = {"stored, float32": 32, "stored, NF4": round(nf4.quantize(torch.zeros(4096, 64), double=True).bits(), 3)}
+    for n in (256, 512):
+        rows = long[long.task == f"facts({n})"].itertuples()
+        figures[f"learnt, LoRA r=1 in the MLPs, {n} facts"] = round(
+            statistics.fmean(stored_bits(r) / r.trainable for r in rows), 2
+        )
+    return figures
+
+
+@claim(
+    "C25",
+    "Softmax tuning alone is a usable PEFT method",
+    "C §1.2",
+    "atlas",
+    lambda f: only([t for t in TASKS if f[t] >= 0.9], len(TASKS)),
+)
+def _() -> dict:
+    """Gain of training the output layer alone over full fine-tuning's after 60 steps, each at its best rate. Usable
+    means 0.9 or more."""
+    return {t: gain(t, "Softmax") for t in TASKS}
+
+
+@claim(
+    "C27",
+    "LoRA's result depends on the projection's initialisation",
+    "C §3.3",
+    "atlas",
+    lambda f: (
+        HOLDS
+        if f["A trains, spread of starts"] > 2 * f["spread of seeds"]
+        else "holds when the projection is frozen"
+        if f["U fixed, spread of starts"] > 2 * f["spread of seeds"]
+        else WRONG
+    ),
+)
+def _() -> dict:
+    """Shipped runs of the LoRA family on pirate, three seeds, each at its best rate: the largest minus the least mean
+    loss over four starts of a trained A and over three of a fixed U, and over the seeds of plain LoRA."""
+    from minipeft.course import family
+
+    sweeps = family.measured()["sweeps"]
+    losses = {name: [run["loss"] for run in family.best_of(runs)] for name, runs in sweeps.items()}
+    groups = {
+        "A trains": ["LoRA r=8", "LoRA r=8, gaussian A", "LoRA r=8, orthogonal A", "PiSSA r=8"],
+        "U fixed": ["projected k=8, random", "projected k=8, top", "projected k=8, bottom"],
+    }
+    figures = {}
+    for label, names in groups.items():
+        means = [statistics.fmean(losses[name]) for name in names]
+        figures[f"{label}, spread of starts"] = round(max(means) - min(means), 3)
+    return figures | {"spread of seeds": round(max(losses["LoRA r=8"]) - min(losses["LoRA r=8"]), 3)}
+
+
+@claim(
+    "C28",
+    "Low rank hurts, high rank costs more for little",
+    "D §3.6.5, E",
+    "atlas",
+    lambda f: only([t for t in LANGUAGE if f[f"{t}, r=1 − r=16"] > 0.1 > f[f"{t}, r=16 − r=64"]], len(LANGUAGE)),
+)
+def _() -> dict:
+    """Loss at rank 1 minus loss at rank 16, and at 16 minus at 64, after 60 steps, each at its best rate, in nats a
+    token. Low rank hurts: more than 0.1; high rank brings little: less than 0.1."""
+    best = {(t, r): atlas.best(_runs(), t, "LoRA", r)["mean"] for t in LANGUAGE for r in (1, 16, 64)}
+    pairs = ((1, 16), (16, 64))
+    return {f"{t}, r={a} − r={b}": round(best[t, a] - best[t, b], 3) for t in LANGUAGE for a, b in pairs}
+
+
+@claim(
+    "C29",
+    "LoRA suits large matrices; on small models the gain is limited",
+    "A 9.6, D",
+    "atlas",
+    lambda f: HOLDS if f["memory, pocket, measured"] > 0.5 and f["memory, llama-7b, counted"] < 0.25 else WRONG,
+)
+def _() -> dict:
+    """LoRA r=8 on all linear layers over full fine-tuning: peak memory of a step and CPU seconds of the pocket model's
+    runs on pirate, and for LLaMA-7B the bytes of weights, gradients and Adam's moments in bfloat16. Limited: more than
+    half of the memory stays."""
+    runs = _runs()[(_runs().task == "pirate") & (_runs().batch == 10)]
+    ours, full = runs[(runs.method == "LoRA") & (runs["size"] == 8)], runs[runs.method == "Full"]
+    llama = budget("llama-7b", LoRA(rank=8))
+    small, whole = (training_bytes(llama.base, n, m) for n, m in ((llama.trainable, llama.trainable), (llama.base, 0)))
+    return {
+        "memory, pocket, measured": round(ours.peak_memory.mean() / full.peak_memory.mean(), 2),
+        "seconds, pocket, measured": round(ours.seconds.mean() / full.seconds.mean(), 2),
+        "memory, llama-7b, counted": round(sum(small.values()) / sum(whole.values()), 2),
+        "gain, pocket, pirate": gain("pirate", "LoRA", 8),
+    }
+
+
+def _article(f: dict) -> str:
+    rates = all(5 <= f[f"{t}, best rate r=16 ÷ full"] <= 20 for t in TASKS)
+    layers = f["pirate, attention only − MLPs only"] > 0.05
+    if rates and layers:
+        return HOLDS
+    part = "layers, not learning rates" if layers else "learning rates, not layers"
+    return f"holds when it speaks of {part}" if rates or layers else WRONG
+
+
+@claim(
+    "C33",
+    "LoRA's best learning rate is about ten times full fine-tuning's, and LoRA for all layers beats attention only",
+    "the article that E retells",
+    "atlas",
+    _article,
+)
+def _() -> dict:
+    """Best rate of LoRA r=16 over that of full fine-tuning after 60 steps; the rates tried are a factor 3 apart, and 5
+    to 20 counts as ten. And loss on pirate, each at its best rate: attention only (r=24) minus the MLPs only (r=16),
+    which train equal numbers; more than 0.05 counts."""
+    figures = {}
+    for task in TASKS:
+        lora, full = atlas.best(_runs(), task, "LoRA", 16), atlas.best(_runs(), task, "Full")
+        figures[f"{task}, best rate r=16 ÷ full"] = round(lora["lr"] / full["lr"], 1)
+    attention = atlas.best(_runs(), "pirate", "LoRA", 24, targets="attention")["mean"]
+    mlp = atlas.best(_runs(), "pirate", "LoRA", 16, targets="mlp")["mean"]
+    return figures | {"pirate, attention only − MLPs only": round(attention - mlp, 3)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measured anew
+# ---------------------------------------------------------------------------------------------------------------------
+@claim(
+    "C07",
+    "Both A and B drawn at random is a fine initialisation",
+    "D §3.6.2",
+    "measured",
+    lambda f: WRONG if min(f["A and B random"]) > f["B = 0"] + 0.5 else HOLDS,
+)
+def _() -> dict:
+    """Loss of the untrained model on its own stories, standard normal A and B, r=8, γ=1, three seeds."""
+    from minipeft.learn.fit import evaluate
+    from minipeft.world import load, plain
+
+    model = load("pocket")[0]
+    tuned = attach(model, LoRA(rank=8, gamma=1.0))
+    losses = [evaluate(tuned, plain(), n=50).loss]
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for layer in tuned.adapters["default"].values():
+            layer.A.data = torch.randn(layer.A.shape, generator=generator)
+            layer.B.data = torch.randn(layer.B.shape, generator=generator)
+        losses.append(evaluate(tuned, plain(), n=50).loss)
+    return {"B = 0": round(losses[0], 3), "A and B random": [round(x, 2) for x in losses[1:]]}
+
+
+def _low(f: dict) -> str:
+    tasks, chance = [f[t] for t in LANGUAGE], f["random"]
+    energy = all(t["gain kept at r=8"] >= 0.85 and t["stable rank"] < chance["stable rank"] / 4 for t in tasks)
+    wide = any(t["effective rank"] > chance["effective rank"] / 4 for t in tasks)
+    if energy and wide:
+        return "holds when rank means energy or loss; by effective rank the updates are wide"
+    return HOLDS if energy else WRONG
+
+
+@claim("C18", "Fine-tuning updates are low-rank", "E §4", "measured", _low)
+def _() -> dict:
+    """Full fine-tuning, 60 steps: median ranks of the linear layers' ΔW beside a random matrix's, and the share of the
+    gain in loss that stays when each ΔW is cut to its best rank 8 (vectors keep their whole change)."""
+    from minipeft.learn.fit import evaluate, fit
+    from minipeft.learn.sweep import task_of
+    from minipeft.world import load
+
+    model, figures = load("pocket")[0], {}
+    for name in LANGUAGE:
+        task, before = task_of(name), evaluate(model, task_of(name), n=50).loss
+        tuned = attach(model, Full())
+        fit(tuned, task, steps=60, lr=1e-3, batch=10, progress=False)
+        found, whole = spectra(tuned), evaluate(tuned, task, n=50).loss
+        with truncated(tuned, 8, found):
+            cut = evaluate(tuned, task, n=50).loss
+        tuned.detach()
+        linear = [s for path, s in found.items() if "layers" in path]
+        figures[name] = {
+            "stable rank": round(statistics.median(s.stable_rank for s in linear), 1),
+            "effective rank": round(statistics.median(s.effective_rank for s in linear), 1),
+            "gain kept at r=8": round((before - cut) / (before - whole), 3),
+        }
+    sigma = random_spectrum((128, 128), 1.0)
+    share = sigma / sigma.sum()
+    figures["random"] = {
+        "stable rank": round(float((sigma**2).sum() / sigma[0] ** 2), 1),
+        "effective rank": round(float(2 ** -(share * torch.tensor(share).log2().numpy()).sum()), 1),
+    }
+    return figures
+
+
+def _comparable(f: dict) -> str:
+    steady = {rule: max(norms) / min(norms) <= 2 for rule, norms in f.items()}
+    if steady["γ = α/r"]:
+        return HOLDS
+    return "holds when γ = α/√r" if steady["γ = α/√r"] else WRONG
+
+
+@claim("C20", "γ = α/r keeps the update's size comparable when r changes", "E §4", "measured", _comparable)
+def _() -> dict:
+    """‖ΔW‖, median over the matrices, after 20 steps of pirate at one learning rate (0.003), for r = 1, 4, 16 and 64
+    with α = 16; mean of two seeds. Comparable: within a factor of two."""
+    from minipeft.learn.fit import fit
+    from minipeft.world import load, pirate
+
+    model, figures = load("pocket")[0], {}
+    for rule, power in (("γ = α/r", 1.0), ("γ = α/√r", 0.5)):
+        figures[rule] = []
+        for rank in (1, 4, 16, 64):
+            norms = []
+            for seed in (0, 1):
+                tuned = attach(model, LoRA(rank=rank, gamma=16 / rank**power), seed=seed)
+                fit(tuned, pirate(), steps=20, lr=3e-3, batch=10, seed=seed, progress=False)
+                norms.append(statistics.median(s.norm for s in spectra(tuned).values()))
+                tuned.detach()
+            figures[rule].append(round(statistics.fmean(norms), 2))
+    return figures
+
+
+def _less(f: dict) -> str:
+    peft = {name: losses for name, losses in f.items() if name != "full"}
+    if all(max(losses) < min(f["full"]) for losses in peft.values()):
+        return HOLDS
+    fewer = [name for name, losses in peft.items() if statistics.fmean(losses) < statistics.fmean(f["full"])]
+    return only(fewer, 0, "method") if fewer else WRONG
+
+
+@claim("C22", "Full fine-tuning forgets; PEFT forgets less", "E §2", "measured", _less)
+def _() -> dict:
+    """Rise of the loss on the base's own stories once the loss on pirate speech is 1.35 (floor 0.794); pocket model,
+    three seeds, one task, one learning rate a method (its best after 60 steps in the atlas)."""
+    from minipeft.analyze.forgetting import forgetting
+    from minipeft.methods.adapter import Adapter
+    from minipeft.world import load, pirate
+
+    model, found = load("pocket")[0], {}
+    methods = {"full": (Full(), "Full", None), "LoRA r=16": (LoRA(rank=16, gamma=2.0), "LoRA", 16),
+               "adapter m=16": (Adapter(16), "Adapter", 16)}  # fmt: skip
+    chosen = {
+        name: (method, atlas.best(_runs(), "pirate", kind, size)["lr"])
+        for name, (method, kind, size) in methods.items()
+    }
+    for seed in range(3):
+        for each in forgetting(model, chosen, pirate(), target=1.35, steps=120, seed=seed, n=50):
+            found.setdefault(each.method, []).append(round(each.forgot, 3))
+    return found
+
+
+def _harmless(f: dict) -> str:
+    harmed = [name for name, row in f["together"].items() if row["loss"] > max(f["alone"][part] for part in row["of"])]
+    better = [name for name, row in f["together"].items() if row["loss"] < min(f["alone"][part] for part in row["of"])]
+    if len(harmed) == len(f["together"]):
+        return HOLDS
+    return only(harmed, 0, "combination") if harmed or not better else WRONG
+
+
+@claim(
+    "C26", "An adapter should generally not be combined with LoRA or softmax tuning", "C §2.2", "measured", _harmless
+)
+def _() -> dict:
+    """Loss on pirate after 60 steps, each at the best of three rates (chosen with seed 0), mean of two seeds. It does
+    harm to combine when the two are worse than each alone; adapter m=4 with LoRA r=1 has the budget of either."""
+    from minipeft.learn.fit import evaluate, fit
+    from minipeft.methods.adapter import Adapter
+    from minipeft.methods.select import Softmax
+    from minipeft.world import load, pirate
+
+    model = load("pocket")[0]
+
+    def loss(method, lr, seed):
+        tuned = attach(model, method, seed=seed)
+        fit(tuned, pirate(), steps=60, lr=lr, batch=10, seed=seed, progress=False)
+        value = evaluate(tuned, pirate(), n=100).loss
+        tuned.detach()
+        return value
+
+    def best(method):
+        first = {lr: loss(method, lr, 0) for lr in (3e-3, 1e-2, 3e-2)}
+        lr = min(first, key=first.get)
+        return round((first[lr] + loss(method, lr, 1)) / 2, 3)
+
+    adapter, lora, softmax = Adapter(8), LoRA(rank=2, gamma=2.0), Softmax()
+    alone = {"adapter": best(adapter), "LoRA": best(lora), "softmax": best(softmax)}
+    together = {
+        "adapter and LoRA, half each": (["adapter", "LoRA"], [Adapter(4), LoRA(rank=1, gamma=2.0)]),
+        "adapter and softmax": (["adapter", "softmax"], [adapter, softmax]),
+        "LoRA and softmax": (["LoRA", "softmax"], [lora, softmax]),
+    }
+    return {"alone": alone, "together": {name: {"of": of, "loss": best(m)} for name, (of, m) in together.items()}}
