@@ -20,6 +20,7 @@ import minipeft as mp
 from minipeft.analyze import memory
 from minipeft.analyze.memory import Memory, measure, predict
 from minipeft.attach import attach
+from minipeft.methods.adapter import Adapter
 from minipeft.methods.lora import LoRA
 from minipeft.methods.qlora import quantize
 from minipeft.methods.select import BitFit, Full, Softmax
@@ -30,7 +31,9 @@ METHODS = {
     "lora with dropout": LoRA(rank=2, dropout=0.1),
     "lora and head": [LoRA(rank=2), Softmax()],
     "biases": BitFit(),
+    "adapter": Adapter(4),
 }
+REAL = {"full": Full(), "lora": LoRA(rank=8), "qlora": LoRA(rank=8), "adapter": Adapter(16)}
 HUNDRED = dict(
     vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
     max_position_embeddings=512, tie_word_embeddings=True,
@@ -134,9 +137,9 @@ def test_activations_are_what_autograd_keeps():
 
 
 # -- three counts of a real step --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("kind", REAL)
 def test_what_fit_measures_on_text_is_within_a_tenth(kind):
-    method, quantized = Full() if kind == "full" else LoRA(rank=8), kind == "qlora"
+    method, quantized = REAL[kind], kind == "qlora"
     task, length = mp.world.pirate(), 32
     rows = [" ".join(text.split()[: length - 2]) for text in task.data["train"]["text"] if len(text.split()) > length]
     rows[::2] = [" ".join(row.split()[:-1]) for row in rows[::2]]  # every batch has padding
@@ -172,12 +175,12 @@ SIZES = {"pocket": (16, 48), "minilm": (8, 64), "hundred million": (1, 64)}
 
 @pytest.mark.parametrize(
     "name, kind",
-    [(name, kind) for name in ("pocket", "minilm") for kind in ("full", "lora", "qlora")]
-    + [("hundred million", "full"), ("hundred million", "lora")],  # its QLoRA is measured below
+    [(name, kind) for name in ("pocket", "minilm") for kind in REAL]
+    + [("hundred million", kind) for kind in ("full", "lora", "adapter")],  # its QLoRA is measured below
 )
 def test_the_allocator_agrees_within_a_tenth(name, kind):
     batch, length = SIZES[name]
-    model, method = real(name), Full() if kind == "full" else LoRA(rank=8)
+    model, method = real(name), REAL[kind]
     predicted = predict(model, method, batch, length, quantized=kind == "qlora")
     tuned = attach(quantize(model) if kind == "qlora" else model, method)
     if name == "pocket":
