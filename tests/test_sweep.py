@@ -103,7 +103,6 @@ def test_every_field_of_a_point_names_another_file():
         (lambda: s.point("LoRA", "flop", 1e-2, 0), "no task"),
         (lambda: s.point("LoRA", "facts", 1e-2, 0), "no task"),
         (lambda: s.point("LoRA", "flip", 1e-2, 0, bottleneck=3), "does not take"),
-        (lambda: s.grid("huge"), "no grid"),
         (lambda: s.collect([], "x", "y"), "no points"),
     ],
 )
@@ -112,8 +111,28 @@ def test_mistakes_are_said(make, message):
         make()
 
 
-def test_the_complete_grid_has_1500_runs():
-    assert len(set(s.grid("full"))) == 1500
+def test_the_grid_has_more_than_1500_runs_and_the_explorers_own():
+    points = s.grid()
+    assert len(points) == len(set(points)) >= 1500
+    from minipeft.explore import training
+
+    assert (s.Point.steps, s.Point.batch) == (training.STEPS, training.BATCH)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+def test_a_sweep_that_is_killed_leaves_no_worker_behind(tmp_path):
+    import psutil
+
+    command = [sys.executable, "-m", "minipeft.learn.sweep", "--folder", str(tmp_path), "--workers", "2"]
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("*.json")):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    parent.wait()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
 
 
 def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():
@@ -125,11 +144,14 @@ def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():
     about = runs.attrs["provenance"]
     assert about["runs"] == len(runs) and about["seeds"] == sorted(set(runs.seed))
     assert {"date", "torch", "device", "seconds"} <= about.keys() and about["date"] in atlas.describe(runs)
-    points = s.grid("short", seeds=len(about["seeds"]))
+    points = s.grid(seeds=len(about["seeds"]))
     assert [tuple(row) for row in runs[list(vars(points[0]))].itertuples(index=False)] == [
         tuple(vars(p).values()) for p in points
     ], "every run of the grid, and no other"
     assert atlas.curve(runs, "pirate", "LoRA", 16)["count"].eq(len(about["seeds"])).all()
+    assert atlas.curve(runs, "pirate", "LoRA", 16, targets="mlp").index.tolist() == [1e-3, 3e-3, 1e-2, 3e-2]
+    best, full = atlas.best(runs, "pirate", "Full"), atlas.curve(runs, "pirate", "Full")
+    assert best["mean"] == full["mean"].min() == full["mean"][best["lr"]] and best["max"] == full["max"][best["lr"]]
     with pytest.raises(ValueError, match="no runs"):
         atlas.curve(runs, "pirate", "LoRA", 5)
 
@@ -143,6 +165,6 @@ def test_something_else_is_no_atlas(tmp_path):
 def test_a_shipped_run_can_be_run_again():
     """The quickest run of the atlas; another kind of CPU may differ in late digits, and training enlarges them."""
     runs = atlas.load()
-    row = runs[(runs.task == "facts(64)") & (runs.method == "LoRA") & (runs["rank"] == 1) & (runs.lr == 1e-3)].iloc[0]
-    again = s.run(s.point("LoRA", "facts(64)", 1e-3, int(row.seed), rank=1))
+    row = runs[(runs.task == "facts(64)") & (runs.method == "LoRA") & (runs["size"] == 1) & (runs.lr == 1e-3)].iloc[0]
+    again = s.run(s.point("LoRA", "facts(64)", 1e-3, int(row.seed), rank=1, gamma=2.0))
     assert again["loss"] == pytest.approx(row.loss, rel=0.02) and again["trainable"] == row.trainable

@@ -17,11 +17,12 @@ PATH = Path(__file__).with_name("atlas.parquet")
 
 
 def load(path: str | os.PathLike = PATH):
-    """All runs; `settings` is JSON, and `size` (rank, bottleneck or length, missing for methods without one) and
+    """All runs; `settings` is JSON, and `size` (rank, bottleneck, length or dim, missing for methods without one) and
     `targets` are taken out of it.
 
     Raises ValueError when the file is missing or no atlas.
     """
+    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -34,8 +35,8 @@ def load(path: str | os.PathLike = PATH):
         ) from error
     runs = table.to_pandas()
     settings = [json.loads(text) for text in runs["settings"]]
-    runs["size"] = [s.get("rank", s.get("bottleneck", s.get("length"))) for s in settings]
-    runs["size"] = runs["size"].astype("Int64")
+    sizes = [next((s[name] for name in ("rank", "bottleneck", "length", "dim") if name in s), None) for s in settings]
+    runs["size"] = pd.array(sizes, dtype="Int64")
     runs["targets"] = [s.get("targets", "all-linear") for s in settings]
     runs.attrs["provenance"] = provenance
     return runs
