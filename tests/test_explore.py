@@ -170,3 +170,29 @@ def test_a_redraw_is_quick_enough_to_drag():
     started = time.process_time()
     explorer.redraw()
     assert time.process_time() - started < 2
+
+
+def test_an_explorer_shows_the_atlas_at_once_and_only_for_the_model_that_it_is_about():
+    from minipeft.course import atlas
+
+    explorer = LoRAExplorer()
+    found, where = atlas.measured()
+    [numbers, losses] = found[repr(mp.LoRA(rank=8, gamma=2.0)), "pirate", 1e-2]
+    steps = explorer._steps()
+    next(steps)  # before the first step of training
+    assert not explorer.history.losses
+    shown = {container.get_label() for container in explorer.figure.axes[0].containers}
+    assert shown == {f"atlas: {sum(losses) / len(losses):.3f}, {len(losses)} seeds"}
+    assert where in explorer.text.value and numbers == explorer.tuned.count().trainable
+    steps.close()
+    started = time.process_time()
+    explorer.redraw()
+    assert time.process_time() - started < 1  # 0.1 s when nothing else runs
+    for other in (LoRAExplorer(small()), mp.AdapterExplorer(small())):
+        assert (
+            other.measured(1e-2, "pirate", **{k: v for k, v in other.values.items() if k not in ("lr", "task")}) is None
+        )
+    adapters = mp.AdapterExplorer()
+    adapters.redraw()
+    right = adapters.figure.axes[1]
+    assert len(adapters.curve()) == 7 and len(right.containers) == 1

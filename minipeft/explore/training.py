@@ -35,6 +35,12 @@ def choice(label: str, options: list, value=None) -> ipywidgets.Dropdown:
     return ipywidgets.Dropdown(options=options, value=value, description=label, style=STYLE)
 
 
+def same(model, other) -> bool:
+    """Whether two models hold the same numbers under the same names."""
+    mine, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    return mine.keys() == theirs.keys() and all(torch.equal(p.cpu(), theirs[name]) for name, p in mine.items())
+
+
 def options(control) -> list:
     """The values that a choice or a slider can take."""
     return [pair[1] if isinstance(pair, tuple) else pair for pair in control.options]
@@ -56,8 +62,9 @@ class TrainingExplorer(SliderPlot):
     tasks = TASKS
 
     def __init__(self, model, task: str, knobs: dict[str, ipywidgets.ValueWidget]):
-        # the lesson may use its own as it likes
-        self.model = load("pocket")[0] if model is None else copy.deepcopy(model)
+        pocket = load("pocket")[0]
+        self.model = pocket if model is None else copy.deepcopy(model)  # the lesson may use its own as it likes
+        self.in_atlas = model is None or same(model, pocket)
         self.history, self.score, self.tuned = History(), None, None
         self.before: list[tuple[str, str, list[float]]] = []  # (task, settings, losses) of finished runs
         self.points: dict[str, dict[str, tuple[int, float]]] = {}  # task -> settings -> (numbers trained, test loss)
@@ -84,8 +91,8 @@ class TrainingExplorer(SliderPlot):
         return ""
 
     def measured(self, lr: float, task: str, **knobs) -> tuple[int, list[float]] | None:
-        """(numbers trained, test loss by seed) of these settings in the atlas, if it has them."""
-        return atlas.measured()[0].get((repr(self.method(**knobs)), task, lr))
+        """(numbers trained, test loss by seed) of these settings in the atlas, if it has them and this model."""
+        return atlas.measured()[0].get((repr(self.method(**knobs)), task, lr)) if self.in_atlas else None
 
     def curve(self) -> list[tuple[int, list[float]]]:
         """`measured` for every position of the first knob, the others staying where they are."""

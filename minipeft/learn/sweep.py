@@ -268,7 +268,7 @@ SLIDERS = (
     *(
         ((method, {"length": n}), FRONT, 1e-2, 3e-1)
         for method in ("PromptTuning", "PrefixTuning")
-        for n in (1, 4, 8, 16, 32)
+        for n in (1, 4, 8, 16)
     ),
     (("PTuning", {"length": 8}), FRONT, 1e-2, 3e-1),
     # equal numbers in attention and in the MLPs, many and few
