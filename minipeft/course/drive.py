@@ -403,21 +403,21 @@ def split(function, flat, layers: int, kv_heads: int, rows: int, weights) -> dic
     pairs = [list(pair) for pair in function(flat, layers, kv_heads, rows)]
     found = {"pairs": [[each.detach().clone() for each in pair] for pair in pairs], "gradient": None}
     if [[each.shape for each in pair] for pair in pairs] == [[each.shape for each in pair] for pair in weights]:
-        terms = [(a.double() * b).sum() for pair, w in zip(pairs, weights, strict=True) for a, b in zip(pair, w, strict=True)]
+        terms = [
+            (a.double() * b).sum() for pair, w in zip(pairs, weights, strict=True) for a, b in zip(pair, w, strict=True)
+        ]
         found["gradient"] = gradient(sum(terms), flat)
     return found
 
 
 def look_back(function, q, k, v, prefix_k, prefix_v, mask, weights) -> dict:
-    """What real tokens get, and the gradients that reach the prefix from Σ weights · output."""
-    prefix = [each.clone().requires_grad_() for each in (prefix_k, prefix_v)]
+    """What real tokens get, and the gradient that reaches (prefix_k, prefix_v) from Σ weights · output."""
+    prefix = torch.stack([prefix_k, prefix_v]).requires_grad_()
     output = function(q, k, v, *prefix, mask)
-    found = {"output": output.detach().clone(), "gradient of prefix_k": None, "gradient of prefix_v": None}
+    found = {"output": output.detach().clone(), "gradient": None}
     if output.shape == q.shape:
         output = output.masked_fill(~mask.bool()[:, None, :, None], 0.0)
-        found["output"] = output.detach().clone()
-        for name, each in zip(("prefix_k", "prefix_v"), prefix, strict=True):
-            found[f"gradient of {name}"] = gradient((output.double() * weights).sum(), each, keep=True)
+        found = {"output": output.detach().clone(), "gradient": gradient((output.double() * weights).sum(), prefix)}
     return found
 
 
@@ -431,8 +431,8 @@ def fold(function, E, W1, b1, W2, b2) -> dict:
 class Decoder(nn.Module):
     """A causal model with grouped queries, and with keys and values in front of its own.
 
-    It gives logits (rows, T, words) for token ids and positions (rows, T). `visible` (rows, T, n + T) says what each token
-    sees of [prefix; text], and `past` has (K, V) of each layer, both of shape (rows, kv_heads, n, head_dim).
+    It gives logits (rows, T, words) for token ids and positions (rows, T). `visible` (rows, T, n + T) says what each
+    token sees of [prefix; text], and `past` has (K, V) of each layer, both of shape (rows, kv_heads, n, head_dim).
     """
 
     def __init__(self, embed: torch.Tensor, places: torch.Tensor, maps: list, head_dim: int):

@@ -6,7 +6,6 @@ from itertools import product
 from random import Random
 
 import torch
-from torch import nn
 
 from minipeft.course.drive import Decoder
 from minipeft.course.exercises.lora import normal
@@ -26,6 +25,10 @@ def padded(rng: Random, rows: int, side: str) -> torch.Tensor:
     real = rng.sample(range(1, length), rows - 1) + [length]
     ones = torch.tensor([[int(i < m) for i in range(length)] for m in real])
     return ones if side == "right" else ones.flip(1)
+
+
+def padding(side: str) -> str:
+    return "no padding" if side == "no" else f"padding on the {side}"
 
 
 # count ---------------------------------------------------------------------------------------------------------------
@@ -76,7 +79,7 @@ def split_cases(rng: Random):
         sizes = (layers, kv_heads, head_dim)
 
         def column(layer, which, head, j, sizes=sizes):
-            """Where number j of this head's K (which = 0) or V (1) stands in a row: K of layer 0, V of layer 0, K of …"""
+            """The column of number j of a head's K (which = 0) or V (1): K of layer 0, V of layer 0, K of layer 1, …"""
             return ((layer * 2 + which) * sizes[1] + head) * sizes[2] + j
 
         def out(place=column, first=0, slope=1, flat=flat, weights=weights):
@@ -117,9 +120,7 @@ def split_cases(rng: Random):
             (flat, layers, kv_heads, rows, weights),
             out(),
             wrong={
-                "the row is cut into all keys and all values; it goes K, V, K, V, layer by layer": lambda o=out, f=halves: (
-                    o(f)
-                ),
+                "a row is cut into all keys and all values; it goes K, V, K, V, by layer": lambda o=out, f=halves: o(f),
                 "K and V changed places": lambda o=out: o(first=1),
                 "the head's number and the place within the head changed places: view as (…, kv heads, head width)": (
                     lambda o=out, f=inside: o(f)
@@ -130,7 +131,7 @@ def split_cases(rng: Random):
                 "it is viewed as the final shape at once: view as the row is ordered, then move the axes": scrambled,
                 "no gradient reaches the prefix: it was detached": lambda o=out: o(slope=0),
             },
-        )  # fmt: skip
+        )
 
 
 # attend --------------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def attend_cases(rng: Random):
         (6, 3, 4, "right", torch.float64, 1),
         (4, 2, 2, "left", torch.float32, 1),
         (2, 1, 0, "no", torch.float64, 1),
-        (4, 2, 3, "left", torch.float64, 30),
+        (4, 2, 3, "left", torch.float64, 500),
     ):
         rows, w = 3, rng.choice([5, 7, 8])
         mask = padded(rng, rows, side)
@@ -158,10 +159,10 @@ def attend_cases(rng: Random):
             return j < n or (j - n <= i and bool(mask[row, j - n]))
 
         def out(sees=sees, of=None, scale=None, empty=None, swap=False, slope=1, args=args, heads=heads):
-            """Token by token and head by head. `empty`: what a place that is not seen has instead of no share at all."""
+            """Token by token and head by head. `empty`: what a place that is not seen has instead of no share."""
             q, k, v, *both, mask, weights = (each.double() for each in args)
-            leaves = [each.requires_grad_() for each in both]
-            K, V = (torch.cat([a, b], 2) for a, b in zip(leaves[::-1] if swap else leaves, (k, v), strict=True))
+            leaf = torch.stack(both).requires_grad_()
+            K, V = (torch.cat([a, b], 2) for a, b in zip(leaf.flip(0) if swap else leaf, (k, v), strict=True))
             group = heads // K.shape[1]
             rows, _, length, w = q.shape
             result = torch.zeros_like(q)
@@ -176,14 +177,13 @@ def attend_cases(rng: Random):
                 e = (scores - scores[seen].max()).clamp(max=600).exp()
                 p = torch.where(seen, e, 0 * e) / (e if empty == "share cut" else e[seen]).sum()
                 result[row, head, i] = (p[:, None] * V[row, other]).sum(0)
-            loss = (result * weights).sum()
-            slopes = torch.autograd.grad(loss, leaves)
-            found = {"output": result, "gradient of prefix_k": slope * slopes[0], "gradient of prefix_v": slope * slopes[1]}
-            return {name: each.detach().to(args[0].dtype) for name, each in found.items()}
+            (found,) = torch.autograd.grad((result * weights).sum(), leaf)
+            found = {"output": result.detach(), "gradient": slope * found}
+            return {name: each.to(args[0].dtype) for name, each in found.items()}
 
         yield Case(
             f"let {heads} heads with {kv_heads} key-value heads look at {n} places in front, in {dtype}, with "
-            + (f"padding on the {side}" if side != "no" else "no padding")
+            + padding(side)
             + (", where scores are so large that exp overflows" if loud > 1 else ""),
             args,
             out(),
@@ -199,7 +199,7 @@ def attend_cases(rng: Random):
                 ),
                 "the padding is looked at": lambda o=out, n=n: o(lambda r, i, j: j - n <= i),
                 "the prefix takes no part": lambda o=out, f=sees, n=n: o(lambda r, i, j: j >= n and f(r, i, j)),
-                "heads and key-value heads are paired in turns; head h belongs to key-value head h // (heads // kv heads)": (
+                "key-value heads are dealt out in turns; head h belongs to number h // (heads // kv heads)": (
                     lambda o=out, kv=kv_heads: o(of=lambda head: head % kv)
                 ),
                 "the scores are not divided by the root of the head width": lambda o=out: o(scale=1.0),
@@ -214,7 +214,7 @@ def attend_cases(rng: Random):
                 "prefix_k and prefix_v changed places": lambda o=out: o(swap=True),
                 "no gradient reaches the prefix: it was detached": lambda o=out: o(slope=0),
             },
-        )  # fmt: skip
+        )
 
 
 # share ---------------------------------------------------------------------------------------------------------------
@@ -228,9 +228,10 @@ def share_cases(rng: Random):
         mask = padded(rng, rows, side).to(mask_dtype)
         length = mask.shape[1]
         attention = normal(rng, rows, heads, length, n + length, dtype=torch.float64).softmax(-1)
-        attention = attention.to(dtype)
+        attention, counted = attention.to(dtype), mask.bool()
+        filled = counted.double().mean().item()
 
-        def mean(columns=range(n), real=mask.bool(), each=sum, attention=attention):
+        def mean(columns=range(n), real=counted, each=sum, attention=attention):
             """The mean over these tokens of what each makes of a token's shares in these columns."""
             rows, heads, length, _ = attention.shape
             tokens = [(r, i) for r in range(rows) for i in range(length) if real[r, i]]
@@ -240,22 +241,19 @@ def share_cases(rng: Random):
             ]
             return torch.tensor(found, dtype=attention.dtype)
 
-        def by_text(mean=mean, mask=mask.bool()):
+        def by_text(mean=mean, mask=counted, dtype=dtype):
             rows = torch.eye(len(mask), dtype=torch.bool)
             return torch.stack([mean(real=mask & row[:, None]).double() for row in rows]).mean(0).to(dtype)
 
-        everyone = torch.ones_like(mask).bool()
+        everyone = torch.ones_like(counted)
         yield Case(
             f"average over the real tokens of {rows} texts with "
-            + (f"padding on the {side}" if side != "no" else "no padding")
-            + f", for {heads} heads and {n} places in front",
+            + f"{padding(side)}, for {heads} heads and {n} places in front",
             (attention, n, mask),
             mean(),
             wrong={
                 "the padding's own attention is averaged in": lambda m=mean, e=everyone: m(real=e),
-                "it is summed over the real tokens and divided by all places": lambda m=mean, s=mask.double().mean(): (
-                    m() * s.to(m().dtype)
-                ),
+                "it is summed over the real tokens and divided by all places": lambda m=mean, f=filled: f * m(),
                 "every text counts the same: average over tokens, not over texts first": by_text,
                 "the last n columns are taken: the prefix stands in front": lambda m=mean, n=n, t=n + length: m(
                     range(t - n, t)
@@ -316,7 +314,9 @@ def decoder(rng: Random, layers: int, heads: int, kv_heads: int, head_dim: int, 
 
 def causal(length: int, n: int, diagonal: int | None = None) -> torch.Tensor:
     """(T, n + T): token i sees n places in front and the tokens up to its own."""
-    return torch.tensor([[j <= i + (n if diagonal is None else diagonal) for j in range(n + length)] for i in range(length)])
+    return torch.tensor(
+        [[j <= i + (n if diagonal is None else diagonal) for j in range(n + length)] for i in range(length)]
+    )
 
 
 def alone(model: Decoder, prefix: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -366,7 +366,9 @@ def repair_cases(rng: Random):
         mask = padded(rng, rows, side)
         length = mask.shape[1]
         model = decoder(rng, layers, 2 * kv_heads, kv_heads, head_dim, words, n + length)
-        ids, front = (torch.tensor([[rng.randrange(words) for _ in range(m)] for _ in range(rows)]) for m in (length, n))
+        ids, front = (
+            torch.tensor([[rng.randrange(words) for _ in range(m)] for _ in range(rows)]) for m in (length, n)
+        )
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         prefix = normal(rng, n, layers * 2 * kv_heads * head_dim, dtype=torch.float64)
         if from_words:
@@ -387,13 +389,12 @@ def repair_cases(rng: Random):
         def fault(o=out, model=model, ids=ids, mask=mask, positions=positions, **faults):
             return lambda: o(lambda leaf: together(model, leaf, ids, mask, positions, **faults))
 
+        claim = f"give, with {layers} layer(s) and {padding(side)}, the logits of each text alone behind the prefix"
+        if from_words:
+            claim = "do what words do, when the prefix holds the keys and values of these words"
         right = out(lambda leaf, m=model, i=ids, k=mask: alone(m, leaf, i, k))
         yield Case(
-            {
-                0: f"give what {layers} layer{'s' * (layers > 1)} with {n} places in front give{'s' * (layers == 1)} "
-                f"for each text alone, with {'padding on the ' + side if side != 'no' else 'no padding'}",
-                1: "do what words do, when the prefix holds the keys and values of these words",
-            }[from_words],
+            claim,
             args,
             right,
             wrong={
@@ -422,10 +423,10 @@ EXERCISES = (
         ("count_prefix",),
     ),
     Exercise(
-        "split_prefix", "From a file's row to K and V", split_cases,
+        "split_prefix", "From a row to keys and values", split_cases,
         (
-            "A row goes K of layer 0, V of layer 0, K of layer 1, …, and inside each the heads one after the other. View "
-            "it with one axis for each of these, and move the axes after that.",
+            "A row goes K of layer 0, V of layer 0, K of layer 1, …, and inside each of them head by head. View it so, "
+            "with one axis for each of these, and move the axes only after that.",
             "flat.view(n, layers, 2, kv_heads, -1).permute(1, 2, 3, 0, 4) is (layers, 2, kv heads, n, head width); "
             "expand(rows, -1, -1, -1) repeats each K and V.",
         ),
@@ -434,25 +435,25 @@ EXERCISES = (
     Exercise(
         "attend", "Attention with a prefix", attend_cases,
         (
-            "Put the prefix before K and V, repeat each key-value head for its group (repeat_interleave), and let "
-            "token i see the places 0 … n+i without the padding.",
-            "visible = torch.ones(T, n + T, dtype=torch.bool).tril(n), and with that the mask, with ones for the prefix "
-            "before it; scores.masked_fill(~visible, -inf) before the softmax.",
+            "Put the prefix before K and V, repeat each key-value head for its group (repeat_interleave), and let a "
+            "token see the whole prefix and the text up to itself, without the padding.",
+            "visible = torch.ones(T, n + T, dtype=torch.bool).tril(n), and with it the mask with n ones before it; then "
+            "scores.masked_fill(~visible, -math.inf) before the softmax.",
         ),
         ("attend",), "look_back",
     ),
     Exercise(
         "prefix_share", "Who looks at the prefix", share_cases,
         (
-            "First sum over the first n columns: that is (rows, heads, T). Then average over the real tokens of all texts.",
-            "attention[..., :n].sum(-1).transpose(1, 2)[mask.bool()] is (real tokens, heads); its mean(0) is the answer.",
+            "Sum over the first n columns: (rows, heads, T). Then average over the real tokens of all texts.",
+            "attention[..., :n].sum(-1).transpose(1, 2)[mask.bool()] is (real tokens, heads); take its mean(0).",
         ),
         ("prefix_share",),
     ),
     Exercise(
         "fold_prefix", "Fold the network away", fold_cases,
         (
-            "F.linear(E, W1, b1) is the first layer for all places at once; after tanh comes the second in the same way.",
+            "F.linear(E, W1, b1) is the first layer, for all places at once; tanh, and the second in the same way.",
             '{"prompt_embeddings": F.linear(F.linear(E, W1, b1).tanh(), W2, b2).detach()}',
         ),
         ("fold_prefix",), "fold",
@@ -460,9 +461,9 @@ EXERCISES = (
     Exercise(
         "repaired_prefix", "Find the bug", repair_cases,
         (
-            "There are four faults: how the row is cut, where the triangle starts, on which side the mask grows, and the "
-            "positions.",
-            "View the prefix as (n, layers, 2, kv heads, head width); tril(n); ones before the mask; positions + n.",
+            "There are four faults: how a row is cut, where the triangle starts, at which end the mask grows, and what "
+            "the text's positions are.",
+            "View the prefix as (n, layers, 2, kv heads, head width); tril(n); n ones before the mask; positions + n.",
         ),
         ("repaired_prefix",), "read_behind_prefix",
     ),
