@@ -437,7 +437,7 @@ EXERCISES = (
         (
             "Put the prefix before K and V, repeat each key-value head for its group (repeat_interleave), and let a "
             "token see the whole prefix and the text up to itself, without the padding.",
-            "visible = torch.ones(T, n + T, dtype=torch.bool).tril(n), and with it the mask with n ones before it; then "
+            "visible = torch.ones(T, n + T, dtype=torch.bool).tril(n), and with it the mask with n ones before it; "
             "scores.masked_fill(~visible, -math.inf) before the softmax.",
         ),
         ("attend",), "look_back",
