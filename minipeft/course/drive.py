@@ -397,16 +397,16 @@ def read_with_prompt(function, table, places, prompt, embeds, mask, positions, l
 # ---------------------------------------------------------------------------------------------------------------------
 # Prefixes
 # ---------------------------------------------------------------------------------------------------------------------
-def split(function, flat, layers: int, kv_heads: int, rows: int, weights) -> dict:
+def split(function, flat, layers: int, kv_heads: int, rows: int, weights: dict) -> dict:
     """K and V of each layer, and the gradient that reaches the flat prefix from Σ weights · (K, V)."""
     flat = flat.clone().requires_grad_()
-    pairs = [list(pair) for pair in function(flat, layers, kv_heads, rows)]
-    found = {"pairs": [[each.detach().clone() for each in pair] for pair in pairs], "gradient": None}
-    if [[each.shape for each in pair] for pair in pairs] == [[each.shape for each in pair] for pair in weights]:
-        terms = [
-            (a.double() * b).sum() for pair, w in zip(pairs, weights, strict=True) for a, b in zip(pair, w, strict=True)
-        ]
-        found["gradient"] = gradient(sum(terms), flat)
+    states = {}
+    for i, (K, V) in enumerate(function(flat, layers, kv_heads, rows)):
+        states |= {f"K of layer {i}": K, f"V of layer {i}": V}
+    found = {name: each.detach().clone() for name, each in states.items()} | {"gradient": None}
+    if {name: each.shape for name, each in states.items()} == {name: each.shape for name, each in weights.items()}:
+        loss = sum((states[name].double() * each).sum() for name, each in weights.items())
+        found["gradient"] = gradient(loss, flat)
     return found
 
 

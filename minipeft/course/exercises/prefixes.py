@@ -27,6 +27,10 @@ def padded(rng: Random, rows: int, side: str) -> torch.Tensor:
     return ones if side == "right" else ones.flip(1)
 
 
+def many(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def padding(side: str) -> str:
     return "no padding" if side == "no" else f"padding on the {side}"
 
@@ -47,7 +51,8 @@ def count_cases(rng: Random):
             return lambda: right * numerator // denominator
 
         yield Case(
-            f"count n = {n} places in {layers} layers of {heads} heads and {kv_heads} key-value heads, d = {width}",
+            f"count n = {n} places in {layers} layers with {many(heads, 'head')}, {many(kv_heads, 'key-value head')} "
+            f"and d = {width}",
             (n, layers, width, heads, kv_heads),
             right,
             wrong={
@@ -61,6 +66,7 @@ def count_cases(rng: Random):
                 "only one place is counted": times(1, n),
                 "only one key-value head is counted": times(1, kv_heads),
                 "d is taken for the width of one head: that is d / heads": times(heads),
+                "the example's result is written down: work it out from the arguments": lambda: 245_760,
             },
         )
 
@@ -76,13 +82,14 @@ def split_cases(rng: Random):
         n, kv_heads, head_dim = rng.sample(range(2, 7), 3)
         flat = normal(rng, n, layers * 2 * kv_heads * head_dim, dtype=dtype)
         weights = whole(rng, layers, 2, rows, kv_heads, n, head_dim)
+        named = {f"{'KV'[which]} of layer {i}": w for i, pair in enumerate(weights) for which, w in enumerate(pair)}
         sizes = (layers, kv_heads, head_dim)
 
         def column(layer, which, head, j, sizes=sizes):
             """The column of number j of a head's K (which = 0) or V (1): K of layer 0, V of layer 0, K of layer 1, …"""
             return ((layer * 2 + which) * sizes[1] + head) * sizes[2] + j
 
-        def out(place=column, first=0, slope=1, flat=flat, weights=weights):
+        def out(place=column, first=0, texts=slice(None), flat=flat, weights=weights, names=tuple(named)):
             """Filled number by number; `place(layer, which, head, j)` is the column that each is read from."""
             layers, _, rows, heads, n, width = weights.shape
             pairs = torch.zeros(weights.shape, dtype=flat.dtype)
@@ -90,8 +97,8 @@ def split_cases(rng: Random):
             for layer, which, head, j in product(range(layers), range(2), range(heads), range(width)):
                 at = place(layer, which, head, j)
                 pairs[layer, which ^ first, :, head, :, j] = flat[:, at]
-                gradient[:, at] += slope * weights[layer, which ^ first, :, head, :, j].sum(0)
-            return {"pairs": [[K, V] for K, V in pairs], "gradient": gradient.to(flat.dtype)}
+                gradient[:, at] += weights[layer, which ^ first, texts, head, :, j].sum(0)
+            return dict(zip(names, pairs.flatten(0, 1), strict=True)) | {"gradient": gradient.to(flat.dtype)}
 
         def halves(layer, which, head, j, f=column, sizes=sizes):
             """All keys of all layers, then all values."""
@@ -106,18 +113,17 @@ def split_cases(rng: Random):
             """K and V of one head stand side by side."""
             return ((layer * sizes[1] + head) * 2 + which) * sizes[2] + j
 
-        def scrambled(flat=flat, weights=weights):
+        def scrambled(flat=flat, weights=weights, names=tuple(named)):
             """One view into the final shape, which takes the places' numbers for those of the heads."""
             layers, _, rows, heads, n, width = weights.shape
-            shape = (layers, 2, 1, heads, n, width)
-            pairs = flat.view(shape).expand(-1, -1, rows, -1, -1, -1)
+            pairs = flat.view(2 * layers, 1, heads, n, width).expand(-1, rows, -1, -1, -1)
             gradient = weights.sum(2).reshape(flat.shape).to(flat.dtype)
-            return {"pairs": [[K, V] for K, V in pairs], "gradient": gradient}
+            return dict(zip(names, pairs, strict=True)) | {"gradient": gradient}
 
         yield Case(
-            f"give K and V of {layers} layer{'s' * (layers > 1)}, each of shape (rows, kv heads, n, head width) = "
+            f"give K and V of {many(layers, 'layer')}, each of shape (rows, kv heads, n, head width) = "
             f"{(rows, kv_heads, n, head_dim)}, in {dtype}, and let a gradient through",
-            (flat, layers, kv_heads, rows, weights),
+            (flat, layers, kv_heads, rows, named),
             out(),
             wrong={
                 "a row is cut into all keys and all values; it goes K, V, K, V, by layer": lambda o=out, f=halves: o(f),
@@ -129,7 +135,8 @@ def split_cases(rng: Random):
                     lambda o=out, f=within: o(f)
                 ),
                 "it is viewed as the final shape at once: view as the row is ordered, then move the axes": scrambled,
-                "no gradient reaches the prefix: it was detached": lambda o=out: o(slope=0),
+                "no gradient reaches the prefix: it was detached": lambda o=out: o(texts=slice(0)),
+                "only the first text's gradient reaches the prefix": lambda o=out: o(texts=slice(1)),
             },
         )
 
@@ -182,7 +189,7 @@ def attend_cases(rng: Random):
             return {name: each.to(args[0].dtype) for name, each in found.items()}
 
         yield Case(
-            f"let {heads} heads with {kv_heads} key-value heads look at {n} places in front, in {dtype}, with "
+            f"let {heads} heads with {many(kv_heads, 'key-value head')} look at {n} places in front, in {dtype}, with "
             + padding(side)
             + (", where scores are so large that exp overflows" if loud > 1 else ""),
             args,
@@ -198,6 +205,9 @@ def attend_cases(rng: Random):
                     lambda r, i, j: j < n or bool(m[r, j - n])
                 ),
                 "the padding is looked at": lambda o=out, n=n: o(lambda r, i, j: j - n <= i),
+                "the ones of the mask stand behind the text's, not before them": lambda o=out, n=n, m=mask: o(
+                    lambda r, i, j: j <= i + n and (j >= m.shape[1] or bool(m[r, j]))
+                ),
                 "the prefix takes no part": lambda o=out, f=sees, n=n: o(lambda r, i, j: j >= n and f(r, i, j)),
                 "key-value heads are dealt out in turns; head h belongs to number h // (heads // kv heads)": (
                     lambda o=out, kv=kv_heads: o(of=lambda head: head % kv)
@@ -262,6 +272,10 @@ def share_cases(rng: Random):
                 "this is the mean share of one place: sum over the n places": lambda m=mean, n=n: m() / n,
                 "only the first place is counted": lambda m=mean: m(range(1)),
                 "the largest share of a place is taken: sum over the n places": lambda m=mean: m(each=max),
+                "this is the sum over the tokens: divide by their number": lambda m=mean, c=counted: m() * c.sum(),
+                "only the first text is looked at": lambda m=mean, c=counted: m(
+                    real=c & (torch.arange(len(c)) < 1)[:, None]
+                ),
                 "the heads are averaged too": lambda m=mean: m().mean(),
             },
         )
@@ -293,6 +307,7 @@ def fold_cases(rng: Random):
                 "tanh stands after the second layer": lambda w=written: w(lambda h: h, torch.tanh),
                 "tanh is taken twice: there is none after the second layer": lambda w=written: w(outer=torch.tanh),
                 "ReLU stands where tanh belongs": lambda w=written: w(lambda h: h.clamp(min=0)),
+                "the sigmoid stands where tanh belongs": lambda w=written: w(torch.sigmoid),
                 "b₁ is missing": lambda w=written: w(first=0),
                 "b₂ is missing": lambda w=written: w(second=0),
                 "both biases are missing": lambda w=written: w(first=0, second=0),
@@ -336,21 +351,24 @@ def alone(model: Decoder, prefix: torch.Tensor, ids: torch.Tensor, mask: torch.T
 
 
 def together(
-    model: Decoder, prefix, ids, mask, positions, halves=False, diagonal=None, ones="before", shift=None
+    model: Decoder, prefix, ids, mask, positions, order="layers", diagonal=None, ones="before", shift=None
 ) -> torch.Tensor:
     """All texts at once, with what somebody may do wrong; only to name it."""
     (rows, length), n = ids.shape, len(prefix)
-    shape = (n, 2, model.layers) if halves else (n, model.layers, 2)
-    states = prefix.view(*shape, model.kv_heads, model.head_dim)
-    states = (states.transpose(1, 2) if halves else states).permute(1, 2, 3, 0, 4)
+    if order == "halves":
+        states = prefix.view(n, 2, model.layers, model.kv_heads, model.head_dim).permute(2, 1, 3, 0, 4)
+    elif order == "at once":
+        states = prefix.view(model.layers, 2, model.kv_heads, n, model.head_dim)
+    else:
+        states = prefix.view(n, model.layers, 2, model.kv_heads, model.head_dim).permute(1, 2, 3, 0, 4)
     past = [tuple(each.expand(rows, -1, -1, -1) for each in pair) for pair in states]
     front = mask.new_full((rows, n), int(ones != "none"))
     real = torch.cat([mask, front] if ones == "behind" else [front, mask], 1).bool()
-    visible = causal(length, n, diagonal) & (real[:, None] if ones != "no padding" else True)
-    if shift == "padding":
+    visible = causal(length, n, diagonal) & (real[:, None] if ones != "padding too" else True)
+    if shift == "padding too":
         positions, shift = torch.arange(length).expand(rows, -1), n
-    visible = visible.expand(rows, -1, -1)
-    logits = model(ids, positions + (n if shift is None else shift), visible, past)
+    places = positions + (n if shift is None else shift)
+    logits = model(ids, places, visible.expand(rows, -1, -1), past)
     return logits.masked_fill(~mask.bool()[..., None], 0.0)
 
 
@@ -389,7 +407,9 @@ def repair_cases(rng: Random):
         def fault(o=out, model=model, ids=ids, mask=mask, positions=positions, **faults):
             return lambda: o(lambda leaf: together(model, leaf, ids, mask, positions, **faults))
 
-        claim = f"give, with {layers} layer(s) and {padding(side)}, the logits of each text alone behind the prefix"
+        claim = (
+            f"give, with {many(layers, 'layer')} and {padding(side)}, the logits of each text alone behind the prefix"
+        )
         if from_words:
             claim = "do what words do, when the prefix holds the keys and values of these words"
         right = out(lambda leaf, m=model, i=ids, k=mask: alone(m, leaf, i, k))
@@ -401,13 +421,17 @@ def repair_cases(rng: Random):
                 "the prefix is masked like text, and the text's positions start at 0": fault(diagonal=0, shift=0),
                 "the prefix is masked like text: the triangle starts n columns later": fault(diagonal=0),
                 "the text's positions start at 0: the prefix stands at 0 … n−1": fault(shift=0),
-                "the flat prefix is cut into all keys and all values; it goes K, V, K, V, layer by layer": fault(
-                    halves=True
+                "a row is cut into all keys and all values; it goes K, V, K, V, by layer": fault(order="halves"),
+                "a row is viewed as (…, kv heads, n, head width) at once: move the axes after the view": fault(
+                    order="at once"
                 ),
                 "the ones of the mask stand behind the text's, not before them": fault(ones="behind"),
                 "the mask hides the prefix": fault(ones="none"),
-                "the padding is looked at": fault(ones="no padding"),
-                "the positions count the padding": fault(shift="padding"),
+                "the padding is looked at": fault(ones="padding too"),
+                "the positions count the padding": fault(shift="padding too"),
+                "a token cannot see itself: the triangle includes the diagonal": fault(diagonal=n - 1),
+                "tokens see what comes after them": fault(diagonal=n + length),
+                "the text's first token stands at n − 1, where the prefix's last place is": fault(shift=n - 1),
                 "no gradient reaches the prefix: it was detached": lambda r=right: r | {"gradient": 0 * r["gradient"]},
             },
         )
