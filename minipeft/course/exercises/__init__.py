@@ -10,7 +10,7 @@ from importlib import import_module
 
 from minipeft.course.verdict import Exercise
 
-ASSIGNMENTS = ("lora", "select", "quantisation", "adapters", "lora_family", "prompts")
+ASSIGNMENTS = ("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "budget")
 
 
 @cache
