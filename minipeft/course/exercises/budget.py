@@ -312,8 +312,8 @@ def step_cases(rng: Random):
 
 
 # the largest rank ----------------------------------------------------------------------------------------------------
-def affords(base: int, shapes: list, memory: int, rank: int, each: int = 16) -> bool:
-    return 2 * base + each * sum(rank * (d_in + d_out) for d_in, d_out in shapes) <= memory
+def affords(base: int, shapes: list, memory: int, width: int, rank: int, each: int = 16) -> bool:
+    return width * base + each * sum(rank * (d_in + d_out) for d_in, d_out in shapes) <= memory
 
 
 def cheaper(shapes: list, rank: int, equal: bool = False) -> bool:
@@ -330,59 +330,58 @@ def last_rank(fits) -> int:
 
 
 def rank_cases(rng: Random):
-    shapes = random_shapes(rng, rng.randint(2, 4)) + [(700, 900)]
-    base, thin = rng.randint(10**6, 10**7), sum(d_in + d_out for d_in, d_out in shapes)
+    shapes = [*random_shapes(rng, rng.randint(2, 4)), (700, 900)]
+    base, one = rng.randint(10**6, 10**7), 16 * sum(d_in + d_out for d_in, d_out in shapes)  # bytes of one rank
     most = last_rank(lambda r: cheaper(shapes, r))
     rank, N = rng.randint(2, most - 2), 6 * rng.randint(5, 15)
-    one = 16 * thin  # bytes of one rank
-    for number, layers, memory, what in (
-        (base, shapes, 2 * base + rank * one + rng.randint(1, one - 1), "where memory is short"),
-        (base, shapes, 2 * base + rank * one, "which fills the memory to the last byte"),
-        (base, shapes, 2 * base + rank * one - 1, "where one byte is missing"),
-        (base, shapes, 2 * base + (most + 5) * one, "where the step's multiply-adds set the limit"),
-        (base, [(N, N)] * 3, 10**9, f"for {N} × {N} layers, where rank N/6 costs as much as full fine-tuning"),
-        (LLAMA_7B, LLAMA_TARGETS * 32, 24 * 10**9, "for LLaMA-7B in 24 GB"),
+    for number, layers, memory, width, what in (
+        (base, shapes, 2 * base + rank * one + rng.randint(1, one - 1), 2, "where memory is short"),
+        (base, shapes, 4 * base + rank * one, 4, "which fills the memory to the last byte, over a float32 base"),
+        (base, shapes, 2 * base + rank * one - 1, 2, "where one byte is missing"),
+        (base, shapes, 4 * base + (most + 5) * one, 4, "where the step's multiply-adds set the limit"),
+        (base, [(N, N)] * 3, 10**9, 2, f"for {N} × {N} layers, where rank N/6 costs as much as full fine-tuning"),
+        (LLAMA_7B, LLAMA_TARGETS * 32, 24 * 10**9, 2, "for LLaMA-7B in 24 GB"),
     ):
 
-        def found(fits=affords, cheap=cheaper, b=number, s=layers, m=memory):
-            return last_rank(lambda r: fits(b, s, m, r) and cheap(s, r))
+        def found(fits=affords, cheap=cheaper, number=number, layers=layers, memory=memory, width=width):
+            return last_rank(lambda r: fits(number, layers, memory, width, r) and cheap(layers, r))
 
         right = found()
         yield Case(
             f"give the largest rank {what}",
-            (number, layers, memory),
+            (number, layers, memory, width),
             right,
             wrong={
-                "the multiply-adds are left out": lambda f=found: f(cheap=lambda s, r: True),
+                "the multiply-adds are left out": lambda f=found: f(cheap=lambda *a: True),
                 "the memory is left out": lambda f=found: f(fits=lambda *a: True),
                 "a step that costs the same counts as cheaper": lambda f=found: f(
-                    cheap=lambda s, r: cheaper(s, r, equal=True)
+                    cheap=lambda *a: cheaper(*a, equal=True)
                 ),
-                "gradients and moments are left out: an adapter's number takes 16 bytes": lambda f=found: f(
-                    fits=lambda *a: affords(*a, each=4)
+                "only the adapter's weights are counted: with gradient and moments a number takes 16 bytes": (
+                    lambda f=found: f(fits=lambda *a: affords(*a, each=4))
                 ),
-                "the adapter is taken for 2 bytes a number": lambda f=found: f(fits=lambda *a: affords(*a, each=2)),
-                "the moments are left out: an adapter's number takes 16 bytes": lambda f=found: f(
+                "the moments are left out: a number that trains takes 16 bytes": lambda f=found: f(
                     fits=lambda *a: affords(*a, each=8)
                 ),
-                "the adapter gets 2 + 16 bytes a number: it is float32, 4 + 4 + 8": lambda f=found: f(
-                    fits=lambda *a: affords(*a, each=18)
+                "one moment is left out: a number that trains takes 16 bytes": lambda f=found: f(
+                    fits=lambda *a: affords(*a, each=12)
                 ),
-                "the base takes no memory: its weights stay, 2 bytes each": lambda f=found: f(
-                    fits=lambda b, *a: affords(0, *a)
+                "the adapter has a master copy: it is float32 already, 4 + 4 + 8 bytes": lambda f=found: f(
+                    fits=lambda *a: affords(*a, each=20)
                 ),
-                "the base is taken for float32": lambda f=found: f(fits=lambda b, *a: affords(2 * b, *a)),
+                "the base takes no memory: its weights stay": lambda f=found: f(fits=lambda b, *a: affords(0, *a)),
+                "the base always takes 2 bytes a number: they are `width`": lambda f=found: f(width=2),
+                "the base always takes 4 bytes a number: they are `width`": lambda f=found: f(width=4),
                 "it is the first rank that does not fit": lambda v=right: v + 1,
                 "it stops one rank early": lambda v=right: v - 1,
             },
         )
-    tiny = [(4, 6), (5, 4)]
     for number, layers, memory, why in (
         (base, shapes, 2 * base + one - 1, "not even rank 1 fits into the memory"),
         (base, shapes, base, "the base alone does not fit"),
-        (50, tiny, 10**9, "the layers are so small that rank 1 costs more than full fine-tuning"),
+        (50, [(4, 6), (5, 4)], 10**9, "the layers are so small that rank 1 costs more than full fine-tuning"),
     ):
-        yield Case(f"raise a ValueError if {why}", (number, layers, memory), Raises("ValueError"))
+        yield Case(f"raise a ValueError if {why}", (number, layers, memory, 2), Raises("ValueError"))
 
 
 # bytes of a model ----------------------------------------------------------------------------------------------------
@@ -618,7 +617,7 @@ EXERCISES = (
         "largest_rank", "The largest rank", rank_cases,
         (
             "Each condition by itself sets a largest rank; the smaller one counts. `//` rounds down.",
-            "S = Σ(d_in + d_out), P = Σ d_in·d_out: r ≤ (memory − 2·base) // (16·S) and 3·r·S < P, so r ≤ (P − 1) // (3·S).",
+            "S = Σ(d_in + d_out), P = Σ d_in·d_out: the smaller of (memory − width·base)//(16·S) and (P − 1)//(3·S).",
         ),
         ("largest_rank",),
     ),
