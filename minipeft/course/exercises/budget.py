@@ -74,7 +74,7 @@ def shape_cases(rng: Random):
     ):
 
         def chosen(
-            fits=lambda last, names: last in names,
+            fits=lambda name, names: name.split(".")[-1] in names,
             kinds=("linear", "linear of torch's attention", "Conv1D"),
             shared=False,
             turned=(),
@@ -85,34 +85,41 @@ def shape_cases(rng: Random):
             return [
                 (d_out, d_in) if real.get(kind, kind) in turned else (d_in, d_out)
                 for name, kind, d_in, d_out in layers
-                if fits(name.split(".")[-1], targets) and (shared if kind in real else kind in kinds)
+                if fits(name, targets) and (shared if kind in real else kind in kinds)
             ]
 
+        every = ("linear", "linear of torch's attention", "Conv1D", "embedding")
         yield Case(
             f"list (d_in, d_out) of the layers {', '.join(targets)} {what}",
             (layers, targets),
             chosen(),
             wrong={
                 "Conv1D is turned round: its weight is (d_in, d_out)": lambda f=chosen: f(turned=("Conv1D",)),
-                "d_in and d_out changed places: a linear layer's weight is (d_out, d_in)": lambda f=chosen: f(
-                    turned=("linear", "linear of torch's attention")
+                "d_in and d_out changed places: a linear layer's weight is (d_out, d_in)": lambda f=chosen, e=every: f(
+                    turned=e[:2]
                 ),
-                "everything is turned round: return (d_in, d_out)": lambda f=chosen: f(
-                    turned=("linear", "linear of torch's attention", "Conv1D")
-                ),
-                "Conv1D is left out, which is a linear layer too": lambda f=chosen: f(kinds=("linear",)),
+                "everything is turned round: return (d_in, d_out)": lambda f=chosen, e=every: f(turned=e),
+                "Conv1D is left out, which is a linear layer too": lambda f=chosen, e=every: f(kinds=e[:2]),
                 "a layer that two blocks share is listed twice": lambda f=chosen: f(shared=True),
-                "embeddings are listed, which are no linear layers": lambda f=chosen: f(
-                    kinds=("linear", "linear of torch's attention", "Conv1D", "embedding")
+                "embeddings are listed, which are no linear layers": lambda f=chosen, e=every: f(kinds=e),
+                "whatever has a matrix is listed: an embedding is no linear layer": lambda f=chosen, e=every: f(
+                    kinds=e, turned=("embedding",)
                 ),
                 "a name that only ends like a target is taken": lambda f=chosen: f(
-                    lambda last, names: last.endswith(names)
+                    lambda name, names: name.endswith(names)
                 ),
                 "a name that holds a target anywhere is taken": lambda f=chosen: f(
-                    lambda last, names: any(name in last for name in names)
+                    lambda name, names: any(each in name for each in names)
+                ),
+                "whole names are compared: only the last part counts": lambda f=chosen: f(
+                    lambda name, names: name in names
                 ),
                 "subclasses of nn.Linear are left out: ask isinstance": lambda f=chosen: f(kinds=("linear", "Conv1D")),
-                "all linear layers are listed": lambda f=chosen: f(lambda last, names: True),
+                "all linear layers are listed": lambda f=chosen: f(lambda name, names: True),
+                "they are in the order of the targets, not of the model": lambda f=chosen, t=targets: [
+                    shape for target in t for shape in f(targets=(target,))
+                ],
+                "equal shapes are listed once: every layer counts": lambda f=chosen: list(dict.fromkeys(f())),
             },
         )
 
@@ -123,7 +130,7 @@ def tensors(method: str, d_in: int, d_out: int, size: int) -> dict[str, tuple[in
     low_rank = {"A": (size, d_in), "B": (d_out, size)}
     return {
         "lora": low_rank,
-        "adalora": low_rank | {"lambda": (size,)},
+        "adalora": low_rank | {"Λ": (size,)},
         "dora": low_rank | {"m": (d_out,)},
         "vera": {"d": (size,), "b": (d_out,)},
         "adapter": {"down": (size, d_out), "down's bias": (size,), "up": (d_out, size), "up's bias": (d_out,)},
@@ -154,34 +161,47 @@ def count_cases(rng: Random):
                 found += sum(prod(shape) for name, shape in each.items() if name not in without)
             return found
 
-        wrong = {
+        wrong = {f"{part} is left out": lambda f=total, part=part: f((part,)) for part in tensors(method, 1, 1, 1)}
+        wrong |= {
+            "adapter": {
+                "both biases are left out": lambda f=total: f(("down's bias", "up's bias")),
+                "the way down starts from d_in: it stands behind the layer, where the width is d_out": (
+                    lambda s=shapes, m=size: sum(i * m + m + m * o + o for i, o in s)
+                ),
+            },
+            "vera": {
+                "A and B are counted, which VeRA freezes": lambda f=total, s=shapes, r=size: (
+                    f() + sum(r * (i + o) for i, o in s)
+                ),
+                "each layer's r is counted once in all: only A and B are shared": lambda s=shapes, r=size: (
+                    sum(o for _, o in s) + r
+                ),
+            },
+            "dora": {
+                "m has d_in numbers: it has one for each output": lambda f=total, s=shapes: (
+                    f(("m",)) + sum(i for i, _ in s)
+                ),
+                "m has one number for each layer: it has one for each output": lambda f=total, s=shapes: (
+                    f(("m",)) + len(s)
+                ),
+            },
+            "adalora": {
+                "Λ has r² numbers: only its diagonal trains": lambda f=total, s=shapes, r=size: (
+                    f(("Λ",)) + len(s) * r * r
+                )
+            },
+            "lora": {},
+        }[method]
+        wrong |= {
             "d_in and d_out changed places": lambda f=total: f(turned=True),
             "only the first layer is counted": lambda f=total: f(only=1),
             "all layers are taken for copies of the first": lambda f=total, s=shapes: len(s) * f(only=1),
+            "all layers are taken for square ones": lambda f=total, s=shapes: f(shapes=[(i, i) for i, _ in s]),
+            "r multiplies d_in·d_out: A and B have r·(d_in + d_out)": lambda s=shapes, r=size: sum(
+                r * i * o for i, o in s
+            ),
             "W is counted, which is frozen": lambda f=total, s=shapes: f() + sum(i * o for i, o in s),
         }
-        for part in tensors(method, 1, 1, 1):
-            wrong[f"{part} is left out"] = lambda f=total, part=part: f((part,))
-        if method == "adapter":
-            wrong["both biases are left out"] = lambda f=total: f(("down's bias", "up's bias"))
-            wrong["the way down starts from d_in: it stands behind the layer, where the width is d_out"] = (
-                lambda s=shapes, m=size: sum(i * m + m + m * o + o for i, o in s)
-            )
-        if method == "vera":
-            wrong["A and B are counted, which VeRA freezes"] = lambda f=total, s=shapes, r=size: (
-                f() + sum(r * (i + o) for i, o in s)
-            )
-            wrong["each layer's r is counted once in all: only A and B are shared, d is not"] = (
-                lambda s=shapes, r=size: sum(o for _, o in s) + r
-            )
-        if method == "dora":
-            wrong["m has d_in numbers: it has one for each output"] = lambda f=total, s=shapes: (
-                f(("m",)) + sum(i for i, _ in s)
-            )
-        if method == "adalora":
-            wrong["Λ has r² numbers: only its diagonal trains"] = lambda f=total, s=shapes, r=size: (
-                f(("lambda",)) + len(s) * r * r
-            )
         yield Case(
             f"count what {method!r} of size {size} trains on {len(shapes)} {what if exact is None else f'of {what}'}",
             (method, shapes, size),
@@ -229,7 +249,18 @@ def bytes_cases(rng: Random):
             "the adapter has a master copy: it is float32 already": {"master": 4 * trains},
             "a master copy has 2 bytes a number: it is float32": {"master": 2 * own if width < 4 else 0},
             "the adapter is as narrow as the base: it is float32": {"weights": width * (number + added)},
+            "the adapter is as narrow as the base, and its gradient too: both are float32": {
+                "weights": width * (number + added),
+                "gradients": width * trains,
+            },
             "the adapter is left out of the weights": {"weights": width * number},
+            "what trains is left out of the base's weights": {"weights": width * (number - own) + 4 * added},
+            "numbers are counted, not bytes": {
+                "weights": number + added,
+                "master": own if width < 4 else 0,
+                "gradients": trains,
+                "moments": moments * trains,
+            },
             "the adapter's gradient is as narrow as the base: it is float32": {"gradients": width * trains},
             "gradients are all float32: they are as wide as their weights": {"gradients": 4 * trains},
             "the moments are as narrow as the weights: they are float32": {
@@ -275,6 +306,7 @@ def step_cases(rng: Random):
                 tokens * n for d_in, d_out in shapes for name, n in products(d_in, d_out, rank).items() if keep(name)
             )
 
+        layers, texts = f"{len(shapes)} layer{'s'[: len(shapes) > 1]}", f"{tokens} token{'s'[: tokens > 1]}"
         adapted = f"a LoRA step of rank {rank}" if rank is not None else "a step of full fine-tuning"
         wrong = {
             "only the forward pass is counted": lambda f=total: f(lambda name: name in FORWARD),
@@ -282,6 +314,8 @@ def step_cases(rng: Random):
             "the tokens are left out": lambda f=total, t=tokens: f() // t,
             "these are operations: a multiplication with its addition counts once": lambda f=total: 2 * f(),
             "only the first layer is counted": lambda f=total, s=shapes: f(shapes=s[:1]),
+            "all layers are taken for square ones": lambda f=total, s=shapes: f(shapes=[(i, i) for i, _ in s]),
+            "it is a share of a full step: return a number": lambda f=total: f() / f(rank=None),
             "the gradient with respect to the input is left out": lambda f=total: f(
                 lambda name: name not in ("Wᵀ·g", "Bᵀ·g", "Aᵀ·(Bᵀ·g)")
             ),
@@ -304,7 +338,7 @@ def step_cases(rng: Random):
                 ),
             }
         yield Case(
-            f"count the multiply-adds of {adapted} on {len(shapes)} layers for {tokens} tokens",
+            f"count the multiply-adds of {adapted} on {layers} for {texts}",
             (shapes, rank, tokens),
             total(),
             wrong=wrong,
@@ -333,10 +367,10 @@ def rank_cases(rng: Random):
     shapes = [*random_shapes(rng, rng.randint(2, 4)), (700, 900)]
     base, one = rng.randint(10**6, 10**7), 16 * sum(d_in + d_out for d_in, d_out in shapes)  # bytes of one rank
     most = last_rank(lambda r: cheaper(shapes, r))
-    rank, N = rng.randint(2, most - 2), 6 * rng.randint(5, 15)
+    rank, N = rng.randint(2, most // 5), 6 * rng.randint(5, 15)
     for number, layers, memory, width, what in (
         (base, shapes, 2 * base + rank * one + rng.randint(1, one - 1), 2, "where memory is short"),
-        (base, shapes, 4 * base + rank * one, 4, "which fills the memory to the last byte, over a float32 base"),
+        (base, shapes, 4 * base + rank * one, 4, "that fills the memory to the last byte, over a float32 base"),
         (base, shapes, 2 * base + rank * one - 1, 2, "where one byte is missing"),
         (base, shapes, 4 * base + (most + 5) * one, 4, "where the step's multiply-adds set the limit"),
         (base, [(N, N)] * 3, 10**9, 2, f"for {N} × {N} layers, where rank N/6 costs as much as full fine-tuning"),
@@ -352,8 +386,6 @@ def rank_cases(rng: Random):
             (number, layers, memory, width),
             right,
             wrong={
-                "the multiply-adds are left out": lambda f=found: f(cheap=lambda *a: True),
-                "the memory is left out": lambda f=found: f(fits=lambda *a: True),
                 "a step that costs the same counts as cheaper": lambda f=found: f(
                     cheap=lambda *a: cheaper(*a, equal=True)
                 ),
@@ -372,6 +404,10 @@ def rank_cases(rng: Random):
                 "the base takes no memory: its weights stay": lambda f=found: f(fits=lambda b, *a: affords(0, *a)),
                 "the base always takes 2 bytes a number: they are `width`": lambda f=found: f(width=2),
                 "the base always takes 4 bytes a number: they are `width`": lambda f=found: f(width=4),
+                "the multiply-adds are left out": lambda f=found: f(cheap=lambda *a: True),
+                "memory sets no limit: count the base, and 16 bytes for each number that trains": lambda f=found: f(
+                    fits=lambda *a: True
+                ),
                 "it is the first rank that does not fit": lambda v=right: v + 1,
                 "it stops one rank early": lambda v=right: v - 1,
             },
@@ -497,6 +533,7 @@ def kept_cases(rng: Random):
                     "a tied matrix has two gradients": nbytes(again),
                     "every number is taken for 4 bytes": nbytes(trains, 4),
                     "numbers are counted, not bytes": nbytes(trains, 1),
+                    "they were cleared before they were counted": 0,
                 },
             ),
         )
@@ -514,6 +551,7 @@ def kept_cases(rng: Random):
                     * sum(n for n, _ in trains),
                     "only one moment is counted": nbytes(trains),
                     "only one moment and the counters are counted": nbytes(trains) + counters,
+                    "tensors are looked up by name, and this optimizer has others: take whatever its state holds": 0,
                     "the two moments are counted by name; look at whatever tensors the state holds": 2 * nbytes(trains)
                     + counters,
                     "a moment's numbers are taken for 4 bytes each": states * nbytes(trains, 4) + counters,
@@ -549,7 +587,8 @@ def repair_cases(rng: Random):
                 "what is frozen has a gradient": nbytes(every),
                 "what is frozen has a gradient, and a tied matrix two": nbytes(every_twice),
                 "a tied matrix has two gradients": nbytes(twice),
-                "all gradients are float32: they are as wide as their weights": 2 * moments(rows) // 4,
+                "all gradients are float32: they are as wide as their weights": moments(rows) // 2,
+                "all gradients have 2 bytes a number: they are as wide as their weights": moments(rows) // 4,
             },
             "moments": {
                 "what is frozen has moments": moments(every),
@@ -575,7 +614,8 @@ def repair_cases(rng: Random):
         what = f"a base in {base} and an adapter in {adapter}" + (", with a tied head" if tied else "")
         yield Case(f"count the weights of {what}", model, judge=weight_judge(model))
         for name, value in right.items():
-            yield Case(f"foretell the {name} of {what}", model, judge=part_of_bytes(name, value, known[name]))
+            claim = f"foretell the {'master copies' if name == 'master' else name} of {what}"
+            yield Case(claim, model, judge=part_of_bytes(name, value, known[name]))
 
 
 EXERCISES = (
