@@ -422,7 +422,6 @@ def rank_cases(rng: Random):
 
 # bytes of a model ----------------------------------------------------------------------------------------------------
 WIDTH = {"float32": 4, "bfloat16": 2}
-GIVEN = ("weights", "master", "gradients", "moments")
 
 
 def part_of_bytes(name: str, right: int, known: dict[str, int]):

@@ -754,7 +754,7 @@ def largest_rank(base, shapes, memory, width=2):
     return rank
 
 
-# %% largest_rank right: halving, with the other functions
+# %% largest_rank right: halving
 def largest_rank(base, shapes, memory, width=2):
     def bytes_of(rank):
         return width * base + 16 * sum(rank * (i + o) for i, o in shapes)
