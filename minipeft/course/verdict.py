@@ -146,7 +146,7 @@ def differ(got, want, exact: bool = False, at: str = "") -> tuple[str, ...]:
         if not isinstance(got, numbers.Number) or isinstance(got, bool):
             return (f"Expected the number {want:g}{place}, got {short(got)}.",)
         close = got == want if exact or isinstance(want, int) else math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-12)
-        return () if close else (f"Expected {want:,.7g}{place}, got {got:,.7g}.",)
+        return () if close else (f"Expected {written(want)}{place}, got {written(got)}.",)
     if isinstance(want, dict):
         if not isinstance(got, dict) or set(got) != set(want):
             keys = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else short(got)
@@ -187,6 +187,11 @@ def _differ_tensors(got, want: torch.Tensor, exact: bool, place: str) -> tuple[s
 
 def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.contiguous().reshape(-1).view(torch.uint8).equal(b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def written(number: numbers.Number) -> str:
+    """A count with all its digits, anything else with seven."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.7g}"
 
 
 def short(value) -> str:

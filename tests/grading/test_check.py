@@ -57,6 +57,11 @@ def test_a_result_that_is_right_but_changes_its_arguments_is_wrong():
     assert found.outcome == WRONG and "changes its arguments" in repr(found)
 
 
+def test_a_wrong_count_is_told_with_all_its_digits():
+    found = check.verdict("count_lora", lambda shapes, rank: sum(rank * (a + b) for a, b in shapes) + 10**9)
+    assert "Expected 16,384, got 1,000,016,384." in repr(found)
+
+
 def test_a_forgotten_return_is_named():
     assert "is a return missing?" in repr(check.verdict("count_lora", lambda shapes, rank: None))
 

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from minipeft.course.verdict import Exercise
 
-ASSIGNMENTS = ("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "rank")
+ASSIGNMENTS = ("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "budget", "rank")
 
 
 @cache
