@@ -282,10 +282,7 @@ def _() -> dict:
 
 
 def _comparable(f: dict) -> str:
-    steady = {rule: max(norms) / min(norms) <= 2 for rule, norms in f.items()}
-    if steady["γ = α/r"]:
-        return HOLDS
-    return "holds when γ = α/√r" if steady["γ = α/√r"] else WRONG
+    return HOLDS if max(f["γ = α/r"]) / min(f["γ = α/r"]) <= 2 else WRONG
 
 
 @claim("C20", "γ = α/r keeps the update's size comparable when r changes", "E §4", "measured", _comparable)
