@@ -42,7 +42,7 @@ def _before(task: str) -> float:
 def gain(task: str, method: str, size: int | None = None) -> float:
     """The fall in loss over full fine-tuning's after 60 steps, each at its best learning rate, mean of the seeds."""
     ours, full = (atlas.best(_runs(), task, *which)["mean"] for which in ((method, size), ("Full",)))
-    return round((_before(task) - ours) / (_before(task) - full), 2)
+    return round((_before(task) - ours) / (_before(task) - full), 3)
 
 
 @claim(
@@ -85,11 +85,11 @@ def stored_bits(row) -> float:
     "One parameter is about one bit",
     "E §2",
     "atlas",
-    lambda f: HOLDS if 0.5 <= f["learnt, LoRA r=1 in the MLPs, 512 facts"] <= 2 else WRONG,
+    lambda f: HOLDS if 0.5 <= max(v for name, v in f.items() if name.startswith("learnt")) <= 2 else WRONG,
 )
 def _() -> dict:
-    """Bits a number: as stored in float32 and in NF4; and as learnt by heart in 1,500 steps of LoRA r=1 in the MLPs,
-    where more facts no longer bring more bits (mean of two seeds)."""
+    """Bits a number: as stored in float32 and in NF4; and as learnt by heart in 1,500 steps by LoRA r=1 in the MLPs
+    (mean of two seeds): what it held by then, which is a lower bound of what it could hold."""
     from minipeft.methods import nf4
 
     long = _runs()[(_runs().steps == 1500) & (_runs()["size"] == 1)]
@@ -177,8 +177,8 @@ def _() -> dict:
     llama = budget("llama-7b", LoRA(rank=8))
     small, whole = (training_bytes(llama.base, n, m) for n, m in ((llama.trainable, llama.trainable), (llama.base, 0)))
     return {
-        "memory, pocket, measured": round(ours.peak_memory.mean() / full.peak_memory.mean(), 2),
-        "seconds, pocket, measured": round(ours.seconds.mean() / full.seconds.mean(), 2),
+        "memory, pocket, measured": round(float(ours.peak_memory.mean() / full.peak_memory.mean()), 2),
+        "seconds, pocket, measured": round(float(ours.seconds.mean() / full.seconds.mean()), 2),
         "memory, llama-7b, counted": round(sum(small.values()) / sum(whole.values()), 2),
         "gain, pocket, pirate": gain("pirate", "LoRA", 8),
     }
