@@ -187,7 +187,8 @@ class PiSSALayer(LoRALayer):
         return super().forward(x) - F.linear(F.linear(x.to(self.A0.dtype), self.A0), self.B0) * self.gamma
 
     def delta(self) -> torch.Tensor:
-        return self.gamma * (self.B @ self.A - self.B0 @ self.A0)
+        # γ·(B·A − B₀·A₀) as a sum of small products: the difference of two large ones would lose digits
+        return self.gamma * ((self.B - self.B0) @ self.A + self.B0 @ (self.A - self.A0))
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {"lora_A.weight": torch.cat([self.A, self.A0]), "lora_B.weight": torch.cat([self.B, -self.B0], 1)}

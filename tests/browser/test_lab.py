@@ -41,7 +41,7 @@ def lab(tmp_path_factory):
     env = os.environ | {name: str(home / name.lower()) for name in names}
     env |= {
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",  # two threads on cores that other tests use wait for each other, and for very long
         "MINIPEFT_PROGRESS": str(home / "progress.json"),
     }
     env.pop("MPLBACKEND", None)  # the kernel chooses for itself, as at home
