@@ -11,10 +11,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
 
+import minipeft as mp
 from minipeft.course import atlas
 from minipeft.learn import sweep as s
 
@@ -144,16 +146,17 @@ def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():
     about = runs.attrs["provenance"]
     assert about["runs"] == len(runs) and about["seeds"] == sorted(set(runs.seed))
     assert {"date", "torch", "device", "seconds"} <= about.keys() and about["date"] in atlas.describe(runs)
+    lora = partial(mp.LoRA, gamma=2.0)
     points = s.grid(seeds=len(about["seeds"]))
     assert [tuple(row) for row in runs[list(vars(points[0]))].itertuples(index=False)] == [
         tuple(vars(p).values()) for p in points
     ], "every run of the grid, and no other"
-    assert atlas.curve(runs, "pirate", "LoRA", 16)["count"].eq(len(about["seeds"])).all()
-    assert atlas.curve(runs, "pirate", "LoRA", 16, targets="mlp").index.tolist() == [1e-3, 3e-3, 1e-2, 3e-2]
-    best, full = atlas.best(runs, "pirate", "Full"), atlas.curve(runs, "pirate", "Full")
+    assert atlas.curve(runs, "pirate", lora(16))["count"].eq(len(about["seeds"])).all()
+    assert atlas.curve(runs, "pirate", lora(16, targets="mlp")).index.tolist() == [1e-3, 3e-3, 1e-2, 3e-2]
+    best, full = atlas.best(runs, "pirate", mp.Full()), atlas.curve(runs, "pirate", mp.Full())
     assert best["mean"] == full["mean"].min() == full["mean"][best["lr"]] and best["max"] == full["max"][best["lr"]]
-    with pytest.raises(ValueError, match="no runs"):
-        atlas.curve(runs, "pirate", "LoRA", 5)
+    with pytest.raises(ValueError, match="no runs of LoRA.rank=5.*it has LoRA.rank=1,"):
+        atlas.curve(runs, "pirate", lora(5))
 
 
 def test_something_else_is_no_atlas(tmp_path):

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from minipeft.analyze.spectrum import spectra
-from minipeft.attach import Layer, attach
+from minipeft.attach import Layer, Method, attach
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.world import base, tasks
 
@@ -62,21 +62,21 @@ class Point:
 def point(method: str, task: str, lr: float, seed: int, steps: int = 60, batch: int = 10, **settings) -> Point:
     """`point("LoRA", "pirate", 1e-2, 0, rank=8)`. Raises ValueError for an unknown method, task or setting."""
     made = Point(method, json.dumps(settings, sort_keys=True), task, float(lr), seed, steps, batch)
-    method_of(made), task_of(task)
+    method_of(made.method, made.settings), task_of(task)
     return made
 
 
-def method_of(point: Point):
+def method_of(name: str, settings: str) -> Method:
+    """`method_of("LoRA", '{"rank": 8}')`. Raises ValueError for an unknown method or setting."""
     import minipeft
-    from minipeft.attach import Method
 
-    kind = getattr(minipeft, point.method, None) if point.method in minipeft.__all__ else None
+    kind = getattr(minipeft, name, None) if name in minipeft.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, Method)):
-        raise ValueError(f"{point.method!r} is no method of minipeft; LoRA and Full are two.")
+        raise ValueError(f"{name!r} is no method of minipeft; LoRA and Full are two.")
     try:
-        return kind(**json.loads(point.settings))
+        return kind(**json.loads(settings))
     except TypeError as error:
-        raise ValueError(f"{point.method} does not take {point.settings}: {error}.") from error
+        raise ValueError(f"{name} does not take {settings}: {error}.") from error
 
 
 @cache
@@ -106,7 +106,7 @@ def run(point: Point) -> dict:
     torch.set_num_threads(1)
     try:
         model, task, history = _pocket(), task_of(point.task), History()
-        tuned = attach(model, method_of(point), seed=point.seed)
+        tuned = attach(model, method_of(point.method, point.settings), seed=point.seed)
         try:
             started = time.process_time()
             with warnings.catch_warnings():

@@ -10,11 +10,11 @@ import torch
 
 from minipeft.analyze.budget import budget, training_bytes
 from minipeft.analyze.spectrum import random_spectrum, spectra, truncated
-from minipeft.attach import attach
+from minipeft.attach import Method, attach
 from minipeft.course import atlas
 from minipeft.course.claims import HOLDS, WRONG, claim, only
 from minipeft.methods.lora import LoRA
-from minipeft.methods.select import Full
+from minipeft.methods.select import BitFit, Full, Softmax
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From the atlas
@@ -39,9 +39,13 @@ def _before(task: str) -> float:
     return evaluate(load("pocket")[0], chosen, n=None if chosen.bits else 100).loss
 
 
-def gain(task: str, method: str, size: int | None = None) -> float:
+def lora(rank: int, **settings) -> LoRA:
+    return LoRA(rank=rank, gamma=2.0, **settings)
+
+
+def gain(task: str, method: Method) -> float:
     """The fall in loss over full fine-tuning's after 60 steps, each at its best learning rate, mean of the seeds."""
-    ours, full = (atlas.best(_runs(), task, *which)["mean"] for which in ((method, size), ("Full",)))
+    ours, full = (atlas.best(_runs(), task, which)["mean"] for which in (method, Full()))
     return round((_before(task) - ours) / (_before(task) - full), 3)
 
 
@@ -55,7 +59,7 @@ def gain(task: str, method: str, size: int | None = None) -> float:
 def _() -> dict:
     """BitFit's gain over full fine-tuning's after 60 steps, each at its best rate, on the pocket model. Below 0.9
     counts as not captured; `flip`, one reversed attribute, is the simple task."""
-    return {t: gain(t, "BitFit") for t in TASKS}
+    return {t: gain(t, BitFit()) for t in TASKS}
 
 
 @claim(
@@ -68,9 +72,9 @@ def _() -> dict:
 def _() -> dict:
     """Gain of LoRA over full fine-tuning's after 60 steps, each at its best rate, on the pocket model. Rank 1 is the
     least there is, and just above 1 % of so small a model."""
-    figures = {f"{t}, r={r} of full": gain(t, "LoRA", r) for t in LANGUAGE for r in (1, 16)}
-    lora = _runs()[(_runs().method == "LoRA") & (_runs()["size"] == 1)].iloc[0]
-    return figures | {"trainable share at r=1 in %": round(float(100 * lora.trainable / lora.total), 2)}
+    figures = {f"{t}, r={r} of full": gain(t, lora(r)) for t in LANGUAGE for r in (1, 16)}
+    one = atlas.of(_runs(), "pirate", lora(1)).iloc[0]
+    return figures | {"trainable share at r=1 in %": round(float(100 * one.trainable / one.total), 2)}
 
 
 def stored_bits(row) -> float:
@@ -112,7 +116,7 @@ def _() -> dict:
 def _() -> dict:
     """Gain of training the output layer alone over full fine-tuning's after 60 steps, each at its best rate. Usable
     means 0.9 or more."""
-    return {t: gain(t, "Softmax") for t in TASKS}
+    return {t: gain(t, Softmax()) for t in TASKS}
 
 
 @claim(
@@ -156,7 +160,7 @@ def _() -> dict:
 def _() -> dict:
     """Loss at rank 1 minus loss at rank 16, and at 16 minus at 64, after 60 steps, each at its best rate, in nats a
     token. Low rank hurts: more than 0.1; high rank brings little: less than 0.1."""
-    best = {(t, r): atlas.best(_runs(), t, "LoRA", r)["mean"] for t in LANGUAGE for r in (1, 16, 64)}
+    best = {(t, r): atlas.best(_runs(), t, lora(r))["mean"] for t in LANGUAGE for r in (1, 16, 64)}
     pairs = ((1, 16), (16, 64))
     return {f"{t}, r={a} − r={b}": round(best[t, a] - best[t, b], 3) for t in LANGUAGE for a, b in pairs}
 
@@ -172,15 +176,14 @@ def _() -> dict:
     """LoRA r=8 on all linear layers over full fine-tuning: peak memory of a step and CPU seconds of the pocket model's
     runs on pirate, and for LLaMA-7B the bytes of weights, gradients and Adam's moments in bfloat16. Limited: more than
     half of the memory stays."""
-    runs = _runs()[(_runs().task == "pirate") & (_runs().batch == 10)]
-    ours, full = runs[(runs.method == "LoRA") & (runs["size"] == 8)], runs[runs.method == "Full"]
+    ours, full = (atlas.of(_runs(), "pirate", method) for method in (lora(8), Full()))
     llama = budget("llama-7b", LoRA(rank=8))
     small, whole = (training_bytes(llama.base, n, m) for n, m in ((llama.trainable, llama.trainable), (llama.base, 0)))
     return {
         "memory, pocket, measured": round(float(ours.peak_memory.mean() / full.peak_memory.mean()), 2),
         "seconds, pocket, measured": round(float(ours.seconds.mean() / full.seconds.mean()), 2),
         "memory, llama-7b, counted": round(sum(small.values()) / sum(whole.values()), 2),
-        "gain, pocket, pirate": gain("pirate", "LoRA", 8),
+        "gain, pocket, pirate": gain("pirate", lora(8)),
     }
 
 
@@ -206,10 +209,10 @@ def _() -> dict:
     which train equal numbers; more than 0.05 counts."""
     figures = {}
     for task in TASKS:
-        lora, full = atlas.best(_runs(), task, "LoRA", 16), atlas.best(_runs(), task, "Full")
-        figures[f"{task}, best rate r=16 ÷ full"] = round(lora["lr"] / full["lr"], 1)
-    attention = atlas.best(_runs(), "pirate", "LoRA", 24, targets="attention")["mean"]
-    mlp = atlas.best(_runs(), "pirate", "LoRA", 16, targets="mlp")["mean"]
+        ours, full = (atlas.best(_runs(), task, method)["lr"] for method in (lora(16), Full()))
+        figures[f"{task}, best rate r=16 ÷ full"] = round(ours / full, 1)
+    attention = atlas.best(_runs(), "pirate", lora(24, targets="attention"))["mean"]
+    mlp = atlas.best(_runs(), "pirate", lora(16, targets="mlp"))["mean"]
     return figures | {"pirate, attention only − MLPs only": round(attention - mlp, 3)}
 
 
@@ -330,12 +333,8 @@ def _() -> dict:
     from minipeft.world import load, pirate
 
     model, found = load("pocket")[0], {}
-    methods = {"full": (Full(), "Full", None), "LoRA r=16": (LoRA(rank=16, gamma=2.0), "LoRA", 16),
-               "adapter m=16": (Adapter(16), "Adapter", 16)}  # fmt: skip
-    chosen = {
-        name: (method, atlas.best(_runs(), "pirate", kind, size)["lr"])
-        for name, (method, kind, size) in methods.items()
-    }
+    methods = {"full": Full(), "LoRA r=16": lora(16), "adapter m=16": Adapter(16)}
+    chosen = {name: (each, atlas.best(_runs(), "pirate", each)["lr"]) for name, each in methods.items()}
     for seed in range(3):
         for each in forgetting(model, chosen, pirate(), target=1.35, steps=120, seed=seed, n=50):
             found.setdefault(each.method, []).append(round(each.forgot, 3))
@@ -358,7 +357,6 @@ def _() -> dict:
     harm to combine when the two are worse than each alone; adapter m=4 with LoRA r=1 has the budget of either."""
     from minipeft.learn.fit import evaluate, fit
     from minipeft.methods.adapter import Adapter
-    from minipeft.methods.select import Softmax
     from minipeft.world import load, pirate
 
     model = load("pocket")[0]
@@ -375,11 +373,11 @@ def _() -> dict:
         lr = min(first, key=first.get)
         return round((first[lr] + loss(method, lr, 1)) / 2, 3)
 
-    adapter, lora, softmax = Adapter(8), LoRA(rank=2, gamma=2.0), Softmax()
-    alone = {"adapter": best(adapter), "LoRA": best(lora), "softmax": best(softmax)}
+    adapter, low_rank, softmax = Adapter(8), lora(2), Softmax()
+    alone = {"adapter": best(adapter), "LoRA": best(low_rank), "softmax": best(softmax)}
     together = {
-        "adapter and LoRA, half each": (["adapter", "LoRA"], [Adapter(4), LoRA(rank=1, gamma=2.0)]),
+        "adapter and LoRA, half each": (["adapter", "LoRA"], [Adapter(4), lora(1)]),
         "adapter and softmax": (["adapter", "softmax"], [adapter, softmax]),
-        "LoRA and softmax": (["LoRA", "softmax"], [lora, softmax]),
+        "LoRA and softmax": (["LoRA", "softmax"], [low_rank, softmax]),
     }
     return {"alone": alone, "together": {name: {"of": of, "loss": best(m)} for name, (of, m) in together.items()}}
