@@ -241,9 +241,11 @@ def provenance(rows: Sequence[dict]) -> dict:
     }
 
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 LANGUAGE, FACTS = ("pirate", "flip", "cipher"), "facts(64)"
+ALL = (*LANGUAGE, FACTS)
 FRONT = ("pirate", "flip", "forecast")  # for what stands before the text
+MONDAY = [36, 11, 51, 5]
 
 
 def _lora(rank: int, **settings) -> tuple[str, dict]:
@@ -252,28 +254,39 @@ def _lora(rank: int, **settings) -> tuple[str, dict]:
 
 # (method, settings), tasks, least and largest learning rate: chosen so that the best is not the least or the largest
 SLIDERS = (
-    *((_lora(r), (*LANGUAGE, FACTS), 1e-3, 1e-1 if r <= 8 else 3e-2) for r in (1, 2, 4, 8, 16, 32, 64)),
-    (("Full", {}), (*LANGUAGE, FACTS, "forecast"), 3e-4, 3e-2),
-    (("DoRA", {"rank": 8, "gamma": 2.0}), (*LANGUAGE, FACTS), 1e-3, 3e-2),
-    (("BitFit", {}), (*LANGUAGE, FACTS), 3e-3, 3e-1),
-    (("Softmax", {}), (*LANGUAGE, FACTS), 1e-3, 3e-2),
-    (("IA3", {}), (*LANGUAGE, FACTS), 1e-2, 3e-1),
+    *((_lora(r), ALL, 1e-3, 1e-1) for r in (1, 2, 4, 8, 16, 32, 64)),
+    (_lora(1), ("forecast",), 3e-3, 1e-1),
+    (("Full", {}), (*ALL, "forecast"), 3e-4, 3e-2),
+    (("DoRA", {"rank": 8, "gamma": 2.0}), ALL, 1e-3, 3e-2),
+    (("BitFit", {}), ALL, 3e-3, 1.0),
+    (("Softmax", {}), ALL, 1e-3, 1e-1),
+    (("IA3", {}), ALL, 1e-2, 1.0),
     (("VeRA", {}), ("pirate", FACTS), 1e-2, 3e-1),
-    *((("Subspace", {"dim": k}), ("flip",), 1e-2, 3e-1) for k in (4, 16, 64, 256)),
-    *((("Adapter", {"bottleneck": m}), (FACTS,), 1e-3, 3e-2) for m in (1, 4, 16, 64)),
+    *((("Subspace", {"dim": k}), ("flip",), 1e-1, 3.0) for k in (4, 16, 64, 256)),
+    *((("Adapter", {"bottleneck": m}), LANGUAGE, 3e-3 if m <= 4 else 1e-3, 1e-1) for m in (1, 2, 4, 8, 16, 32, 64)),
+    *((("Adapter", {"bottleneck": m}), (FACTS,), 1e-3, 1e-1) for m in (1, 4, 16, 64)),
+    # where an adapter sits, and how many places share one
     *(
-        (("Adapter", {"bottleneck": m}), LANGUAGE, *((3e-3, 1e-1) if m <= 4 else (1e-3, 3e-2)))
-        for m in (1, 2, 4, 8, 16, 32, 64)
+        (("Adapter", {"bottleneck": m, **settings}), ("pirate",), 3e-3, 3e-1)
+        for m, settings in (
+            (16, {"placement": "pfeiffer"}),
+            (16, {"placement": "parallel"}),
+            (8, {"share_within": True}),
+            (8, {"share": 4, "share_within": True}),
+            (64, {"share": 4, "share_within": True}),
+        )
     ),
-    *(
-        ((method, {"length": n}), FRONT, 1e-2, 3e-1)
-        for method in ("PromptTuning", "PrefixTuning")
-        for n in (1, 4, 8, 16)
-    ),
-    (("PTuning", {"length": 8}), FRONT, 1e-2, 3e-1),
+    *((("PromptTuning", {"length": n}), FRONT, 3e-2, 1.0) for n in (1, 4, 8, 16)),
+    *((("PrefixTuning", {"length": n}), FRONT, 3e-2, 3.0) for n in (1, 4, 8, 16)),
+    # what they begin from, and what writes them
+    (("PromptTuning", {"length": 8, "init": "random"}), ("forecast",), 3e-2, 1.0),
+    (("PTuning", {"length": 8}), FRONT, 1e-3, 1e-1),
+    (("PTuning", {"length": 8, "generator": "lstm"}), ("forecast",), 1e-3, 1e-1),
+    (("PrefixTuning", {"length": 8, "init": MONDAY}), ("pirate",), 3e-2, 3.0),
+    (("PrefixTuning", {"length": 8, "hidden": 64}), ("pirate",), 3e-3, 3e-1),
     # equal numbers in attention and in the MLPs, many and few
     *(
-        (_lora(r, targets=where), ("pirate", FACTS), 1e-3, 3e-2)
+        (_lora(r, targets=where), ("pirate", FACTS), 1e-3, 1e-1)
         for where, r in (("attention", 24), ("mlp", 16), ("attention", 3), ("mlp", 2))
     ),
 )
