@@ -196,3 +196,27 @@ def test_an_explorer_shows_the_atlas_at_once_and_only_for_the_model_that_it_is_a
     adapters.redraw()
     right = adapters.figure.axes[1]
     assert len(adapters.curve()) == 7 and len(right.containers) == 1
+
+
+def test_settings_side_by_side_are_the_best_of_the_atlas_with_every_seed(monkeypatch):
+    import matplotlib.pyplot as plt
+
+    from minipeft.course import atlas
+    from minipeft.explore.compare import compare
+
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    runs, methods = atlas.load(), {"full": mp.Full(), "r=4": mp.LoRA(4, gamma=2.0)}
+    table = compare(runs, "pirate", methods, {"before": 9.0})
+    best = {label: atlas.best(runs, "pirate", method) for label, method in methods.items()}
+    assert table["best rate"].to_dict() == {label: each["lr"] for label, each in best.items()}
+    assert table["loss, mean"].to_dict() == {label: round(each["mean"], 2) for label, each in best.items()}
+    [axes] = shown[0].axes
+    points = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    for x, (line, label) in enumerate(zip(points, methods, strict=True)):
+        assert set(line.get_xdata()) == {x} and len(line.get_ydata()) == best[label]["count"]
+        assert min(line.get_ydata()) == best[label]["min"] and max(line.get_ydata()) == best[label]["max"]
+    assert {"before 9.00", "floor of the task 0.794"} <= {text.get_text() for text in axes.get_legend().get_texts()}
+    plt.close(shown[0])
+    with pytest.raises(ValueError, match="no runs of LoRA.rank=5"):
+        compare(runs, "pirate", {"r=5": mp.LoRA(5, gamma=2.0)})

@@ -43,6 +43,7 @@ def draw_seeds(
         axes.axhline(level, color=colour, linestyle=style, label=f"{label} {level:.2f}")
     axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label=f"floor of the task {floor:.3f}")
     axes.set_xticks(range(len(losses)), losses, fontsize="small")
-    axes.set(title=f"{title} (points: seeds, bar: mean)", ylabel="test loss (nats a token)", xlabel=what, ylim=(0, None))
+    axes.set(xlabel=what, ylabel="test loss (nats a token)", ylim=(0, None))
+    axes.set_title(f"{title} (points: seeds, bar: mean)", fontsize="medium")
     axes.legend(fontsize="small", loc="lower right")
     plt.show()

@@ -43,7 +43,8 @@ WALL_TIME = ("seconds",)  # the columns that differ between two executions
 @dataclass(frozen=True)
 class Point:
     """One run. `method` is a name that `minipeft` exports, `settings` its arguments as JSON, `task` a pocket task's
-    name, with its size where it has one ("facts(64)"); `lr` constant, `steps` of `batch` rows, `seed` of everything."""
+    name, with its size where it has one ("facts(64)"); `lr` and `schedule` as in `fit`, `steps` of `batch` rows, `seed`
+    of everything."""
 
     method: str
     settings: str
@@ -52,6 +53,7 @@ class Point:
     seed: int
     steps: int = 60
     batch: int = 10
+    schedule: str = "constant"
 
     @property
     def key(self) -> str:
@@ -59,9 +61,9 @@ class Point:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:20]
 
 
-def point(method: str, task: str, lr: float, seed: int, steps: int = 60, batch: int = 10, **settings) -> Point:
+def point(method: str, task: str, lr: float, seed: int, steps=60, batch=10, schedule="constant", **settings) -> Point:
     """`point("LoRA", "pirate", 1e-2, 0, rank=8)`. Raises ValueError for an unknown method, task or setting."""
-    made = Point(method, json.dumps(settings, sort_keys=True), task, float(lr), seed, steps, batch)
+    made = Point(method, json.dumps(settings, sort_keys=True), task, float(lr), seed, steps, batch, schedule)
     method_of(made.method, made.settings), task_of(task)
     return made
 
@@ -111,7 +113,9 @@ def run(point: Point) -> dict:
             started = time.process_time()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                for _ in training(tuned, task, history, point.steps, point.lr, point.batch, point.seed):
+                for _ in training(
+                    tuned, task, history, point.steps, point.lr, point.batch, point.seed, point.schedule
+                ):
                     pass
             score = evaluate(tuned, task, n=None if task.bits else 100)
             plain = evaluate(tuned, tasks.plain(), n=50)
