@@ -295,13 +295,13 @@ SLIDERS = (
     ),
 )
 BATCHES = ((120, 5), (15, 40))  # 600 texts in other batches than 10
-CAPACITY = (32, 64, 128, 256, 512)  # facts to learn by heart
+CAPACITY = (64, 128, 256, 512)  # facts to learn by heart
 
 
 def grid(seeds: int = 3) -> list[Point]:
     """The runs of the atlas, seed by seed: every method and size of the lessons' sliders, 60 steps of 10 texts, at
     learning rates a factor of three apart; pirate in other batches; and, for the first two seeds, long runs of LoRA in
-    the MLPs, 1,500 steps of 32 facts, which fill a small rank."""
+    the MLPs' last layers, which show every fact 500 times and fill a small rank."""
     points = []
     for seed in range(seeds):
         for (method, settings), names, least, largest in SLIDERS:
@@ -311,8 +311,9 @@ def grid(seeds: int = 3) -> list[Point]:
             rates = RATES[RATES.index(least) :][:4]
             points += [point(method, "pirate", lr, seed, *shape, **settings) for shape in BATCHES for lr in rates]
         if seed < 2:
-            for method, settings in (_lora(1, targets="mlp"), _lora(4, targets="mlp")):
-                points += [point(method, f"facts({n})", 1e-2, seed, 1500, 32, **settings) for n in CAPACITY]
+            for rank in (1, 4):
+                name, settings = _lora(rank, targets=["down_proj"])
+                points += [point(name, f"facts({n})", 3e-2, seed, 2000, n // 4, "linear", **settings) for n in CAPACITY]
     return points
 
 
