@@ -249,7 +249,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 LANGUAGE, FACTS = ("pirate", "flip", "cipher"), "facts(64)"
 ALL = (*LANGUAGE, FACTS)
 FRONT = ("pirate", "flip", "forecast")  # for what stands before the text
-MONDAY = [36, 11, 51, 5]
+MONDAY = [328, 406, 378, 11]  # "late on monday ,"
 
 
 def _lora(rank: int, **settings) -> tuple[str, dict]:
@@ -262,9 +262,9 @@ SLIDERS = (
     (_lora(1), ("forecast",), 3e-3, 1e-1),
     (("Full", {}), (*ALL, "forecast"), 3e-4, 3e-2),
     (("DoRA", {"rank": 8, "gamma": 2.0}), ALL, 1e-3, 3e-2),
-    (("BitFit", {}), ALL, 3e-3, 1.0),
+    (("BitFit", {}), ALL, 3e-3, 3.0),
     (("Softmax", {}), ALL, 1e-3, 1e-1),
-    (("IA3", {}), ALL, 1e-2, 1.0),
+    (("IA3", {}), ALL, 1e-2, 3.0),
     (("VeRA", {}), ("pirate", FACTS), 1e-2, 3e-1),
     *((("Subspace", {"dim": k}), ("flip",), 1e-1, 3.0) for k in (4, 16, 64, 256)),
     *((("Adapter", {"bottleneck": m}), LANGUAGE, 3e-3 if m <= 4 else 1e-3, 1e-1) for m in (1, 2, 4, 8, 16, 32, 64)),
@@ -280,11 +280,11 @@ SLIDERS = (
             (64, {"share": 4, "share_within": True}),
         )
     ),
-    *((("PromptTuning", {"length": n}), FRONT, 3e-2, 1.0) for n in (1, 4, 8, 16)),
+    *((("PromptTuning", {"length": n}), FRONT, 1e-2, 1.0) for n in (1, 4, 8, 16)),
     *((("PrefixTuning", {"length": n}), FRONT, 3e-2, 3.0) for n in (1, 4, 8, 16)),
     # what they begin from, and what writes them
     (("PromptTuning", {"length": 8, "init": "random"}), ("forecast",), 3e-2, 1.0),
-    (("PTuning", {"length": 8}), FRONT, 1e-3, 1e-1),
+    (("PTuning", {"length": 8}), FRONT, 1e-3, 3e-1),
     (("PTuning", {"length": 8, "generator": "lstm"}), ("forecast",), 1e-3, 1e-1),
     (("PrefixTuning", {"length": 8, "init": MONDAY}), ("pirate",), 3e-2, 3.0),
     (("PrefixTuning", {"length": 8, "hidden": 64}), ("pirate",), 3e-3, 3e-1),
@@ -308,7 +308,7 @@ def grid(seeds: int = 3) -> list[Point]:
             rates = [lr for lr in RATES if least <= lr <= largest]
             points += [point(method, task, lr, seed, **settings) for task in names for lr in rates]
         for (method, settings), least in ((_lora(16), 1e-3), (("Full", {}), 3e-4)):
-            rates = RATES[RATES.index(least) :][:4]
+            rates = RATES[RATES.index(least) :][:5]
             points += [point(method, "pirate", lr, seed, *shape, **settings) for shape in BATCHES for lr in rates]
         if seed < 2:
             for rank in (1, 4):
