@@ -152,7 +152,7 @@ def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():
         tuple(vars(p).values()) for p in points
     ], "every run of the grid, and no other"
     assert atlas.curve(runs, "pirate", lora(16))["count"].eq(len(about["seeds"])).all()
-    assert atlas.curve(runs, "pirate", lora(16, targets="mlp")).index.tolist() == [1e-3, 3e-3, 1e-2, 3e-2]
+    assert atlas.curve(runs, "pirate", lora(16, targets="mlp")).index.tolist() == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
     best, full = atlas.best(runs, "pirate", mp.Full()), atlas.curve(runs, "pirate", mp.Full())
     assert best["mean"] == full["mean"].min() == full["mean"][best["lr"]] and best["max"] == full["max"][best["lr"]]
     with pytest.raises(ValueError, match="no runs of LoRA.rank=5.*it has LoRA.rank=1,"):
