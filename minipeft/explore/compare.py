@@ -28,6 +28,7 @@ def compare(runs, task: str, methods: Mapping[str, Method], lines: Mapping[str, 
     draw_seeds(losses, f"{task} after 60 steps", "setting, and numbers trained", floor, lines)
     table = pd.DataFrame(best).T[["lr", "mean", "min", "max"]].round({"mean": 2, "min": 2, "max": 2})
     table.insert(0, "numbers", numbers)
+    table.index = table.index.str.replace("\n", " ")
     return table.rename(columns={"lr": "best rate", "mean": "loss, mean", "min": "least", "max": "largest"})
 
 
