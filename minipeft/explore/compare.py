@@ -46,5 +46,5 @@ def draw_seeds(
     axes.set_xticks(range(len(losses)), losses, fontsize="small")
     axes.set(xlabel=what, ylabel="test loss (nats a token)", ylim=(0, None))
     axes.set_title(f"{title} (points: seeds, bar: mean)", fontsize="medium")
-    axes.legend(fontsize="small", loc="lower right")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     plt.show()
