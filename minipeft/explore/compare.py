@@ -44,7 +44,7 @@ def draw_seeds(
         axes.axhline(level, color=colour, linestyle=style, label=f"{label} {level:.2f}")
     axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label=f"floor of the task {floor:.3f}")
     axes.set_xticks(range(len(losses)), losses, fontsize="small")
-    axes.set(xlabel=what, ylabel="test loss (nats a token)", ylim=(0, None))
+    axes.set(xlabel=what, ylabel="test loss (nats a token)", ylim=(0, 1.05 * axes.get_ylim()[1]))
     axes.set_title(f"{title} (points: seeds, bar: mean)", fontsize="medium")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     plt.show()
