@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 
 from minipeft.attach import Method
 from minipeft.course import atlas
-from minipeft.explore.slider import BLUE, GREEN, GREY, RED
+from minipeft.explore.slider import BLUE, GREEN, RED
 
 
 def compare(runs, task: str, methods: Mapping[str, Method], lines: Mapping[str, float] | None = None):
@@ -35,13 +35,13 @@ def compare(runs, task: str, methods: Mapping[str, Method], lines: Mapping[str, 
 def draw_seeds(
     losses: Mapping[str, Sequence[float]], title: str, what: str, floor: float, lines: Mapping[str, float] | None = None
 ) -> None:
-    """`losses` by label and seed, in nats a token; `lines` are one or two further levels to draw, by label."""
+    """`losses` by label and seed, in nats a token; `lines` are further levels to draw, by label."""
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     for x, each in enumerate(losses.values()):
         axes.plot([x] * len(each), each, "o", color=BLUE)
         axes.plot([x - 0.2, x + 0.2], [statistics.fmean(each)] * 2, color=BLUE)
-    for (label, level), colour, style in zip((lines or {}).items(), (RED, GREY), ("--", ":"), strict=False):
-        axes.axhline(level, color=colour, linestyle=style, label=f"{label} {level:.2f}")
+    for label, level in (lines or {}).items():
+        axes.axhline(level, color=RED, linestyle="--", label=f"{label} {level:.2f}")
     axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label=f"floor of the task {floor:.3f}")
     axes.set_xticks(range(len(losses)), losses, fontsize="small")
     axes.set(xlabel=what, ylabel="test loss (nats a token)", ylim=(0, 1.05 * axes.get_ylim()[1]))
