@@ -10,6 +10,8 @@ from transformers import DynamicCache, StaticCache
 
 from minipeft.attach import attach
 from minipeft.learn.fit import evaluate, fit
+from minipeft.methods.adapter import Adapter
+from minipeft.methods.experts import Experts
 from minipeft.methods.lora import LoRA
 from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.prompt import PromptTuning, PTuning, nearest, verbalize
@@ -23,13 +25,14 @@ METHODS = {
     "prefix": PrefixTuning(3),
     "prompt, prefix, lora": [PromptTuning(2), PrefixTuning(3), LoRA(rank=2)],
 }
+EVERY = METHODS | {"adapter": Adapter(4), "parallel adapter": Adapter(4, "parallel"), "experts": Experts(3)}
 LENGTHS = (7, 4, 2)
 BASES = {"llama": lambda: tiny.llama(tied=False), "gpt2": tiny.gpt2}  # a tied tiny Llama repeats its last token
 CAUSAL = list(BASES)
 
 
 def tuned_for(family: str, method: str, scale: float = 1.0):
-    tuned = attach(BASES[family](), METHODS[method])
+    tuned = attach(BASES[family](), EVERY[method])
     tiny.randomise(tuned, scale=scale)
     return tuned
 
@@ -58,7 +61,7 @@ def test_rows_of_unequal_length_equal_each_row_alone(family, method, left):
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 @pytest.mark.parametrize("cache", [True, False])
 def test_generate_in_a_padded_batch_equals_the_argmax_step_by_step(family, method, cache):
     tuned = tuned_for(family, method)
