@@ -260,10 +260,10 @@ def _lora(rank: int, **settings) -> tuple[str, dict]:
 SLIDERS = (
     *((_lora(r), ALL, 1e-3, 1e-1) for r in (1, 2, 4, 8, 16, 32, 64)),
     (_lora(1), ("forecast",), 3e-3, 1e-1),
-    (("Full", {}), (*ALL, "forecast"), 3e-4, 3e-2),
+    (("Full", {}), (*ALL, "forecast", "answer"), 3e-4, 3e-2),
     (("DoRA", {"rank": 8, "gamma": 2.0}), ALL, 1e-3, 3e-2),
-    (("BitFit", {}), ALL, 3e-3, 3.0),
-    (("Softmax", {}), ALL, 1e-3, 1e-1),
+    (("BitFit", {}), (*ALL, "answer"), 3e-3, 3.0),
+    (("Softmax", {}), (*ALL, "answer"), 1e-3, 1e-1),
     (("IA3", {}), ALL, 1e-2, 3.0),
     (("VeRA", {}), ("pirate", FACTS), 1e-2, 3e-1),
     *((("Subspace", {"dim": k}), ("flip",), 1e-1, 3.0) for k in (4, 16, 64, 256)),
