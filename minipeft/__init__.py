@@ -5,32 +5,19 @@
     tuned = mp.attach(model, mp.LoRA(rank=8, gamma=2.0))
     mp.fit(tuned, mp.world.pirate())
 
-All names but `attach` are imported when they are first used, so that `import minipeft` costs little more than torch.
+`attach` and the methods need torch alone; all other names are imported when they are first used, so that
+`import minipeft` costs little more than torch.
 """
 
 from importlib import import_module
 
 from minipeft.attach import Tuned, attach  # at once: the module of that name would else take the function's place
+from minipeft.methods import METHODS
 
 _HOME = {
-    "LoRA": "methods.lora",
-    "ProjectedLoRA": "methods.projected",
-    "AdaLoRA": "methods.adalora",
-    "DoRA": "methods.dora",
-    "VeRA": "methods.vera",
-    "IA3": "methods.ia3",
-    "Full": "methods.select",
-    "BitFit": "methods.select",
-    "Softmax": "methods.select",
+    **dict.fromkeys(METHODS, "methods"),
     "quantize": "methods.qlora",
-    "Masked": "methods.masked",
-    "Adapter": "methods.adapter",
-    "Experts": "methods.experts",
-    "PromptTuning": "methods.prompt",
-    "PTuning": "methods.prompt",
-    "PrefixTuning": "methods.prefix",
     "verbalize": "methods.prompt",
-    "Subspace": "analyze.intrinsic",
     "fit": "learn.fit",
     "evaluate": "learn.fit",
     "batches": "learn.fit",
@@ -53,6 +40,16 @@ _HOME = {
 _ROOMS = ("world", "methods", "learn", "analyze", "serve", "explore")
 __all__ = ["attach", "Tuned", *_HOME, *_ROOMS]
 __version__ = "0.1.0"
+
+
+def _save(tuned: Tuned, path, name: str | None = None) -> None:
+    """Writes one adapter (the active one) to a directory, in Hugging Face PEFT's layout; see `serve/checkpoint.py`."""
+    from minipeft.serve.checkpoint import save_adapter
+
+    save_adapter(tuned, path, name)
+
+
+Tuned.save = _save  # here, where all rooms are known: the mechanism itself knows nothing of files
 
 
 def __getattr__(name: str):

@@ -17,168 +17,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from minipeft.front import Front
-from minipeft.targets import Slot, Target, flipped, numbers, packed, slots
+from minipeft.hook import Seat, State, check_rows, remove_hooks
+from minipeft.layer import Layer, Method, WeightLayer
+from minipeft.merging import broken_ties, merged
+from minipeft.targets import Slot, numbers, slots
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a method provides
-# ---------------------------------------------------------------------------------------------------------------------
-class Method:
-    """A frozen dataclass that says *what to train*; `attach` does it."""
-
-    def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Layer]]:
-        """Says where layers go, as {key: maker}; raises ValueError, with the model untouched, when they cannot.
-
-        A key is a dotted path. A maker draws its random numbers from the generator that it is given, and only there.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say where its layers go")
-
-    def penalty(self, layers: Sequence[Layer]) -> torch.Tensor | float:
-        """What the method adds to the loss; `layers` are all layers of the adapter, of this method or not."""
-        return 0.0
-
-    def stepped(self, layers: Sequence[Layer], step: int) -> None:
-        """Called after optimizer step `step` (from 1), while the gradients of that step are still there."""
-
-
-After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (output, x, plain) -> output
-
-
-class Layer(nn.Module):
-    """The trainable numbers of one adapter in one place. `path` names the place in `Tuned.deltas()`."""
-
-    slots: tuple[Slot, ...] = ()  # the parameters that this layer replaces; () for a layer that works through a hook
-    front: str | None = None  # "prompt" or "prefix": the layer stands before the tokens, see `front.py`
-
-    def __init__(self, path: str):
-        super().__init__()
-        self.path = path
-
-    def seats(self) -> dict[str, After]:
-        """{path of a module: what gives its new output, called with the output so far, the module's first input, and
-        its plain output, before any layer of this kind}."""
-        return {}
-
-    def added(self) -> int:
-        """How many numbers the model has more than before."""
-        return sum(p.numel() for p in self.parameters())
-
-    def delta(self) -> torch.Tensor:
-        """ΔW, of shape (d_out, d_in), against the weight that is in place when `Tuned` calls it."""
-        raise ValueError(
-            f"{type(self).__name__} at {self.path!r} changes no weight, so there is no ΔW to merge or show."
-        )
-
-    def changes(self) -> dict[str, torch.Tensor]:
-        """{name of a parameter of the module: its change}, a weight's of shape (width of the module, d_in)."""
-        return {"weight": self.delta()}
-
-    def rates(self) -> list[tuple[nn.Parameter, float]]:
-        """The parameters that train at another learning rate than the rest, each with its factor."""
-        return []
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        """{end of the key: numbers} in an adapter file; see `minipeft.layout`."""
-        raise ValueError(f"A {type(self).__name__} has no file format, so it cannot be saved.")
-
-    def restore(self, numbers: dict[str, torch.Tensor]) -> None:
-        """Takes over what `stored` gave; names and shapes are checked already."""
-        for key, mine in self.stored().items():
-            mine.data.copy_(numbers[key])
-
-
-class WeightLayer(Layer):
-    """A layer that adds ΔW to the weight of `target`: provide `forward(x)`, the extra output, and `delta()`.
-
-    Both speak about the target's own rows only: shapes (…, d_out) and (d_out, d_in), where d_out is the length of the
-    slice if the target is a slice of a fused projection. Padding to the module's full width happens here. A layer whose
-    extra output needs the bare module's (DoRA, IA3) overrides `extra` instead of `forward`.
-    """
-
-    def __init__(self, target: Target):
-        super().__init__(target.path)
-        self.key = target.key
-        self.rows = slice(target.start, target.stop)
-        self.padding = (target.start, target.width - target.stop)
-        self.owner = (target.module,)  # in a tuple, so that the base is no submodule of the layer
-
-    def seats(self) -> dict[str, After]:
-        return {self.path: self.after}
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The target's own rows of the weight that is in place, (d_out, d_in)."""
-        weight = self.owner[0].weight
-        return (weight.T if flipped(self.owner[0]) else weight)[self.rows]
-
-    def extra(self, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-        """What the target's own rows get added; `plain` is the bare module's output, in full width."""
-        return self(x)
-
-    def after(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-        extra = self.extra(x, plain)
-        extra = F.pad(extra, self.padding) if any(self.padding) else extra
-        return (output + extra).to(output.dtype)
-
-    def changes(self) -> dict[str, torch.Tensor]:
-        return {"weight": F.pad(self.delta(), (0, 0, *self.padding))}  # zero rows outside the slice
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The hook
-# ---------------------------------------------------------------------------------------------------------------------
-class State:
-    """What all seats of one model look at when called. Plain attributes, so that `torch.compile` guards them."""
-
-    def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
-        self.silent = False  # disabled or merged: the seats add nothing
-        self.rows: dict[str, torch.Tensor] | None = None  # per-row choice: adapter name -> its rows of the batch
-        self.batch = 0
-
-
-class Seat:
-    """The hook on one module of the base, and what the layers that sit there do to its output: {adapter name: …}."""
-
-    def __init__(self, state: State):
-        self.state = state
-        self.layers: dict[str, list[After]] = {}
-
-    def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
-        state = self.state
-        if state.silent:
-            return output
-        x, plain = args[0] if args else next(iter(kwargs.values())), output
-        if state.rows is None:
-            for name in state.active:
-                for after in self.layers.get(name, ()):
-                    output = after(output, x, plain)
-            return output
-        if x.shape[0] != state.batch:
-            raise ValueError(
-                f"adapters= has {state.batch} entries, but a {type(module).__name__} got a batch of {x.shape[0]}; "
-                "per-row choice works where dimension 0 of every adapted module's input is the batch."
-            )
-        for name, rows in state.rows.items():
-            rows = rows.to(output.device)
-            for after in self.layers.get(name, ()):
-                output = output.index_copy(0, rows, after(output[rows], x[rows], plain[rows]))
-        return output
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tuned model
-# ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Count:
     """How many numbers train, and how many the adapted model has in all (base + what the active adapters add)."""
@@ -335,7 +187,7 @@ class Tuned(nn.Module):
     # -- adapters -----------------------------------------------------------------------------------------------------
     def add(self, name: str, method: Method | Sequence[Method], seed: int = 0) -> None:
         """Adds another adapter, inactive until `use(name)`. Raises like `attach`, and if the name is in use."""
-        self._must_be_open("add")
+        self.check_open("add")
         check_name(name, list(self.adapters))
         with self.disabled():
             methods, layers = build(self.base, method, seed)
@@ -364,7 +216,7 @@ class Tuned(nn.Module):
         Only the active adapters' parameters require gradients. Raises ValueError for an unknown name, and for two
         adapters that both replace one parameter.
         """
-        self._must_be_open("use")
+        self.check_open("use")
         names = self._known(names)
         if clash := _claimed_twice({name: self.adapters[name].values() for name in names}):
             a, b, slot = clash
@@ -391,13 +243,22 @@ class Tuned(nn.Module):
             self._refresh()
 
     # -- looking ------------------------------------------------------------------------------------------------------
+    def layers(self) -> list[Layer]:
+        """The layers of the active adapters, in the model's order for each."""
+        return [layer for name in self.active for layer in self.adapters[name].values()]
+
+    @property
+    def originals(self) -> list[nn.Parameter]:
+        """The base's own parameters for which a trained copy or a merged weight stands in."""
+        return list(self._originals.values())
+
     def count(self) -> Count:
         """Exact also on the meta device. A trained copy replaces a parameter, so it adds nothing to the total, except
         where it breaks a tie (softmax tuning of a tied head adds V·d)."""
         with self.disabled():
             base = numbers(self.base)
-        trained = {id(p): p.numel() for layer in self._layers() for p in layer.parameters() if p.requires_grad}
-        return Count(sum(trained.values()), base + sum(layer.added() for layer in self._layers()))
+        trained = {id(p): p.numel() for layer in self.layers() for p in layer.parameters() if p.requires_grad}
+        return Count(sum(trained.values()), base + sum(layer.added() for layer in self.layers()))
 
     @torch.no_grad()
     def deltas(self) -> dict[str, torch.Tensor]:
@@ -412,10 +273,10 @@ class Tuned(nn.Module):
             result[path] = result[path] + delta if path in result else delta
 
         with self.disabled():
-            for layer in (layer for layer in self._layers() if layer.slots):
+            for layer in (layer for layer in self.layers() if layer.slots):
                 add(layer.path, layer.delta())
         with self._unmerged():
-            for layer in (layer for layer in self._layers() if not layer.slots):
+            for layer in (layer for layer in self.layers() if not layer.slots):
                 for name, delta in layer.changes().items():
                     add(layer.path if name == "weight" else f"{layer.path}.{name}", delta)
         return result
@@ -435,12 +296,6 @@ class Tuned(nn.Module):
             for method in self.methods[name]:
                 method.stepped(list(self.adapters[name].values()), step)
 
-    def save(self, path: str | os.PathLike, name: str | None = None) -> None:
-        """Writes one adapter (the active one) to a directory; see `minipeft.serve.checkpoint`."""
-        from minipeft.serve.checkpoint import save_adapter
-
-        save_adapter(self, path, name)
-
     # -- merging ------------------------------------------------------------------------------------------------------
     def merge(self) -> dict[str, float]:
         """W' = W + ΔW, computed in float32 and stored in W's dtype, replaces W; the hooks fall silent.
@@ -449,7 +304,7 @@ class Tuned(nn.Module):
         {path: ‖(W' − W) − ΔW‖ / ‖ΔW‖}, and warns when it is over a tenth ({} for methods that train W itself).
         Raises ValueError when merged already, and for adapters that change no weight.
         """
-        self._must_be_open("merge")
+        self.check_open("merge")
         if not self.active:
             raise ValueError(f"No adapter is active, so there is nothing to merge; use() one of {list(self.adapters)}.")
         self._merged, lost = self._merge()
@@ -480,13 +335,7 @@ class Tuned(nn.Module):
         for (path, name), flag in self._required.items():
             owner = self.base.get_submodule(path)
             owner._parameters[name] = merged.get((path, name), owner._parameters[name]).requires_grad_(flag)
-        ours = {id(seat) for seat in (*self._seats.values(), self._front)}
-        for module in self.base.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in ours]:
-                    del hooks[key]
-                    module._forward_hooks_with_kwargs.pop(key, None)
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        remove_hooks(self.base, [*self._seats.values(), self._front])
         if untied and hasattr(self.base, "config"):
             self.base.config.tie_word_embeddings = False
         del self.base._tuned
@@ -495,9 +344,6 @@ class Tuned(nn.Module):
         return self.base
 
     # -- inside -------------------------------------------------------------------------------------------------------
-    def _layers(self) -> list[Layer]:
-        return [layer for name in self.active for layer in self.adapters[name].values()]
-
     def _known(self, names: Sequence[str]) -> tuple[str, ...]:
         for name in names:
             if name not in self.adapters:
@@ -508,7 +354,8 @@ class Tuned(nn.Module):
         if not hasattr(self.base, "_tuned"):
             raise ValueError(f"This Tuned is detached, so it cannot {verb}; call attach(model, method) again.")
 
-    def _must_be_open(self, verb: str) -> None:
+    def check_open(self, verb: str) -> None:
+        """Raises ValueError when detached or merged: `verb` needs the adapters apart from the base."""
         self._must_be_attached(verb)
         if self._merged is not None:
             raise ValueError(f"The adapters {list(self.active)} are merged; call unmerge() before {verb}.")
@@ -517,13 +364,25 @@ class Tuned(nn.Module):
         """Makes the base's pointers agree with what is active, merged and disabled."""
         bare = self._disabled or self._state.rows is not None
         self._state.silent = self._disabled or self._merged is not None
-        merged = self._merged or {slot: layer.value for layer in self._layers() for slot in layer.slots}
+        merged = self._merged or {slot: layer.value for layer in self.layers() for slot in layer.slots}
         for (path, name), original in self._originals.items():
             self.base.get_submodule(path)._parameters[name] = original
         self._originals = {}
         for (path, name), new in ({} if bare else merged).items():
             parameters = self.base.get_submodule(path)._parameters
             self._originals[path, name], parameters[name] = parameters[name], new
+
+    @contextlib.contextmanager
+    def installed(self, weights: Mapping[Slot, nn.Parameter]):
+        """Within it, the base computes with these parameters in these places, and no adapter acts."""
+        self.check_open("install weights")
+        self._merged = dict(weights)
+        self._refresh()
+        try:
+            yield self
+        finally:
+            self._merged = None
+            self._refresh()
 
     @contextlib.contextmanager
     def _unmerged(self):
@@ -536,79 +395,27 @@ class Tuned(nn.Module):
             self._merged, self._disabled = before
             self._refresh()
 
-    @torch.no_grad()
     def _merge(self) -> tuple[dict[Slot, nn.Parameter], dict[str, float]]:
-        """The parameters of the merged model that differ from the base's, and how much of each ΔW rounding took."""
-        new: dict[Slot, torch.Tensor] = {}
-        for layer in self._layers():
-            if layer.slots:
-                new |= dict.fromkeys(layer.slots, layer.value.detach())
-        deltas: dict[Slot, torch.Tensor] = {}
-        lost: dict[str, float] = {}
         with self._unmerged():
-            for layer in (layer for layer in self._layers() if not layer.slots):
-                changes = layer.changes()  # says so, where a layer changes no weight
-                owner = self.base.get_submodule(layer.path)
-                for name, delta in changes.items():
-                    slot = (layer.path, name)
-                    if name not in owner._parameters and not (name == "weight" and packed(owner)):
-                        raise ValueError(
-                            f"{layer.path!r} computes its {name} from other tensors, so nothing can be merged."
-                        )
-                    wide = torch.promote_types(getattr(owner, name).dtype, torch.float32)
-                    delta = (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
-                    deltas[slot] = deltas[slot] + delta if slot in deltas else delta
-            for (path, name), delta in deltas.items():
-                owner = self.base.get_submodule(path)
-                old = getattr(owner, name)
-                # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
-                exact = old.to(delta.dtype) + delta.to(old.device)
-                if packed(owner) and name == "weight":  # a quantised W' is rounded to its code again
-                    stored = owner.stored(exact)
-                    new |= {(path, part): value for part, value in stored.items()}
-                    kept = owner.dense(list(stored.values()))
-                else:
-                    kept = new[path, name] = exact.to(old.dtype)
-                if not old.is_meta and (size := delta.norm()) > 0:
-                    rounded = kept.to(delta.dtype) - old.to(delta.dtype)
-                    lost[path if name == "weight" else f"{path}.{name}"] = ((rounded - delta).norm() / size).item()
-        # one parameter for each value, so that what is tied stays tied
-        shared = {id(v): nn.Parameter(v, requires_grad=False) for v in new.values()}
-        return {slot: shared[id(value)] for slot, value in new.items()}, lost
+            return merged(self.base, self.layers())
 
     def _broken_ties(self) -> list[str]:
         """Merged parameters of which another alias in the base stays as it was."""
         with self.disabled():
-            everywhere = list(slots(self.base))
-        merged = self._merged or {}
-        left = {id(p) for slot, p in everywhere if slot not in merged}
-        return [".".join(slot) for slot, p in everywhere if slot in merged and id(p) in left]
+            return broken_ties(self.base, self._merged or {})
 
     @contextlib.contextmanager
     def _per_row(self, adapters: Sequence[str | None], args: tuple, kwargs: dict):
-        self._must_be_open("choosing adapters per row")
-        if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
-            raise TypeError(f"adapters={adapters!r} is not a list with one adapter name or None per row of the batch.")
-        names = self._known([name for name in adapters if name is not None])
-        for name in names:
-            layers = self.adapters[name].values()
-            if any(layer.slots or layer.front for layer in layers):
-                what = "replaces parameters of" if any(layer.slots for layer in layers) else "puts tokens in front of"
-                raise ValueError(f"{name!r} {what} the base, so it cannot be chosen per row; use({name!r}).")
-        batch = next(
-            (len(v) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), len(adapters)
-        )
-        if batch != len(adapters):
-            raise ValueError(
-                f"adapters= has {len(adapters)} entries for a batch of {batch}; give one name or None per row."
-            )
+        self.check_open("choosing adapters per row")
         if self.training and torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
             raise ValueError(
                 "Gradient checkpointing runs layers again after the call, when the choice per row is forgotten; "
                 "turn it off with gradient_checkpointing_disable()."
             )
+        check_rows(adapters, self.adapters, args, kwargs)
+        names = self._known([name for name in adapters if name is not None])
         state = self._state
-        state.batch = batch
+        state.batch = len(adapters)
         state.rows = {name: torch.tensor([i for i, each in enumerate(adapters) if each == name]) for name in names}
         self._refresh()
         try:

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from minipeft.attach import Layer, State
+    from minipeft.hook import State
+    from minipeft.layer import Layer
 
 IGNORE = -100
 

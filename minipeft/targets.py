@@ -164,6 +164,12 @@ def _parse(pattern: str) -> tuple[str, int, int]:
     return match[1], int(match[2] or 0), int(match[3] or 0)
 
 
+def exact(place: str) -> tuple[str, int, int]:
+    """(path, start, stop), a target that names one place and no other that ends alike; a stop of 0 is the end."""
+    match = re.fullmatch(r"(.+?)(?:\[(\d{1,9}):(\d{1,9})\])?", place)
+    return match[1], int(match[2] or 0), int(match[3] or 0)
+
+
 def _cut(path: str, module: nn.Module, ranges: set[tuple[int, int]]) -> list[Target]:
     if not torch.is_floating_point(module.weight):
         raise ValueError(f"{path!r} holds {module.weight.dtype} weights; a target needs floating-point weights.")

@@ -50,7 +50,7 @@ def padded(ids: torch.Tensor, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("left", [True, False])
 def test_rows_of_unequal_length_equal_each_row_alone(family, method, left):
-    tuned = tuned_for(family, method)
+    tuned = tuned_for(family, method).double()  # in float32 the rounding of another batch shape is seen
     ids = tiny.batch(tuned)["input_ids"]
     batch, mask = padded(ids, left)
     with torch.no_grad():

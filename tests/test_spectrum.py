@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.analyze.intrinsic import Subspace, hadamard, intrinsic_dimension
+from minipeft.analyze.intrinsic import intrinsic_dimension
 from minipeft.analyze.spectrum import (
     amplification,
     base_weight,
@@ -29,6 +29,7 @@ from minipeft.analyze.spectrum import (
 from minipeft.attach import attach
 from minipeft.methods.lora import LoRA
 from minipeft.methods.select import BitFit, Full, Softmax
+from minipeft.methods.subspace import Subspace, hadamard
 
 
 def diagonal(values) -> torch.Tensor:

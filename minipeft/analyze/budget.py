@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from minipeft.analyze.catalogue import build
-from minipeft.attach import Method, attach
+from minipeft.attach import attach
+from minipeft.layer import Method
 
 SYMBOLS = {
     "d_in": r"d_\mathrm{in}", "d_out": r"d_\mathrm{out}", "h_kv": r"h_\mathrm{kv}", "d_h": r"d_\mathrm{head}",
@@ -261,7 +262,7 @@ def budget(model, method: Method | Sequence[Method]) -> Budget:
     tuned = attach(on_meta(model), method)
     try:
         count, lines, seen, keys = tuned.count(), [], set(), {}
-        for layer in tuned._layers():
+        for layer in tuned.layers():
             parts = {}
             for name, parameter in layer.named_parameters():
                 if id(parameter) not in seen and parameter.requires_grad:

@@ -14,7 +14,8 @@ from functools import cache
 
 from torch import nn
 
-from minipeft.attach import Method, attach
+from minipeft.attach import attach
+from minipeft.layer import Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.world import corpus, tasks
 from minipeft.world.tasks import Task

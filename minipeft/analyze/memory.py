@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minipeft.attach import Method, Tuned, attach
+from minipeft.attach import Tuned, attach
+from minipeft.layer import Method
 from minipeft.methods.qlora import quantize
 
 
@@ -162,7 +163,7 @@ def _kept(model: nn.Module, optimizer) -> dict[str, list[torch.Tensor]]:
     """What stays from step to step, each storage in one part only."""
     trained = list(model.adapters.parameters()) if isinstance(model, Tuned) else []
     beside = {id(p) for p in trained}
-    originals = list(model._originals.values()) if isinstance(model, Tuned) else []
+    originals = model.originals if isinstance(model, Tuned) else []
     return {
         "weights": [t for t in (*model.parameters(), *model.buffers(), *originals) if id(t) not in beside],
         "trained": trained,
@@ -186,7 +187,7 @@ def _build(model) -> nn.Module:
 def _copy(model: nn.Module, new: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """The model over new tensors; no number is read, and what was shared is shared."""
     memo: dict[int, torch.Tensor] = {}
-    originals = model._originals.values() if isinstance(model, Tuned) else ()
+    originals = model.originals if isinstance(model, Tuned) else []
     for tensor in (*model.parameters(), *model.buffers(), *originals):
         with torch.no_grad():
             fresh = new(tensor)

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import Layer, Tuned
+from minipeft.attach import Tuned
+from minipeft.layer import Layer
 from minipeft.methods.lora import LoRALayer
 from minipeft.targets import Slot, flipped
 
@@ -132,7 +133,7 @@ def spectra(tuned: Tuned) -> dict[str, Spectrum]:
 
 def _by_path(tuned: Tuned) -> dict[str, list[Layer]]:
     found: dict[str, list[Layer]] = {}
-    for layer in tuned._layers():
+    for layer in tuned.layers():
         found.setdefault(layer.path, []).append(layer)
     return found
 
@@ -154,7 +155,7 @@ def truncated(tuned: Tuned, rank: int, found: Mapping[str, Spectrum] | None = No
 
     `found`: what `spectra(tuned)` returned, so that a slider need not decompose again.
     """
-    tuned._must_be_open("truncated")
+    tuned.check_open("truncated")
     found = spectra(tuned) if found is None else found
     new: dict[Slot, nn.Parameter] = {}
     with torch.no_grad(), tuned.disabled():
@@ -167,13 +168,8 @@ def truncated(tuned: Tuned, rank: int, found: Mapping[str, Spectrum] | None = No
             old, delta = owner._parameters[places[0][1]], found[path].truncate(rank).matrix()
             value = old.to(delta) + (delta.T if flipped(owner) else delta)
             new |= dict.fromkeys(places, nn.Parameter(value.to(old.dtype), requires_grad=False))
-    tuned._merged = new
-    tuned._refresh()
-    try:
+    with tuned.installed(new):
         yield tuned
-    finally:
-        tuned._merged = None
-        tuned._refresh()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-from minipeft.attach import Method
+from minipeft.layer import Method
 
 PATH = Path(__file__).with_name("atlas.parquet")
 

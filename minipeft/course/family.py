@@ -13,7 +13,8 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from minipeft.attach import Method, attach
+from minipeft.attach import attach
+from minipeft.layer import Method
 from minipeft.learn.fit import evaluate, fit
 from minipeft.methods.adalora import AdaLoRA, ranks
 from minipeft.methods.dora import DoRA

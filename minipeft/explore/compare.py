@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 
-from minipeft.attach import Method
 from minipeft.course import atlas
 from minipeft.explore.slider import BLUE, GREEN, RED
+from minipeft.layer import Method
 
 
 def compare(runs, task: str, methods: Mapping[str, Method], lines: Mapping[str, float] | None = None):

@@ -7,9 +7,10 @@ import html
 import torch
 from matplotlib.figure import Figure
 
-from minipeft.attach import Method, Tuned
+from minipeft.attach import Tuned
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, SliderPlot
 from minipeft.explore.training import TrainingExplorer, choice, slider
+from minipeft.layer import Method
 from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.prompt import PromptTuning, PTuning, nearest, verbalize
 from minipeft.world import tasks

@@ -11,9 +11,10 @@ import ipywidgets
 import torch
 from matplotlib.figure import Figure
 
-from minipeft.attach import Method, Tuned, attach
+from minipeft.attach import Tuned, attach
 from minipeft.course import atlas
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot
+from minipeft.layer import Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.world import tasks
 from minipeft.world.base import load, write

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from minipeft.analyze.memory import PeakMemory
-from minipeft.attach import Layer, Tuned
+from minipeft.attach import Tuned
+from minipeft.layer import Layer
 from minipeft.world.tasks import Task
 
 IGNORE = -100  # a label that no loss is taken over
@@ -204,7 +205,7 @@ def _step(model, inputs, optimizer, step: int) -> float:
 def _held(model, optimizer) -> list[torch.Tensor]:
     moments = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    originals = getattr(model, "_originals", {}).values()  # what the trained copies of `Full` stand in for
+    originals = model.originals if isinstance(model, Tuned) else []  # what the trained copies of `Full` stand in for
     return [*model.parameters(), *model.buffers(), *originals, *moments, *gradients]
 
 

@@ -33,7 +33,8 @@ from pathlib import Path
 import torch
 
 from minipeft.analyze.spectrum import spectra
-from minipeft.attach import Layer, Method, attach
+from minipeft.attach import attach
+from minipeft.layer import Layer, Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.world import base, tasks
 
@@ -113,13 +114,11 @@ def run(point: Point) -> dict:
             started = time.process_time()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                for _ in training(
-                    tuned, task, history, point.steps, point.lr, point.batch, point.seed, point.schedule
-                ):
+                for _ in training(tuned, task, history, point.steps, point.lr, point.batch, point.seed, point.schedule):
                     pass
             score = evaluate(tuned, task, n=None if task.bits else 100)
             plain = evaluate(tuned, tasks.plain(), n=50)
-            known = history.stopped == "finished" and all(type(la).delta is not Layer.delta for la in tuned._layers())
+            known = history.stopped == "finished" and all(type(la).delta is not Layer.delta for la in tuned.layers())
             found = list(spectra(tuned).values()) if known else []
             count = tuned.count()
         finally:

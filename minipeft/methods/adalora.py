@@ -17,9 +17,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import Layer, Method, Tuned, WeightLayer
-from minipeft.methods.lora import check_rank, linear_targets
-from minipeft.targets import Target, Targets
+from minipeft.attach import Tuned
+from minipeft.files import MAPPING, NUMBER, Tensors, WeightLayout, register
+from minipeft.layer import Layer, Method, WeightLayer
+from minipeft.methods.common import (
+    check_choice,
+    check_fits,
+    check_gamma,
+    check_share,
+    check_whole,
+    freeze,
+    linear_targets,
+)
+from minipeft.methods.lora import LoRALayout
+from minipeft.targets import Target, Targets, exact, flipped
 
 
 @dataclass(frozen=True)
@@ -54,24 +65,25 @@ class AdaLoRA(Method):
     dropout: float = 0.0
     targets: Targets = "all-linear"
 
+    examples = ({"rank": 2, "initial_rank": 3},)
+
     def __post_init__(self, alpha: float | None) -> None:
         def default(name: str, value: object) -> None:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
         if (self.rank, self.initial_rank) != (0, 0):  # both zero: a place that a file says was pruned away
-            check_rank(self.rank)
+            check_whole("rank", self.rank)
             default("initial_rank", math.ceil(1.5 * self.rank))
-            check_rank(self.initial_rank, "initial_rank")
+            check_whole("initial_rank", self.initial_rank)
         if self.rank > self.initial_rank:
             raise ValueError(f"rank={self.rank} is above initial_rank={self.initial_rank}: ranks only shrink.")
         if self.gamma is not None and alpha is not None:
             raise ValueError(f"gamma={self.gamma} and alpha={alpha} both set the scale γ; give one of them.")
         default("gamma", 2.0 if alpha is None else alpha / max(1, self.initial_rank))
-        if not (math.isfinite(self.gamma) and self.gamma > 0):
-            raise ValueError(f"The scale γ is {self.gamma}; it must be a positive number, such as 2.0.")
+        check_gamma(self.gamma, positive=True)
         for name in ("steps", "interval"):
-            check_rank(getattr(self, name), name)
+            check_whole(name, getattr(self, name))
         default("warmup", self.steps // 10)
         default("final", self.steps // 3)
         if not (self.warmup >= 0 and self.final >= 0 and self.warmup < self.steps - self.final):
@@ -83,21 +95,13 @@ class AdaLoRA(Method):
                 raise ValueError(f"{name}={getattr(self, name)} is outside (0, 1), such as 0.85.")
         if not (math.isfinite(self.orthogonality) and self.orthogonality >= 0):
             raise ValueError(f"orthogonality={self.orthogonality} is not a number of at least 0.")
-        if self.penalty_form not in ("paper", "peft"):
-            raise ValueError(f'penalty_form={self.penalty_form!r} is not "paper" or "peft".')
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} is outside [0, 1); 0.0 turns it off.")
-        if isinstance(self.targets, list | set | frozenset):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        check_choice("penalty_form", self.penalty_form, ("paper", "peft"))
+        check_share("dropout", self.dropout)
+        freeze(self)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], AdaLoRALayer]]:
         targets = linear_targets(model, self)
-        for t in targets:
-            if self.initial_rank > min(t.d_in, t.d_out):
-                raise ValueError(
-                    f"initial_rank={self.initial_rank} is above min(d_in, d_out) of {t.key!r}, a {t.d_out}×{t.d_in} "
-                    f"weight; use at most {min(t.d_in, t.d_out)}, or other targets."
-                )
+        check_fits(self.initial_rank, targets, "initial_rank")
         return {t.key: partial(AdaLoRALayer, t, self) for t in targets}
 
     def penalty(self, layers: Sequence[Layer]) -> torch.Tensor | float:
@@ -150,12 +154,10 @@ class AdaLoRALayer(WeightLayer):
     def __init__(self, target: Target, method: AdaLoRA, generator: torch.Generator):
         super().__init__(target)
         self.method, self.gamma, r = method, float(method.gamma), method.initial_rank
-        weight = target.module.weight
-        place = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        self.P = nn.Parameter(torch.zeros(target.d_out, r, **place))
-        self.lam = nn.Parameter(torch.zeros(r, 1, **place))
-        self.Q = nn.Parameter(torch.zeros(r, target.d_in, **place))
-        self.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=weight.device))
+        self.P = nn.Parameter(torch.zeros(target.d_out, r, **self.place(target)))
+        self.lam = nn.Parameter(torch.zeros(r, 1, **self.place(target)))
+        self.Q = nn.Parameter(torch.zeros(r, target.d_in, **self.place(target)))
+        self.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=self.P.device))
         for name, p in list(self.named_parameters()):
             self.register_buffer(f"sensitivity_{name}", torch.zeros_like(p), persistent=False)
             self.register_buffer(f"uncertainty_{name}", torch.zeros_like(p), persistent=False)
@@ -203,3 +205,53 @@ def ranks(tuned: Tuned) -> dict[str, int]:
     """{path: how many triplets are kept} of the active adapters' AdaLoRA layers, in the model's order."""
     layers = (layer for name in tuned.active for layer in tuned.adapters[name].values())
     return {layer.key: int(layer.kept.sum()) for layer in layers if isinstance(layer, AdaLoRALayer)}
+
+
+@register
+class AdaLoRALayout(WeightLayout):
+    """lora_A Q (rank, d_in), lora_B P (d_out, rank), lora_E Λ (rank, 1), without the pruned triplets.
+
+    lora_alpha = γ·(init_r + 10⁻⁵): PEFT divides by that sum. rank_pattern: for each lora_E which of init_r are left.
+    """
+
+    peft_type, layer = "ADALORA", AdaLoRALayer
+    ends, needs = r"lora_[ABE]", "lora_A, lora_B and lora_E"
+    numbers = {
+        "target_r": "rank", "total_step": "steps", "tinit": "warmup", "tfinal": "final", "deltaT": "interval",
+        "beta1": "beta1", "beta2": "beta2", "orth_reg_weight": "orthogonality", "lora_dropout": "dropout",
+    }  # fmt: skip
+    kinds = {
+        "init_r": (int,), "lora_alpha": NUMBER, "rank_pattern": MAPPING,
+        **{name: (*NUMBER, type(None)) for name in numbers},
+    }  # fmt: skip
+    foreign = LoRALayout.foreign
+
+    def config(self, base: nn.Module, layers: list[AdaLoRALayer]) -> dict:
+        first, width = layers[0], max(len(layer.kept) for layer in layers)
+        if any(layer.gamma != first.gamma for layer in layers):
+            raise ValueError("These AdaLoRA layers differ in γ, and a file has one; save them under separate names.")
+        alive = {f"{x.key}.lora_E": x.alive().tolist() + [False] * (width - len(x.kept)) for x in layers}
+        return super().config(base, layers) | {
+            "init_r": width,
+            "lora_alpha": first.gamma * (width + 1e-5),
+            **{name: getattr(first.method, ours) for name, ours in self.numbers.items()},
+            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+            "bias": "none",
+            "rank_pattern": None if all(map(all, alive.values())) else alive,
+        }
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[AdaLoRA]:
+        """One method for each rank that is left. What was pruned stays pruned, and nothing more will be."""
+        pattern, width = config.get("rank_pattern") or {}, config["init_r"]
+        groups: dict[int, list[tuple[str, int, int]]] = {}
+        for place in places:
+            left = pattern.get(f"{place}.lora_E", [True] * min(width, 10**6))
+            if not isinstance(left, list) or len(left) != width or not all(isinstance(each, bool) for each in left):
+                raise ValueError(f"rank_pattern must hold {width} times true or false for {place!r}.")
+            groups.setdefault(sum(left), []).append(exact(place))
+        given = {ours: config[name] for name, ours in self.numbers.items() if config.get(name) is not None}
+        gamma = config["lora_alpha"] / (width + 1e-5)
+        return [
+            AdaLoRA(gamma=gamma, initial_rank=rank, targets=targets, **(given | {"rank": rank}))
+            for rank, targets in groups.items()
+        ]

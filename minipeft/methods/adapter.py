@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import After, Layer, Method
-from minipeft.methods.prompt import like
+from minipeft.files import OURS, SettingsLayout, register
+from minipeft.layer import After, Layer, Method
+from minipeft.methods.common import check_choice, check_whole, like
 from minipeft.targets import head, is_matrix, resolve
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "silu": F.silu, "identity": lambda x: x}
@@ -62,12 +63,17 @@ class Adapter(Method):
     share: int = 1
     share_within: bool = False
 
+    examples = (
+        {"bottleneck": 4},
+        {"bottleneck": 4, "placement": "parallel", "activation": "gelu"},
+        {"bottleneck": 4, "share": 2, "share_within": True, "activation": "tanh"},
+    )
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "placement", check_placement(self.placement, self.top))
         for name in ("bottleneck", "share"):
-            check_number(name, getattr(self, name))
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}.")
+            check_whole(name, getattr(self, name))
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], AdapterLayer]]:
         groups: dict[tuple, list[Site]] = {}
@@ -116,6 +122,16 @@ class AdapterLayer(Layer):
         return (output + self(h)).to(output.dtype)
 
 
+@register
+class AdapterLayout(SettingsLayout):
+    """adapter.down.weight (m, d), adapter.up.weight (d, m), and their biases"""
+
+    peft_type, layer, method, word = OURS + "ADAPTER", AdapterLayer, Adapter, "adapter"
+
+    def fits(self, method: Adapter, key: str, value: torch.Tensor) -> bool:
+        return key.endswith("adapter.down.bias") and value.shape == (method.bottleneck,)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Places
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,15 +139,10 @@ def check_placement(placement: str | Sequence[str], top: int | None) -> str | tu
     if isinstance(placement, str) and placement not in PLACEMENTS:
         raise ValueError(f"placement={placement!r} is not {', '.join(PLACEMENTS)}; for suffixes write [{placement!r}].")
     if top is not None:
-        check_number("top", top)
+        check_whole("top", top)
         if not isinstance(placement, str):
             raise ValueError("top= counts blocks, and suffixes name the places themselves; give one of the two.")
     return placement if isinstance(placement, str) else tuple(placement)
-
-
-def check_number(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} is not a whole number of at least 1.")
 
 
 def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = None) -> list[Site]:

@@ -14,33 +14,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.methods.lora import LoRA, LoRALayer
+from minipeft.files import register
+from minipeft.methods.lora import LoRA, LoRALayer, LoRALayout
 from minipeft.targets import Target
-
-
-@dataclass(frozen=True)
-class DoRA(LoRA):
-    """W' = m ⊙ (W + γ·B·A)/‖W + γ·B·A‖: LoRA gives the direction, m (d_out,) the magnitude; all three train.
-
-    The arguments are LoRA's. It holds Σ r·(d_in + d_out) + d_out numbers. Embeddings and init="pissa" are refused.
-    """
-
-    def __post_init__(self, alpha: float | None) -> None:
-        super().__post_init__(alpha)
-        if self.init in ("pissa", "both-random"):
-            raise ValueError(f"init={self.init!r} is for LoRA; DoRA starts from kaiming, gaussian or orthogonal.")
-
-    @property
-    def layer(self) -> type[LoRALayer]:
-        return DoRALayer
-
-    @property
-    def embeddings(self) -> bool:
-        return False
 
 
 class DoRALayer(LoRALayer):
     """LoRA's A and B, and m (d_out,)."""
+
+    embeddings = False
 
     def __init__(self, target: Target, method: DoRA, generator: torch.Generator):
         super().__init__(target, method, generator)
@@ -73,3 +55,27 @@ class DoRALayer(LoRALayer):
 
     def stored(self) -> dict[str, torch.Tensor]:
         return super().stored() | {"lora_magnitude_vector": self.m}
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """W' = m ⊙ (W + γ·B·A)/‖W + γ·B·A‖: LoRA gives the direction, m (d_out,) the magnitude; all three train.
+
+    The arguments are LoRA's. It holds Σ r·(d_in + d_out) + d_out numbers. Embeddings and init="pissa" are refused.
+    """
+
+    layers = dict.fromkeys(("kaiming", "gaussian", "orthogonal"), DoRALayer)
+    examples = ({"rank": 2},)
+
+    def __post_init__(self, alpha: float | None) -> None:
+        if self.init in LoRA.layers and self.init not in self.layers:
+            raise ValueError(f"init={self.init!r} is for LoRA; DoRA starts from {', '.join(self.layers)}.")
+        super().__post_init__(alpha)
+
+
+@register
+class DoRALayout(LoRALayout):
+    """LoRA's two, and lora_magnitude_vector (d_out,)."""
+
+    layer, method, flag = DoRALayer, DoRA, {"use_dora": True}
+    ends, needs = r"lora_(?:[AB]\.weight|magnitude_vector)", "lora_A, lora_B and lora_magnitude_vector"

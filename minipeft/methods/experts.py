@@ -18,9 +18,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from minipeft.attach import After, Layer, Method
-from minipeft.methods.adapter import ACTIVATIONS, Site, check_number, check_placement, sites
-from minipeft.methods.prompt import like
+from minipeft.files import OURS, SettingsLayout, register
+from minipeft.layer import After, Layer, Method
+from minipeft.methods.adapter import ACTIVATIONS, Site, check_placement, sites
+from minipeft.methods.common import check_choice, check_whole, like
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,16 @@ class Experts(Method):
     top: int | None = None
     balance: float = 0.01
 
+    examples = ({"bottleneck": 4, "activation": "gelu"},)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "placement", check_placement(self.placement, self.top))
         for name in ("bottleneck", "experts", "chosen"):
-            check_number(name, getattr(self, name))
+            check_whole(name, getattr(self, name))
         if self.placement == "parallel" or self.chosen > self.experts:
             what = f"chosen={self.chosen} is above experts={self.experts}" if self.chosen > self.experts else "parallel"
             raise ValueError(f"{what}: choose at most all of the experts, after attention or the feed-forward part.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}.")
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
         if not (isinstance(self.balance, int | float) and math.isfinite(self.balance) and self.balance >= 0):
             raise ValueError(f"balance={self.balance!r} is not a number of at least 0, such as 0.01.")
 
@@ -128,3 +130,13 @@ class AlsoMinimise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return gradient, gradient.new_ones(())
+
+
+@register
+class ExpertsLayout(SettingsLayout):
+    """experts.router (E, d), experts.down (E, m, d), experts.up (E, d, m), and biases"""
+
+    peft_type, layer, method, word = OURS + "EXPERTS", ExpertsLayer, Experts, "experts"
+
+    def fits(self, method: Experts, key: str, value: torch.Tensor) -> bool:
+        return key.endswith("experts.down_bias") and value.shape == (method.experts, method.bottleneck)

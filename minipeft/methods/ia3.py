@@ -6,6 +6,7 @@ Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from minipeft.attach import Method, WeightLayer
-from minipeft.methods.lora import no_embedding
-from minipeft.targets import Target, Targets, resolve
+from minipeft.files import WORDS, Tensors, WeightLayout, compiled, register
+from minipeft.layer import Method, WeightLayer
+from minipeft.methods.common import freeze, no_embedding
+from minipeft.targets import Target, Targets, exact, flipped, resolve
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,7 @@ class IA3(Method):
     feedforward: Targets = ("down_proj",)
 
     def __post_init__(self) -> None:
-        for name in ("targets", "feedforward"):
-            if isinstance(value := getattr(self, name), list | set | frozenset):
-                object.__setattr__(self, name, tuple(value))
+        freeze(self, "targets", "feedforward")
         if self.targets == () and self.feedforward == ():
             raise ValueError("targets and feedforward are both empty, so IA3 would train nothing; name some layers.")
 
@@ -55,10 +55,8 @@ class IA3Layer(WeightLayer):
     def __init__(self, target: Target, feedforward: bool, _: torch.Generator):
         super().__init__(target)
         self.feedforward = feedforward
-        weight = target.module.weight
         shape = (1, target.d_in) if feedforward else (target.d_out, 1)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.l = nn.Parameter(torch.ones(shape, dtype=dtype, device=weight.device))
+        self.l = nn.Parameter(torch.ones(shape, **self.place(target)))
 
     def extra(self, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         """W·(l ⊙ x) + b less the plain output, or (l − 1) ⊙ the plain output."""
@@ -81,3 +79,31 @@ class IA3Layer(WeightLayer):
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {"ia3_l": self.l}
+
+
+@register
+class IA3Layout(WeightLayout):
+    """ia3_l: (d_out, 1), or (1, d_in) for a layer in feedforward_modules."""
+
+    peft_type, layer = "IA3", IA3Layer
+    ends, needs = "ia3_l", "ia3_l"
+    kinds = {"feedforward_modules": (str, *WORDS)}
+
+    def config(self, base: nn.Module, layers: list[IA3Layer]) -> dict:
+        inputs = sorted({layer.path for layer in layers if layer.feedforward})
+        mistaken = any(layer.path.endswith(tuple(inputs)) for layer in layers if not layer.feedforward)
+        return super().config(base, layers) | {
+            "feedforward_modules": "|".join(map(re.escape, inputs)) if mistaken else inputs,
+            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+        }
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[IA3]:
+        inputs = config.get("feedforward_modules") or []
+        if isinstance(inputs, str):
+            scaled = compiled(inputs, "feedforward_modules").fullmatch
+        else:
+            scaled = lambda path: path.endswith(tuple(inputs))  # noqa: E731
+        groups: dict[bool, list[tuple[str, int, int]]] = {False: [], True: []}
+        for place in map(exact, places):
+            groups[bool(scaled(place[0]))].append(place)
+        return [IA3(targets=groups[False], feedforward=groups[True])] if places else []

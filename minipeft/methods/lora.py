@@ -20,10 +20,64 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import Method, WeightLayer
-from minipeft.targets import Target, Targets, resolve
+from minipeft.files import MAPPING, NUMBER, Tensors, WeightLayout, by_pattern, exactly, register
+from minipeft.layer import Method, WeightLayer
+from minipeft.methods.common import (
+    check_fits,
+    check_gamma,
+    check_share,
+    check_whole,
+    freeze,
+    linear_targets,
+)
+from minipeft.targets import Target, Targets, exact, flipped, resolve
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
+
+class LoRALayer(WeightLayer):
+    """A (r, d_in) and B (d_out, r) of one target, on its device, in float32 (float64 over a float64 base)."""
+
+    embeddings = True  # an embedding can be the target
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """γ·B·A·x, (…, d_in) → (…, d_out); for an embedding γ·B·A[:, ids], (…) → (…, d_out)."""
+        if self.embedding:
+            low = F.embedding(x, self.A.T)
+        else:
+            low = F.linear(F.dropout(x.to(self.A.dtype), self.dropout, self.training), self.A)
+        return F.linear(low, self.B) * self.gamma
+
+    def delta(self) -> torch.Tensor:
+        # ΔW = γ·B·A, of rank at most r
+        return self.gamma * (self.B @ self.A)
+
+    def __init__(self, target: Target, method: LoRA, generator: torch.Generator):
+        super().__init__(target)
+        self.rank, self.gamma, self.dropout = method.rank, method.gamma, method.dropout
+        self.rank_stabilized = method.rank_stabilized  # already in γ; a checkpoint says it again
+        self.lr_ratio = method.lr_ratio
+        self.embedding = isinstance(target.module, nn.Embedding)
+        self.A = nn.Parameter(torch.zeros(method.rank, target.d_in, **self.place(target)))
+        self.B = nn.Parameter(torch.zeros(target.d_out, method.rank, **self.place(target)))
+        if not self.A.is_meta:
+            self.start(method.init, generator)
+
+    def start(self, init: str, generator: torch.Generator) -> None:
+        """A random and B zero, so that B·A = 0 and the model is still the base."""
+        # The input of an embedding is one-hot: a random A would be one small random column per token. So the authors'
+        # code swaps the roles there, A = 0 and B ~ N(0, 1), and so does this.
+        if not self.embedding:
+            self.A.data.copy_(draw(init, *self.A.shape, self.A.dtype, generator))
+        if self.embedding or init == "both-random":
+            self.B.data.copy_(torch.empty(self.B.shape, dtype=self.B.dtype).normal_(generator=generator))
+
+    def rates(self) -> list[tuple[nn.Parameter, float]]:
+        return [(self.B, self.lr_ratio)] if self.lr_ratio != 1 and not self.embedding else []
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        name = "lora_embedding_{}" if self.embedding else "lora_{}.weight"
+        return {name.format("A"): self.A, name.format("B"): self.B}
+
+
 FAULTS = ("both-random",)
 
 
@@ -36,7 +90,7 @@ class LoRA(Method):
         `rank_stabilized` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", §3).
     `targets`: see `minipeft.targets.resolve`.
     `init` of A: "kaiming" U(−1/√d_in, 1/√d_in), as in the authors' code; "gaussian" N(0, 1/r²), as in PEFT;
-        "orthogonal": orthonormal rows. "pissa": A and B from the largest singular directions of W, see `PiSSALayer`.
+        "orthogonal": orthonormal rows. "pissa": A and B from the largest singular directions of W, see `pissa.py`.
         "both-random" is a fault that is in circulation, A and B both N(0, 1): it is here to be shown, and warns.
     `dropout`: the probability that an input of A is dropped while training; embeddings have no such input.
     `lr_ratio`: B's learning rate as a multiple of A's (Hayou et al. 2024, "LoRA+", §5: about 16); `fit` obeys it. On an
@@ -56,8 +110,24 @@ class LoRA(Method):
     dropout: float = 0.0
     lr_ratio: float = 1.0
 
+    layers = dict.fromkeys(("kaiming", "gaussian", "orthogonal", *FAULTS), LoRALayer)  # {init: what it starts}
+    examples = (
+        {"rank": 2},
+        {"rank": 3, "alpha": 4.0, "rank_stabilized": True, "targets": "attention"},
+        {"rank": 2, "lr_ratio": 4.0, "targets": "mlp"},
+        {"rank": 2, "init": "pissa"},
+    )
+
+    def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], LoRALayer]]:
+        layer = self.layers[self.init]
+        targets = resolve(model, self.targets) if layer.embeddings else linear_targets(model, self)
+        check_fits(self.rank, targets)
+        if self.init in FAULTS:
+            warnings.warn(f"init={self.init!r} changes the model before training begins: a fault, shown.", stacklevel=4)
+        return {t.key: partial(layer, t, self) for t in targets}
+
     def __post_init__(self, alpha: float | None) -> None:
-        check_rank(self.rank)
+        check_whole("rank", self.rank)
         if self.gamma is not None and alpha is not None:
             raise ValueError(f"gamma={self.gamma} and alpha={alpha} both set the scale γ; give one of them.")
         if self.rank_stabilized and self.gamma is None and alpha is None:
@@ -69,134 +139,18 @@ class LoRA(Method):
         if alpha is not None:
             # γ = α/r,  or  γ = α/√r
             gamma = alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-        if not math.isfinite(gamma):
-            raise ValueError(f"The scale γ is {gamma}; it must be a finite number, such as 2.0.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} is outside [0, 1); 0.0 turns it off.")
-        if self.init not in INITS + FAULTS:
-            raise ValueError(f"init={self.init!r} is not one of {', '.join(INITS)}.")
-        if not (math.isfinite(self.lr_ratio) and self.lr_ratio > 0):
-            raise ValueError(f"lr_ratio={self.lr_ratio} is not a positive number, such as 16.0.")
+        check_share("dropout", self.dropout)
+        if self.init not in self.layers:
+            raise ValueError(
+                f"init={self.init!r} is not one of {', '.join(i for i in self.layers if i not in FAULTS)}."
+            )
+        check_gamma(gamma)
         if self.init == "pissa" and gamma <= 0:
             raise ValueError(f'init="pissa" splits a part of W into γ·B·A, so γ must be positive, but is {gamma}.')
+        if not (math.isfinite(self.lr_ratio) and self.lr_ratio > 0):
+            raise ValueError(f"lr_ratio={self.lr_ratio} is not a positive number, such as 16.0.")
         object.__setattr__(self, "gamma", float(gamma))
-        if isinstance(self.targets, list | set | frozenset):
-            object.__setattr__(self, "targets", tuple(self.targets))
-
-    def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], LoRALayer]]:
-        targets = resolve(model, self.targets) if self.embeddings else linear_targets(model, self)
-        for t in targets:
-            if self.rank > min(t.d_in, t.d_out):
-                raise ValueError(
-                    f"rank={self.rank} is above min(d_in, d_out) of {t.key!r}, a {t.d_out}×{t.d_in} weight; "
-                    f"use at most {min(t.d_in, t.d_out)}, or other targets."
-                )
-        if self.init in FAULTS:
-            warnings.warn(f"init={self.init!r} changes the model before training begins: a fault, shown.", stacklevel=4)
-        return {t.key: partial(self.layer, t, self) for t in targets}
-
-    @property
-    def layer(self) -> type[LoRALayer]:
-        return PiSSALayer if self.init == "pissa" else LoRALayer
-
-    @property
-    def embeddings(self) -> bool:
-        """Whether an embedding can be a target."""
-        return self.init != "pissa"
-
-
-def check_rank(rank: int, name: str = "rank") -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{name}={rank!r} is not a whole number of at least 1, such as 8.")
-
-
-def linear_targets(model: nn.Module, method: Method) -> list[Target]:
-    """The targets of a method that has no meaning on an embedding, whose input is not a vector."""
-    return no_embedding(resolve(model, method.targets), method)
-
-
-def no_embedding(targets: list[Target], method: Method) -> list[Target]:
-    if embedding := next((t for t in targets if isinstance(t.module, nn.Embedding)), None):
-        raise ValueError(f"{type(method).__name__} works on linear layers, but {embedding.key!r} is an embedding.")
-    return targets
-
-
-class LoRALayer(WeightLayer):
-    """A (r, d_in) and B (d_out, r) of one target, on its device, in float32 (float64 over a float64 base)."""
-
-    def __init__(self, target: Target, method: LoRA, generator: torch.Generator):
-        super().__init__(target)
-        self.rank, self.gamma, self.dropout = method.rank, method.gamma, method.dropout
-        self.rank_stabilized = method.rank_stabilized  # already in γ; a checkpoint says it again
-        self.lr_ratio = method.lr_ratio
-        self.embedding = isinstance(target.module, nn.Embedding)
-        weight = target.module.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.A = nn.Parameter(torch.zeros(method.rank, target.d_in, dtype=dtype, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(target.d_out, method.rank, dtype=dtype, device=weight.device))
-        if weight.device.type != "meta":
-            # The input of an embedding is one-hot: a random A would be one small random column per token. So the
-            # authors' code swaps the roles there, A = 0 and B ~ N(0, 1), and so does this.
-            if self.embedding:
-                self.B.data.copy_(torch.empty(self.B.shape, dtype=dtype).normal_(generator=generator))
-            else:
-                self.A.data.copy_(draw(method.init, method.rank, target.d_in, dtype, generator))
-            if method.init == "both-random":
-                self.B.data.copy_(torch.empty(self.B.shape, dtype=dtype).normal_(generator=generator))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """γ·B·A·x, (…, d_in) → (…, d_out); for an embedding γ·B·A[:, ids], (…) → (…, d_out)."""
-        if self.embedding:
-            low = F.embedding(x, self.A.T)
-        else:
-            low = F.linear(F.dropout(x.to(self.A.dtype), self.dropout, self.training), self.A)
-        return F.linear(low, self.B) * self.gamma
-
-    def delta(self) -> torch.Tensor:
-        # ΔW = γ·B·A, of rank at most r
-        return self.gamma * (self.B @ self.A)
-
-    def rates(self) -> list[tuple[nn.Parameter, float]]:
-        return [(self.B, self.lr_ratio)] if self.lr_ratio != 1 and not self.embedding else []
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        name = "lora_embedding_{}" if self.embedding else "lora_{}.weight"
-        return {name.format("A"): self.A, name.format("B"): self.B}
-
-
-class PiSSALayer(LoRALayer):
-    """Trains the r largest singular directions of W itself (Meng et al. 2024, "PiSSA", §3).
-
-    W = U·S·Vᵀ;  γ·B₀·A₀ = U_r·S_r·V_rᵀ, of which A and B start as copies;  ΔW = γ·(B·A − B₀·A₀). The paper freezes
-    W − γ·B₀·A₀ instead of W, which is the same model; here W stays as it is. ΔW has a rank of at most 2r, and is
-    written as a LoRA of that rank: (B, −B₀) and (A; A₀), as PEFT converts it.
-    """
-
-    def __init__(self, target: Target, method: LoRA, generator: torch.Generator):
-        super().__init__(target, method, generator)
-        if not self.A.is_meta:
-            U, S, Vh = torch.linalg.svd(self.weight.detach().to(self.A.dtype), full_matrices=False)
-            root = (S[: self.rank] / self.gamma).sqrt()
-            self.A.data.copy_(root[:, None] * Vh[: self.rank])
-            self.B.data.copy_(U[:, : self.rank] * root)
-        self.register_buffer("A0", self.A.detach().clone())
-        self.register_buffer("B0", self.B.detach().clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # γ·(B·A·x − B₀·A₀·x), exactly zero at the start
-        return super().forward(x) - F.linear(F.linear(x.to(self.A0.dtype), self.A0), self.B0) * self.gamma
-
-    def delta(self) -> torch.Tensor:
-        # γ·(B·A − B₀·A₀) as a sum of small products: the difference of two large ones would lose digits
-        return self.gamma * ((self.B - self.B0) @ self.A + self.B0 @ (self.A - self.A0))
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        return {"lora_A.weight": torch.cat([self.A, self.A0]), "lora_B.weight": torch.cat([self.B, -self.B0], 1)}
-
-    def restore(self, numbers: dict[str, torch.Tensor]) -> None:
-        A, B, r = numbers["lora_A.weight"], numbers["lora_B.weight"], self.rank
-        for mine, value in ((self.A, A[:r]), (self.A0, A[r:]), (self.B, B[:, :r]), (self.B0, -B[:, r:])):
-            mine.data.copy_(value)
+        freeze(self)
 
 
 def draw(init: str, rank: int, d_in: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -207,7 +161,62 @@ def draw(init: str, rank: int, d_in: int, dtype: torch.dtype, generator: torch.G
         return A.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
     if init in ("gaussian", "both-random"):
         return A.normal_(0, 1 / rank if init == "gaussian" else 1.0, generator=generator)
-    if init == "pissa":
-        return A.zero_()
     # A·Aᵀ = I:  the rows of Qᵀ in the QR decomposition of a random (d_in, r) matrix
     return torch.linalg.qr(A.normal_(generator=generator).T).Q.T
+
+
+@register
+class LoRALayout(WeightLayout):
+    """lora_A.weight (r, d_in), lora_B.weight (d_out, r); on an embedding lora_embedding_A (r, V) and _B (d, r).
+
+    lora_alpha = γ·r, or γ·√r with use_rslora.
+    """
+
+    peft_type, layer, method = "LORA", LoRALayer, LoRA
+    ends, needs = r"lora_(?:embedding_[AB]|[AB]\.weight)", "lora_A and lora_B"
+    kinds = {
+        "lora_alpha": NUMBER, "lora_dropout": (*NUMBER, type(None)), "use_rslora": (bool, type(None)),
+        "rank_pattern": MAPPING, "alpha_pattern": MAPPING,
+    }  # fmt: skip
+    foreign = (
+        *("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora"),
+        *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+    )
+
+    def config(self, base: nn.Module, layers: list[LoRALayer]) -> dict:
+        first = layers[0]
+        scale = math.sqrt if first.rank_stabilized else float
+        return super().config(base, layers) | {
+            "r": first.rank,
+            "lora_alpha": first.gamma * scale(first.rank),
+            "use_rslora": first.rank_stabilized,
+            "lora_dropout": first.dropout,
+            "bias": "none",
+            "fan_in_fan_out": any(flipped(base.get_submodule(x.path)) and not x.embedding for x in layers),
+            "rank_pattern": {exactly(x.key): x.rank for x in layers if x.rank != first.rank},
+            "alpha_pattern": {
+                exactly(x.key): x.gamma * scale(x.rank)
+                for x in layers
+                if (x.rank, x.gamma) != (first.rank, first.gamma)
+            },
+        }
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[LoRA]:
+        """One method for each combination of rank and γ."""
+        if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
+            init = config["init_lora_weights"]  # PiSSA, OLoRA and others change the base as well
+            raise ValueError(f"it was initialised by {init!r}, which changes the base; only plain LoRA loads.")
+        groups: dict[tuple, list[tuple[str, int, int]]] = {}
+        for place in places:
+            rank = by_pattern(config.get("rank_pattern"), place, config.get("r"), "rank_pattern")
+            alpha = by_pattern(config.get("alpha_pattern"), place, config.get("lora_alpha"), "alpha_pattern")
+            if isinstance(rank, bool) or not isinstance(rank, int):
+                raise ValueError(f"rank={rank!r} is not a whole number.")
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+                raise ValueError(f"lora_alpha = {alpha!r} is not a number.")
+            groups.setdefault((rank, alpha), []).append(exact(place))
+        return [self.make(config, rank, alpha, targets) for (rank, alpha), targets in groups.items()]
+
+    def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> LoRA:
+        stable, dropout = bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0
+        return self.method(rank=rank, alpha=alpha, rank_stabilized=stable, dropout=dropout, targets=targets)

@@ -11,7 +11,6 @@ Which entries? `Masked` ranks them by size; `gradient`, `fisher` and `lasso` sco
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import Method, WeightLayer, attach
+from minipeft.attach import attach
+from minipeft.files import OURS, PREFIX, Tensors, WeightLayout, register
+from minipeft.layer import Method, WeightLayer
+from minipeft.methods.common import freeze
 from minipeft.methods.select import Full
-from minipeft.targets import Target, Targets, flipped, resolve
+from minipeft.targets import Target, Targets, exact, flipped, resolve
 
 Batches = Iterable[dict[str, torch.Tensor]]  # each what the model is called with, labels included
 
@@ -42,13 +44,14 @@ class Masked(Method):
     by: str | Mapping[str, torch.Tensor] = "largest"
     targets: Targets = "all-linear"
 
+    examples = ({"share": 0.05}, {"share": 0.05, "by": "random", "targets": "mlp"})
+
     def __post_init__(self) -> None:
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
             raise ValueError(f"share={self.share!r} is outside (0, 1]; 0.005 trains one entry in 200.")
         if isinstance(self.by, str) and self.by not in ("largest", "smallest", "random"):
             raise ValueError(f'by={self.by!r} is not "largest", "smallest" or "random", nor scores of each target.')
-        if isinstance(self.targets, list | set | frozenset):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        freeze(self)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], MaskedLayer]]:
         targets = resolve(model, self.targets)
@@ -92,12 +95,6 @@ class Entries(Method):
         return {key: partial(MaskedLayer, found[key], partial(given, i.long())) for key, i in self.entries.items()}
 
 
-def exact(key: str) -> tuple[str, int, int]:
-    """(path, start, stop) of a key such as "h.0.c_attn[0:768]", which names one place and none that ends alike."""
-    match = re.fullmatch(r"(.+?)(?:\[(\d{1,9}):(\d{1,9})\])?", key)
-    return match[1], int(match[2] or 0), int(match[3] or 0)
-
-
 def drawn(n: int, k: int, generator: torch.Generator, meta: bool) -> torch.Tensor:
     """k different numbers below n, in order; zeros on the meta device, where nothing is drawn."""
     return torch.zeros(k, dtype=torch.long) if meta else torch.randperm(n, generator=generator)[:k].sort().values
@@ -115,8 +112,7 @@ class MaskedLayer(WeightLayer):
         weight = target.module.weight
         self.shape, self.embedding = (target.d_out, target.d_in), isinstance(target.module, nn.Embedding)
         self.register_buffer("index", entries(generator, weight.is_meta).to(weight.device))
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.value = nn.Parameter(torch.zeros(len(self.index), dtype=dtype, device=weight.device))
+        self.value = nn.Parameter(torch.zeros(len(self.index), **self.place(target)))
 
     def delta(self) -> torch.Tensor:
         # ΔW[index] = value, 0 elsewhere
@@ -132,6 +128,20 @@ class MaskedLayer(WeightLayer):
 
     def restore(self, numbers: dict[str, torch.Tensor]) -> None:
         self.value.data.copy_(numbers["mask_value"])  # the places were given when the layer was built
+
+
+@register
+class MaskedLayout(WeightLayout):
+    """mask_index (k,), places in the flattened (d_out, d_in), and mask_value (k,), the changes there"""
+
+    peft_type, layer = OURS + "MASK", MaskedLayer
+    ends, needs = "mask_(?:index|value)", "mask_index and mask_value"
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[Method]:
+        keys = {place: f"{PREFIX}{place}.mask_index" for place in places}
+        if lost := [place for place, key in keys.items() if key not in tensors]:
+            raise ValueError(f"it lacks the mask_index of {lost[0]!r}; it was saved incompletely.")
+        return [Entries({place: tensors[key] for place, key in keys.items()})] if places else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from minipeft.attach import Layer, Method
-from minipeft.methods.prompt import check_front, embedding, like, repeated
+from minipeft.files import register
+from minipeft.layer import Layer, Method
+from minipeft.methods.common import check_whole, like
+from minipeft.methods.fronts import FrontLayout, check_front, embedding, prefix_shape, repeated
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class PrefixTuning(Method):
     hidden: int | None = None
     init: str | Sequence[int] = "random"
 
+    examples = ({"length": 3}, {"length": 3, "hidden": 8})
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "init", check_front(self.length, self.init, ("random",)))
-        if self.hidden is not None and (not isinstance(self.hidden, int) or self.hidden < 1):
-            raise ValueError(f"hidden={self.hidden!r} is neither None nor a whole number of at least 1, such as 128.")
+        if self.hidden is not None:
+            check_whole("hidden", self.hidden)
         if self.hidden is not None and self.init != "random":
             raise ValueError("Token ids say what the prefix itself is at first, and hidden= has a network write it.")
 
@@ -48,16 +52,6 @@ class PrefixTuning(Method):
         embedding(model, "A prefix")
         prefix_shape(model)
         return {"prefix": partial(Prefix, model, self)}
-
-
-def prefix_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(layers, key-value heads, head width). With grouped queries there are fewer key-value heads than heads."""
-    config = model.config.get_text_config()
-    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    if not layers or not heads:
-        raise ValueError(f"The configuration of {type(model).__name__} names no layers and attention heads.")
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return layers, getattr(config, "num_key_value_heads", None) or heads, width
 
 
 class Prefix(Layer):
@@ -93,6 +87,24 @@ class Prefix(Layer):
         """(n, 2·layers, kv, w)"""
         layers, heads, width = self.shape
         return self.folded().view(-1, 2 * layers, heads, width)
+
+
+@register
+class PrefixLayout(FrontLayout):
+    """prompt_embeddings (n, layers·2·kv heads·head width): K and V of layer 0, of layer 1, …"""
+
+    peft_type, layer = "PREFIX_TUNING", Prefix
+
+    def config(self, base: nn.Module, layers: list[Layer]) -> dict:
+        _, heads, width = prefix_shape(base)
+        return super().config(base, layers) | {"token_dim": heads * width, "prefix_projection": False}
+
+    def width(self, base: nn.Module) -> int:
+        layers, heads, width = prefix_shape(base)
+        return layers * 2 * heads * width
+
+    def plain(self, length: int) -> Method:
+        return PrefixTuning(length)
 
 
 @torch.no_grad()

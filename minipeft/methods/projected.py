@@ -7,7 +7,6 @@ matrix of orthonormal columns. It is LoRA with a frozen, orthonormal A = Uᵀ, p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
@@ -16,8 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import Method, WeightLayer
-from minipeft.methods.lora import check_rank, draw, linear_targets
+from minipeft.files import register
+from minipeft.layer import Method, WeightLayer
+from minipeft.methods.common import check_choice, check_gamma, check_whole, freeze, linear_targets
+from minipeft.methods.lora import LoRALayout, draw
 from minipeft.targets import Target, Targets
 
 BASES = ("random", "top", "bottom")
@@ -40,14 +41,13 @@ class ProjectedLoRA(Method):
     targets: Targets = "all-linear"
     basis: str = "random"
 
+    examples = ({"rank": 3}, {"rank": 3, "basis": "top"})
+
     def __post_init__(self) -> None:
-        check_rank(self.rank)
-        if not math.isfinite(self.gamma):
-            raise ValueError(f"The scale γ is {self.gamma}; it must be a finite number, such as 2.0.")
-        if self.basis not in BASES:
-            raise ValueError(f"basis={self.basis!r} is not one of {', '.join(BASES)}.")
-        if isinstance(self.targets, list | set | frozenset):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        check_whole("rank", self.rank)
+        check_gamma(self.gamma)
+        check_choice("basis", self.basis, BASES)
+        freeze(self)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], ProjectedLayer]]:
         targets = linear_targets(model, self)
@@ -65,10 +65,8 @@ class ProjectedLayer(WeightLayer):
     def __init__(self, target: Target, method: ProjectedLoRA, generator: torch.Generator):
         super().__init__(target)
         self.rank, self.gamma = method.rank, float(method.gamma)
-        weight = target.module.weight
-        place = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        self.L = nn.Parameter(torch.zeros(target.d_out, method.rank, **place))
-        self.register_buffer("U", torch.zeros(target.d_in, method.rank, **place))
+        self.L = nn.Parameter(torch.zeros(target.d_out, method.rank, **self.place(target)))
+        self.register_buffer("U", torch.zeros(target.d_in, method.rank, **self.place(target)))
         if not self.L.is_meta:
             self.U.copy_(self.subspace(method.basis, generator))
 
@@ -90,3 +88,13 @@ class ProjectedLayer(WeightLayer):
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {"lora_A.weight": self.U.T, "lora_B.weight": self.L}
+
+
+@register
+class ProjectedLayout(LoRALayout):
+    """A LoRA with lora_A.weight Uᵀ and lora_B.weight L. PEFT loads it as one, here U stays frozen."""
+
+    layer, flag = ProjectedLayer, {"minipeft": "ProjectedLoRA"}
+
+    def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> ProjectedLoRA:
+        return ProjectedLoRA(rank=rank, gamma=alpha / rank, targets=targets)

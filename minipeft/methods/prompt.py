@@ -16,7 +16,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from minipeft.attach import Layer, Method
+from minipeft.files import register
+from minipeft.layer import Layer, Method
+from minipeft.methods.common import check_choice, check_whole, like
+from minipeft.methods.fronts import FrontLayout, check_front, embedding, repeated
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,6 +83,8 @@ class PromptTuning(Method):
     length: int = 8
     init: str | Sequence[int] = "vocabulary"
 
+    examples = ({"length": 3},)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "init", check_front(self.length, self.init, ("vocabulary", "random")))
 
@@ -133,12 +138,12 @@ class PTuning(Method):
     generator: str = "mlp"
     hidden: int = 128
 
+    examples = tuple({"length": 3, "generator": each, "hidden": 4} for each in ("mlp", "lstm", "task"))
+
     def __post_init__(self) -> None:
         check_front(self.length, "random", ("random",))
-        if self.generator not in ("mlp", "lstm", "task"):
-            raise ValueError(f'generator={self.generator!r} is not "mlp", "lstm" or "task".')
-        if not isinstance(self.hidden, int) or isinstance(self.hidden, bool) or self.hidden < 1:
-            raise ValueError(f"hidden={self.hidden!r} is not a whole number of at least 1, such as 128.")
+        check_choice("generator", self.generator, ("mlp", "lstm", "task"))
+        check_whole("hidden", self.hidden)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], GeneratedPrompt]]:
         embedding(model, "A prompt")
@@ -178,61 +183,24 @@ class GeneratedPrompt(Layer):
         return {"prompt_embeddings": self.prompt()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What prompts and prefixes share
-# ---------------------------------------------------------------------------------------------------------------------
-def embedding(model: nn.Module, what: str) -> nn.Embedding:
-    """The model's token embeddings, before which a prompt goes."""
-    try:
-        found = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        found = None
-    if not isinstance(found, nn.Embedding):
-        raise ValueError(f"{what} stands before token embeddings, and {type(model).__name__} has none; use LoRA.")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{what} stands before the tokens of one stack, and {type(model).__name__} has an encoder and a decoder; "
-            "attach it to a model with one of them."
-        )
-    return found
+@register
+class PromptLayout(FrontLayout):
+    """prompt_embeddings (n, d)"""
+
+    peft_type, layer = "PROMPT_TUNING", SoftPrompt
+
+    def plain(self, length: int) -> Method:
+        return PromptTuning(length, init="random")
 
 
-def check_front(length: int, init: str | Sequence[int], known: tuple[str, ...]) -> str | tuple[int, ...]:
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise ValueError(f"length={length!r} is not a whole number of at least 1, such as 8.")
-    if isinstance(init, str) and init not in known:
-        raise ValueError(f"init={init!r} is not {' or '.join(map(repr, known))}; for words, give their token ids.")
-    init = init if isinstance(init, str) else tuple(init)
-    if not init or not (isinstance(init, str) or all(isinstance(i, int) for i in init)):
-        raise ValueError(f"init={init!r} holds no token ids; use tokenizer(text).input_ids.")
-    return init
+@register
+class PTuningLayout(PromptLayout):
+    """prompt_embeddings (n, d): what the generator wrote"""
 
+    peft_type, layer = "P_TUNING", GeneratedPrompt
 
-def repeated(ids: Sequence[int], n: int, vocabulary: int) -> list[int]:
-    if not all(0 <= i < vocabulary for i in ids):
-        raise ValueError(f"init={tuple(ids)} has ids outside the {vocabulary:,} tokens of this model.")
-    return list(itertools.islice(itertools.cycle(ids), n))
-
-
-class like:
-    """`with like(weight, generator):` — what is built has PyTorch's own initial values, drawn on the CPU from
-    `generator` and moved to the weight's device; on the meta device nothing is drawn."""
-
-    def __init__(self, weight: torch.Tensor, generator: torch.Generator):
-        self.meta = weight.device.type == "meta"
-        self.device = torch.device(weight.device)
-        self.seed = None if self.meta else torch.randint(2**31, (), generator=generator).item()
-
-    def __enter__(self) -> None:
-        self.fork = torch.random.fork_rng(devices=[])
-        self.fork.__enter__()
-        if not self.meta:
-            torch.manual_seed(self.seed)
-        self.device.__enter__()
-
-    def __exit__(self, *error) -> None:
-        self.device.__exit__(*error)
-        self.fork.__exit__(*error)
+    def config(self, base: nn.Module, layers: list[Layer]) -> dict:
+        return super().config(base, layers) | {"encoder_hidden_size": PTuning.hidden}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from minipeft.attach import Layer, Method
+from minipeft.layer import Layer, Method
 from minipeft.targets import Slot, flipped, head, is_matrix, slots
 
 

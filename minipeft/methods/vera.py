@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.attach import Method, WeightLayer
-from minipeft.methods.lora import check_rank, linear_targets
-from minipeft.targets import Target, Targets
+from minipeft.files import NUMBER, Tensors, WeightLayout, register
+from minipeft.layer import Method, WeightLayer
+from minipeft.methods.common import check_share, check_whole, freeze, linear_targets
+from minipeft.targets import Target, Targets, exact, flipped
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,17 @@ class VeRA(Method):
     dropout: float = 0.0
     projection_seed: int = 0
 
+    examples = ({"rank": 20},)
+
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        check_whole("rank", self.rank)
         if not math.isfinite(self.d_initial):
             raise ValueError(f"d_initial={self.d_initial} is not a finite number, such as 0.1.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} is outside [0, 1); 0.0 turns it off.")
+        check_share("dropout", self.dropout)
         seed = self.projection_seed
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise ValueError(f"projection_seed={seed!r} is not a whole number from 0 to 2⁶³ − 1.")
-        if isinstance(self.targets, list | set | frozenset):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        freeze(self)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], VeRALayer]]:
         targets = linear_targets(model, self)
@@ -84,10 +85,8 @@ class VeRALayer(WeightLayer):
     def __init__(self, target: Target, method: VeRA, pair: Pair, _: torch.Generator):
         super().__init__(target)
         self.method, self.pair, self.shape = method, pair, (target.d_out, target.d_in)
-        weight = target.module.weight
-        place = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        self.b = nn.Parameter(torch.zeros(target.d_out, **place))
-        self.d = nn.Parameter(torch.full((method.rank,), method.d_initial, **place))
+        self.b = nn.Parameter(torch.zeros(target.d_out, **self.place(target)))
+        self.d = nn.Parameter(torch.full((method.rank,), method.d_initial, **self.place(target)))
 
     @property
     def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,3 +107,51 @@ class VeRALayer(WeightLayer):
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {"vera_lambda_b": self.b, "vera_lambda_d": self.d}
+
+
+@register
+class VeRALayout(WeightLayout):
+    """vera_lambda_b (d_out,), vera_lambda_d (r,), and once base_model.vera_A (r, largest d_in) and vera_B."""
+
+    peft_type, layer = "VERA", VeRALayer
+    ends, needs = r"vera_lambda_[bd]", "vera_lambda_b and vera_lambda_d"
+    kinds = {
+        "r": (int,), "projection_prng_key": (int, type(None)), "d_initial": (*NUMBER, type(None)),
+        "vera_dropout": (*NUMBER, type(None)), "save_projection": (bool, type(None)),
+    }  # fmt: skip
+    pair = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
+
+    def config(self, base: nn.Module, layers: list[VeRALayer]) -> dict:
+        first = layers[0]
+        if any(layer.pair is not first.pair for layer in layers):
+            raise ValueError("These VeRA layers have several pairs A, B, and a file has one; use one VeRA(…) for all.")
+        return super().config(base, layers) | {
+            "r": first.method.rank,
+            "projection_prng_key": first.method.projection_seed,
+            "save_projection": True,
+            "vera_dropout": first.method.dropout,
+            "d_initial": first.method.d_initial,
+            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+            "bias": "none",
+        }
+
+    def owns(self, key: str) -> bool:
+        return key in self.pair or super().owns(key)
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[VeRA]:
+        held = {tuple(value.shape) for key, value in tensors.items() if key.endswith(".vera_lambda_d")}
+        if held != {(config["r"],)} and places:
+            raise ValueError(f"r = {config['r']}, but its vera_lambda_d have the shapes {sorted(held)}.")
+        values = {"d_initial": "d_initial", "vera_dropout": "dropout", "projection_prng_key": "projection_seed"}
+        given = {ours: config[name] for name, ours in values.items() if config.get(name) is not None}
+        return [VeRA(rank=config["r"], targets=[exact(place) for place in places], **given)] if places else []
+
+    def tensors(self, layers: list[VeRALayer], config: dict) -> Tensors:
+        shared = {key: getattr(layers[0].pair, name) for key, name in self.pair.items()}
+        return super().tensors(layers, config) | (shared if config.get("save_projection", True) else {})
+
+    def restore(self, layers: list[VeRALayer], config: dict, tensors: Tensors) -> None:
+        super().restore(layers, config, tensors)
+        for key, name in self.pair.items():
+            if key in tensors:
+                getattr(layers[0].pair, name).copy_(tensors[key])

@@ -1,6 +1,6 @@
 """Adapters on disk: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
-Every method that Hugging Face PEFT has is written as PEFT writes it, and read from PEFT's files: `serve/layout.py` says
+Every method that Hugging Face PEFT has is written as PEFT writes it, and read from PEFT's files: each method.s file says
 how, method by method. Besides a method's own numbers a file can hold parameters of the base that were trained:
 
     base_model.model.<module>.<parameter>       of a module in modules_to_save: the output layer
@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import minipeft.serve.seats  # noqa: F401 - its layouts register themselves
-from minipeft.attach import Layer, Method, Tuned, build, carries_adapters, check_name, wrap
+from minipeft.attach import Tuned, build, carries_adapters, check_name, wrap
+from minipeft.files import OURS, PREFIX, WORDS, Layout, layout_for, layout_of
+from minipeft.layer import Layer, Method
 from minipeft.methods.select import Full, Selected, parameter_name
-from minipeft.serve.layout import OURS, PREFIX, WORDS, Layout, layout_for, layout_of
 from minipeft.targets import is_matrix, slots
 
 CONFIG, WEIGHTS, SELECT = "adapter_config.json", "adapter_model.safetensors", OURS + "SELECT"
@@ -152,7 +152,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     if tuned is None and isinstance(model, nn.Module) and carries_adapters(model):
         raise ValueError("This model already carries adapters; pass the Tuned that attach returned.")
     if tuned is not None:
-        tuned._must_be_open("load_adapter")
+        tuned.check_open("load_adapter")
     check_name(name, list(tuned.adapters) if tuned else ())
     base = tuned.base if tuned else model
     try:

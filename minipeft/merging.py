@@ -1,0 +1,59 @@
+"""Merging: W' = W + ΔW, computed wide and rounded once to what the base stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from minipeft.layer import Layer
+from minipeft.targets import Slot, flipped, packed, slots
+
+
+@torch.no_grad()
+def merged(base: nn.Module, layers: Sequence[Layer]) -> tuple[dict[Slot, nn.Parameter], dict[str, float]]:
+    """The parameters of the merged model that differ from the base's, and how much of each ΔW rounding took.
+
+    Called while the trained copies of `layers` are in place, since a ΔW may depend on the weight that it changes.
+    """
+    new: dict[Slot, torch.Tensor] = {}
+    for layer in layers:
+        if layer.slots:
+            new |= dict.fromkeys(layer.slots, layer.value.detach())
+    deltas: dict[Slot, torch.Tensor] = {}
+    lost: dict[str, float] = {}
+    for layer in (layer for layer in layers if not layer.slots):
+        changes = layer.changes()  # says so, where a layer changes no weight
+        owner = base.get_submodule(layer.path)
+        for name, delta in changes.items():
+            slot = (layer.path, name)
+            if name not in owner._parameters and not (name == "weight" and packed(owner)):
+                raise ValueError(f"{layer.path!r} computes its {name} from other tensors, so nothing can be merged.")
+            wide = torch.promote_types(getattr(owner, name).dtype, torch.float32)
+            delta = (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
+            deltas[slot] = deltas[slot] + delta if slot in deltas else delta
+    for (path, name), delta in deltas.items():
+        owner = base.get_submodule(path)
+        old = getattr(owner, name)
+        # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
+        exact = old.to(delta.dtype) + delta.to(old.device)
+        if packed(owner) and name == "weight":  # a quantised W' is rounded to its code again
+            stored = owner.stored(exact)
+            new |= {(path, part): value for part, value in stored.items()}
+            kept = owner.dense(list(stored.values()))
+        else:
+            kept = new[path, name] = exact.to(old.dtype)
+        if not old.is_meta and (size := delta.norm()) > 0:
+            rounded = kept.to(delta.dtype) - old.to(delta.dtype)
+            lost[path if name == "weight" else f"{path}.{name}"] = ((rounded - delta).norm() / size).item()
+    # one parameter for each value, so that what is tied stays tied
+    shared = {id(v): nn.Parameter(v, requires_grad=False) for v in new.values()}
+    return {slot: shared[id(value)] for slot, value in new.items()}, lost
+
+
+def broken_ties(base: nn.Module, new: dict[Slot, nn.Parameter]) -> list[str]:
+    """Names among `new` of which another alias in the base, which is in place, stays as it was."""
+    everywhere = list(slots(base))
+    left = {id(p) for slot, p in everywhere if slot not in new}
+    return [".".join(slot) for slot, p in everywhere if slot in new and id(p) in left]
