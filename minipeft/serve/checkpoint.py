@@ -1,6 +1,6 @@
 """Adapters on disk: a directory with `adapter_config.json` and `adapter_model.safetensors`.
 
-Every method that Hugging Face PEFT has is written as PEFT writes it, and read from PEFT's files: each method.s file says
+Every method that Hugging Face PEFT has is written as PEFT writes it, and read from PEFT's files: the method's file says
 how, method by method. Besides a method's own numbers a file can hold parameters of the base that were trained:
 
     base_model.model.<module>.<parameter>       of a module in modules_to_save: the output layer
