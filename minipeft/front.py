@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minipeft.hook import State
     from minipeft.layer import Layer
 
-IGNORE = -100
+IGNORE = -100  # a label that no loss is taken over
 
 
 class Front:

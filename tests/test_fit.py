@@ -9,8 +9,9 @@ from sklearn.metrics import precision_recall_fscore_support
 from tiny import small
 
 import minipeft as mp
-from minipeft.analyze.memory import PeakMemory
 from minipeft.learn.fit import IGNORE, _order, collate, encode, evaluate, fit, report, training
+from minipeft.learn.peak import PeakMemory
+from minipeft.learn.plan import Plan
 from minipeft.world import tasks
 from minipeft.world.base import build_model, build_tokenizer, held_out_loss
 
@@ -129,7 +130,7 @@ def test_a_callback_can_stop_the_run_and_a_generator_can_be_closed():
     history = fit(tuned, tasks.pirate(), steps=10, callback=lambda step, _: step < 2, progress=False)
     assert history.stopped == "cancelled" and len(history.losses) == 3
     history = mp.learn.fit.History()
-    run = training(tuned, tasks.pirate(), history, steps=10)
+    run = training(tuned, tasks.pirate(), history, Plan(steps=10))
     next(run)
     assert tuned.training
     run.close()

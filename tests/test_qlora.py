@@ -127,7 +127,7 @@ def test_nothing_of_the_dense_size_is_kept_for_backward():
 
 
 def test_a_training_step_never_holds_two_dense_weights():
-    from minipeft.analyze.memory import PeakMemory
+    from minipeft.learn.peak import PeakMemory
 
     d, layers = 512, 6
     model = quantize(nn.Sequential(*[nn.Linear(d, d) for _ in range(layers)]))

@@ -18,8 +18,7 @@ FLOORS = (
     ("layer", "hook", "files", "front", "merging"),
     ("attach", "methods"),
     ("world",),
-    ("learn", "serve"),
-    ("analyze",),
+    ("learn", "serve", "analyze"),
     ("explore", "course"),
     ("doctor", "__main__"),
 )

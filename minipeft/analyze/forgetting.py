@@ -17,6 +17,7 @@ from torch import nn
 from minipeft.attach import attach
 from minipeft.layer import Method
 from minipeft.learn.fit import History, evaluate, training
+from minipeft.learn.plan import Plan
 from minipeft.world import corpus, tasks
 from minipeft.world.tasks import Task
 
@@ -85,7 +86,7 @@ def forgetting(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a diverged run shows as a target that was not reached
-                run = training(tuned, task, history, steps, lr, batch, seed)
+                run = training(tuned, task, history, Plan(steps, lr, batch, seed))
                 for step in run:
                     if (step + 1) % every == 0 or step == steps - 1:
                         loss = evaluate(tuned, task, n=n).loss

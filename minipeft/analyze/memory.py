@@ -10,60 +10,17 @@ and counts the bytes that they would take. So it needs no formula for each famil
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from minipeft.attach import Tuned, attach
 from minipeft.layer import Method
+from minipeft.learn.peak import PeakMemory
 from minipeft.methods.qlora import quantize
-
-
-class PeakMemory(TorchDispatchMode):
-    """Count the bytes of all live tensors that some work holds or makes; `peak` is the most at any one moment.
-
-        with PeakMemory(model.parameters()) as memory: loss.backward()
-        memory.peak                                            # bytes
-
-    peak = max over operations of Σ bytes of the storages alive, starting from those of `held`. A storage counts once,
-    however many views it has. Scratch space inside an operation is not seen. It works on every device, since it counts
-    tensors and asks no allocator; on a GPU `torch.cuda.max_memory_allocated` says a little more, being rounded up.
-    """
-
-    def __init__(self, held: Iterable[torch.Tensor] = ()):
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-        for tensor in held:
-            self._count(tensor)
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf)
-        return result
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from minipeft.course.drive import perform
 from minipeft.course.exercises import exercise, exercises
 from minipeft.course.verdict import CORRECT, NOT_ATTEMPTED, Verdict, examine
+from minipeft.whole import write_whole
 
 SEED = 0  # of the visible checks: the same failing case comes again until it is mended
 
@@ -90,11 +91,7 @@ def outcomes() -> dict[str, str]:
 def remember(name: str, outcome: str) -> None:
     """Keeps an outcome; a learner who may not write there does without."""
     try:
-        path = store()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_name(f"{path.name}.{os.getpid()}")
-        half.write_text(json.dumps(outcomes() | {name: outcome}, indent=1), encoding="utf-8")
-        os.replace(half, path)
+        write_whole(store(), json.dumps(outcomes() | {name: outcome}, indent=1))
     except OSError:
         return
 

@@ -34,6 +34,7 @@ from minipeft.course import assignments
 from minipeft.course.exercises import exercises
 from minipeft.course.sandbox import CannotStart, Killed, Limits, Sandbox, isolation
 from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, NOT_ATTEMPTED, Raised, Verdict, examine
+from minipeft.whole import write_whole
 
 RESTARTS = 4  # how often a process that died is started again without the cell or call that ended it
 LIMITS = Limits()
@@ -418,9 +419,7 @@ def grade(
         book.gradescope(each, result)
         rows.append(row(each, result, unrecorded.get(each, "")))
     table = pd.DataFrame(rows)
-    half = out / "grades.half"
-    table.to_csv(half, index=False)
-    os.replace(half, out / "grades.csv")
+    write_whole(out / "grades.csv", table.to_csv(index=False))
     return table
 
 
@@ -463,13 +462,6 @@ def stored(out: Path, each: Submission, text: str) -> dict | None:
     except (OSError, ValueError):
         return None
     return found if found.get("digest") == digest(text, each.assignment) else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(text, encoding="utf-8")
-    os.replace(half, path)
 
 
 def row(each: Submission, found: dict, unrecorded: str) -> dict:

@@ -7,10 +7,11 @@ same file wherever its figures reproduce: cell ids by number, no widget state, n
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
+
+from minipeft.whole import write_whole
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 METADATA = {  # of every notebook of the course: nothing that depends on who saved it, and with what
@@ -62,9 +63,7 @@ def execute(path: Path, timeout: int = 600) -> float:
     NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
     seconds = time.perf_counter() - started
     normalise(notebook)
-    half = path.with_suffix(".half")
-    nbformat.write(notebook, half)
-    os.replace(half, path)
+    write_whole(path, nbformat.writes(notebook).rstrip("\n") + "\n")
     return seconds
 
 

@@ -16,6 +16,7 @@ from minipeft.course import atlas
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot
 from minipeft.layer import Method
 from minipeft.learn.fit import History, evaluate, training
+from minipeft.learn.plan import Plan
 from minipeft.world import tasks
 from minipeft.world.base import load, write
 from minipeft.world.corpus import pretty
@@ -108,7 +109,7 @@ class TrainingExplorer(SliderPlot):
         self.history, self.score, chosen = History(), None, self.tasks[task]()
         self.tuned = attach(self.model, self.method(**knobs))
         yield 0  # a picture of what is known before the first step
-        yield from training(self.tuned, chosen, self.history, steps=STEPS, lr=lr, batch=BATCH)
+        yield from training(self.tuned, chosen, self.history, Plan(STEPS, lr, BATCH))
         yield None  # a picture of all steps before the slower test
         self.score = evaluate(self.tuned, chosen, n=100)
         self.samples[task] = sample(self.tuned, task)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from minipeft.analyze.memory import PeakMemory
 from minipeft.attach import Tuned
+from minipeft.front import IGNORE
 from minipeft.layer import Layer
+from minipeft.learn.peak import PeakMemory
+from minipeft.learn.plan import Plan
 from minipeft.world.tasks import Task
-
-IGNORE = -100  # a label that no loss is taken over
 
 
 @dataclass
@@ -93,7 +93,7 @@ def fit(
     from tqdm.auto import tqdm
 
     history = History()
-    run = training(model, task, history, steps, lr, batch, seed, schedule, tokenizer)
+    run = training(model, task, history, Plan(steps, lr, batch, seed, schedule), tokenizer)
     with tqdm(total=steps, disable=not progress, leave=False, desc=task.name) as bar:
         try:
             for step in run:
@@ -108,42 +108,29 @@ def fit(
     return history
 
 
-def training(
-    model: nn.Module,
-    task: Task,
-    history: History,
-    steps: int = 60,
-    lr: float = 1e-2,
-    batch: int = 16,
-    seed: int = 0,
-    schedule: str = "constant",
-    tokenizer=None,
-) -> Iterator[int]:
+def training(model: nn.Module, task: Task, history: History, plan: Plan, tokenizer=None) -> Iterator[int]:
     """The loop inside `fit` as a generator: it yields after each step, so a widget can draw, or stop by closing it."""
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    if schedule not in ("constant", "linear"):
-        raise ValueError(f'schedule is "constant" or "linear", but is {schedule!r}.')
-    rows = _check(model, task, steps, lr, batch, tokenizer)
+    rows = _check(model, task, tokenizer)
     encoded = encode(task.kind, rows, tokenizer, _context(model))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of the model requires a gradient: attach a method first, e.g. mp.LoRA(rank=8).")
-    return _train(model, task.kind, encoded, tokenizer, trainable, history, steps, lr, batch, seed, schedule)
+    return _train(model, task.kind, encoded, tokenizer, history, plan)
 
 
-def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch, seed, schedule) -> Iterator[int]:
-    optimizer = torch.optim.AdamW(groups(model, lr), lr=lr, weight_decay=0.0)
-    order = _order([len(ids) for ids, _ in encoded], batch, seed)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(schedule, step, steps))
-    device = trainable[0].device
+def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: History, plan: Plan) -> Iterator[int]:
+    optimizer = torch.optim.AdamW(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
+    order = _order([len(ids) for ids, _ in encoded], plan.batch, plan.seed)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)
+    device = next(p for p in model.parameters() if p.requires_grad).device
     started = time.perf_counter()
     model.train()
     try:
-        for step in range(steps):
+        for step in range(plan.steps):
             inputs = collate(kind, [encoded[i] for i in next(order)], tokenizer, device)
             memory = PeakMemory(_held(model, optimizer)) if step == 1 else None  # its first step makes Adam's moments
             with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
-                torch.manual_seed(seed * 1_000_003 + step)
+                torch.manual_seed(plan.seed * 1_000_003 + step)
                 if memory is None:
                     loss = _step(model, inputs, optimizer, step + 1)
                 else:
@@ -153,7 +140,7 @@ def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch
             if not math.isfinite(loss):
                 history.stopped = "diverged"
                 warnings.warn(
-                    f"The loss became {loss} at step {step} with lr={lr:g}, so training stopped: "
+                    f"The loss became {loss} at step {step} with lr={plan.lr:g}, so training stopped: "
                     f"start again with a learning rate ten times smaller.",
                     stacklevel=4,
                 )
@@ -162,20 +149,12 @@ def _train(model, kind, encoded, tokenizer, trainable, history, steps, lr, batch
             history.losses.append(loss)
             history.tokens += int(inputs["attention_mask"].sum())
             history.seconds.append(time.perf_counter() - started)
-            if step == steps - 1:
+            if step == plan.steps - 1:
                 history.stopped = "finished"
             yield step
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
-
-
-def _share(schedule: str, step: int, steps: int) -> float:
-    """The share of the learning rate that `step` (from 0) takes."""
-    if schedule == "constant":
-        return 1.0
-    warm = max(1, steps // 10)
-    return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
 def groups(model: nn.Module, lr: float) -> list[dict]:
@@ -227,7 +206,8 @@ def _order(lengths: list[int], batch: int, seed: int) -> Iterator[list[int]]:
 def batches(model: nn.Module, task: Task, n: int, size: int = 16, seed: int = 0, tokenizer=None) -> Iterator[dict]:
     """`n` batches of training rows as `fit` draws them with this `seed`, each what the model is called with."""
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    rows = _check(model, task, n, 1.0, size, tokenizer)
+    Plan(n, batch=size)  # says which of the two is no number of steps, or of rows
+    rows = _check(model, task, tokenizer)
     encoded = encode(task.kind, rows, tokenizer, _context(model))
     order, device = _order([len(ids) for ids, _ in encoded], size, seed), next(model.parameters()).device
     for _ in range(n):
@@ -286,7 +266,7 @@ def evaluate(model: nn.Module, task: Task, split: str = "test", n: int | None = 
         raise ValueError(f"Task {task.name!r} has no split {split!r}: it has {', '.join(task.data)}.")
     rows = task.data[split]
     rows = rows if n is None else rows.select(range(min(n, len(rows))))
-    _check(model, task, 1, 1.0, 1, tokenizer, rows)
+    _check(model, task, tokenizer, rows)
     encoded = encode(task.kind, rows, tokenizer, _context(model))
     device = next(model.parameters()).device
     was_training = model.training
@@ -350,15 +330,9 @@ def _context(model) -> int | None:
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
-def _check(model, task, steps, lr, batch, tokenizer, rows=None):
+def _check(model: nn.Module, task: Task, tokenizer, rows=None):
     """Raise ValueError with one sentence for anything that cannot be trained on; return the training rows."""
     rows = task.data["train"] if rows is None else rows
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, but is {steps!r}.")
-    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        raise ValueError(f"batch must be a whole number of at least 1, but is {batch!r}.")
-    if not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr must be a positive number, but is {lr!r}.")
     if len(rows) == 0:
         raise ValueError(f"Task {task.name!r} has no rows to read: its data set is empty.")
     if tokenizer is None:

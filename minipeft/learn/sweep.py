@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import tempfile
 import threading
 import time
 import warnings
@@ -36,6 +35,8 @@ from minipeft.analyze.spectrum import spectra
 from minipeft.attach import attach
 from minipeft.layer import Layer, Method
 from minipeft.learn.fit import History, evaluate, training
+from minipeft.learn.plan import Plan
+from minipeft.whole import HALF, write_whole
 from minipeft.world import base, tasks
 
 WALL_TIME = ("seconds",)  # the columns that differ between two executions
@@ -55,6 +56,10 @@ class Point:
     steps: int = 60
     batch: int = 10
     schedule: str = "constant"
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.steps, self.lr, self.batch, self.seed, self.schedule)
 
     @property
     def key(self) -> str:
@@ -114,7 +119,7 @@ def run(point: Point) -> dict:
             started = time.process_time()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                for _ in training(tuned, task, history, point.steps, point.lr, point.batch, point.seed, point.schedule):
+                for _ in training(tuned, task, history, point.plan):
                     pass
             score = evaluate(tuned, task, n=None if task.bits else 100)
             plain = evaluate(tuned, tasks.plain(), n=50)
@@ -143,20 +148,8 @@ def run(point: Point) -> dict:
     }
 
 
-def _write(path: Path, text: bytes) -> None:
-    """The whole file or none of it, whenever the process dies."""
-    handle, half = tempfile.mkstemp(dir=path.parent, prefix=".half-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text)
-        os.replace(half, path)
-    except BaseException:
-        os.unlink(half)
-        raise
-
-
 def _run_to_disk(point: Point, folder: str) -> str:
-    _write(Path(folder) / f"{point.key}.json", json.dumps(run(point)).encode())
+    write_whole(Path(folder) / f"{point.key}.json", json.dumps(run(point)))
     return point.key
 
 
@@ -172,7 +165,7 @@ def sweep(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".half-*"):
+    for stale in folder.glob(f"{HALF}*"):
         stale.unlink()
     waiting = [p for p in dict.fromkeys(points) if not (folder / f"{p.key}.json").exists()]
     started = time.monotonic()
@@ -223,7 +216,7 @@ def collect(points: Iterable[Point], folder: str | os.PathLike, path: str | os.P
     table = pa.Table.from_pylist(rows).replace_schema_metadata({"provenance": json.dumps(provenance(rows))})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    _write(Path(path), sink.getvalue().to_pybytes())
+    write_whole(path, sink.getvalue().to_pybytes())
     return Path(path).stat().st_size
 
 
