@@ -12,7 +12,7 @@ c.IgnorePattern.enabled = True
 c.IgnorePattern.pattern = r"(?s).*"
 # Submissions are mended first, and their code runs in a process of its own, which never sees the answers.
 c.Autograde.sanitize_preprocessors = [
-    "minipeft.course.grade.Mend",
+    "minipeft.course.gradebook.Mend",
     "nbgrader.preprocessors.ClearOutput",
     "nbgrader.preprocessors.DeduplicateIds",
     "nbgrader.preprocessors.OverwriteKernelspec",
@@ -20,7 +20,7 @@ c.Autograde.sanitize_preprocessors = [
     "nbgrader.preprocessors.CheckCellMetadata",
 ]
 c.Autograde.autograde_preprocessors = [
-    "minipeft.course.grade.Isolated",
+    "minipeft.course.gradebook.Isolated",
     "nbgrader.preprocessors.IgnorePattern",
     "nbgrader.preprocessors.LimitOutput",
     "nbgrader.preprocessors.SaveAutoGrades",

@@ -12,7 +12,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from minipeft.course.drive import perform
+from minipeft.course.drives import perform
 from minipeft.course.exercises import exercise, exercises
 from minipeft.course.verdict import CORRECT, NOT_ATTEMPTED, Verdict, examine
 from minipeft.whole import write_whole

@@ -62,14 +62,14 @@ class Case:
 @dataclass(frozen=True)
 class Exercise:
     """`cases(rng)` yields cases from a `random.Random`; `objects` are the names that the learner defines;
-    `drive` names the function of `minipeft.course.drive` that calls them."""
+    `drive` names the function of `minipeft.course.drives` that calls them."""
 
     name: str
     title: str
     cases: Callable[[random.Random], Iterator[Case]]
     hints: tuple[str, str]
     objects: tuple[str, ...]
-    drive: str = "call"
+    drive: str = "common.call"
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Worker:
         return {"outputs": outputs}
 
     def call(self, objects: list, drive: str, args: tuple) -> dict:
-        from minipeft.course.drive import perform
+        from minipeft.course.drives import perform
         from minipeft.course.verdict import Raised
 
         missing = [name for name in objects if name not in self.shell.user_ns]

@@ -24,7 +24,8 @@ from hostile import FIRST, HOSTILE, cell_named
 
 from minipeft.course import assignments
 from minipeft.course.exercises import exercises
-from minipeft.course.grade import exercise_of, grade, is_test
+from minipeft.course.grade import grade
+from minipeft.course.mend import exercise_of, is_test
 from minipeft.course.sandbox import bubblewrap, isolation
 from minipeft.course.verdict import CORRECT, NOT_ATTEMPTED
 

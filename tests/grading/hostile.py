@@ -182,7 +182,7 @@ HOSTILE: dict[str, tuple[Callable, str]] = {
     "forged replies": (inside(FORGED_REPLY), "zero"),
     "a patched check": (
         inside(
-            "from minipeft.course import check, drive, verdict\n"
+            "from minipeft.course import check, drives, verdict\n"
             "verdict.fault = verdict.differ = lambda *a, **k: ()\n"
             "check.grade = check.verdict = lambda *a, **k: None\n"
             "def lora_scale(alpha, rank, rank_stabilized=False):\n    return 4.0"

@@ -67,7 +67,7 @@ def test_a_forgotten_return_is_named():
 
 
 @pytest.mark.parametrize("value", [None, "text", object(), [torch.ones(2)], {"a": 1}, float("nan"), torch.ones(3)])
-@pytest.mark.parametrize("exercise", [e for e in ALL if e.drive == "call"], ids=lambda e: e.name)
+@pytest.mark.parametrize("exercise", [e for e in ALL if e.drive == "common.call"], ids=lambda e: e.name)
 def test_no_value_breaks_a_check(exercise, value):
     assert check.verdict(exercise.name, lambda *args: value).outcome in (WRONG, COULD_NOT_RUN)
 

@@ -18,8 +18,10 @@ import pytest
 from hostile import FIRST, cell_named
 
 from minipeft.course.assignments import EXERCISES, ROOT, sources
-from minipeft.course.grade import Submission, discover, grade, mend, name_of, report
+from minipeft.course.grade import discover, grade
+from minipeft.course.mend import mend, name_of
 from minipeft.course.sandbox import CannotStart, Limits
+from minipeft.course.submission import Submission, report
 
 pytest.importorskip("nbgrader", reason="the classroom extra is not installed")
 SOLVED = nbformat.read(sources()["lora"], as_version=4)
@@ -104,7 +106,7 @@ def test_all_the_time_used_up_is_said():
 
 def test_a_machine_that_cannot_run_submissions_costs_nobody_a_point(monkeypatch):
     monkeypatch.setattr("minipeft.course.sandbox.subprocess.Popen", lambda *args, **kwargs: Popen("false"))
-    monkeypatch.setattr("minipeft.course.grade.RESTARTS", 0)
+    monkeypatch.setattr("minipeft.course.submission.RESTARTS", 0)
     with pytest.raises(CannotStart, match="Nobody lost a point"):
         report(nbformat.writes(submission()), "lora")
 

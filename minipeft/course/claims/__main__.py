@@ -6,6 +6,7 @@ import json
 import torch
 
 from minipeft.course.claims import PATH, recompute, table
+from minipeft.whole import write_whole
 
 parser = argparse.ArgumentParser(description="Recomputes the claims ledger and prints it.")
 parser.add_argument("--quick", action="store_true", help="keep the stored figures of the measured rows")
@@ -15,4 +16,4 @@ torch.set_num_threads(1)
 rows = recompute(options.quick)
 print(table(rows))
 if options.write:
-    PATH.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(PATH, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ from torch import nn
 
 from minipeft.analyze.budget import budget, multiply_adds, training_bytes
 from minipeft.attach import attach
-from minipeft.course.claims import HOLDS, WRONG, claim
+from minipeft.course.claims.ledger import HOLDS, WRONG, claim
 from minipeft.methods.lora import LoRA
 
 TITLE = "LoRA: Low-Rank Adaptation of Large Language Models"

@@ -12,7 +12,7 @@ from minipeft.analyze.budget import budget, training_bytes
 from minipeft.analyze.spectrum import random_spectrum, spectra, truncated
 from minipeft.attach import attach
 from minipeft.course import atlas
-from minipeft.course.claims import HOLDS, WRONG, claim, only
+from minipeft.course.claims.ledger import HOLDS, WRONG, claim, only
 from minipeft.layer import Method
 from minipeft.methods.lora import LoRA
 from minipeft.methods.select import BitFit, Full, Softmax

@@ -7,7 +7,7 @@ from random import Random
 
 import torch
 
-from minipeft.course.exercises.lora import normal
+from minipeft.course.exercises.draw import normal
 from minipeft.course.verdict import Case, Exercise
 
 
@@ -377,7 +377,7 @@ EXERCISES = (
             "The up half must be zero, its bias too; the down half must not.",
             "`torch.empty(bottleneck, width).uniform_(-a, a, generator=generator)` with a = 1/√width; the others zero.",
         ),
-        ("init_adapter",), "start_adapter",
+        ("init_adapter",), "adapters.start_adapter",
     ),
     Exercise(
         "route", "The router", route_cases,
@@ -393,6 +393,6 @@ EXERCISES = (
             "There are four faults: the start, the residual, the place of the activation, and what stays frozen.",
             "Zero up.weight and up.bias; return h + self.up(F.relu(self.down(h))); linear.requires_grad_(False).",
         ),
-        ("RepairedAdapter",), "adapter_after",
+        ("RepairedAdapter",), "adapters.adapter_after",
     ),
 )  # fmt: skip

@@ -7,21 +7,11 @@ from random import Random
 
 import torch
 
+from minipeft.course.exercises.draw import normal, sizes
+from minipeft.course.exercises.lora_repair import repair_cases
 from minipeft.course.verdict import Case, Exercise, Raises
 
 
-def normal(rng: Random, *shape: int, dtype=torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(rng.getrandbits(60))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def sizes(rng: Random) -> tuple[int, int, int]:
-    """d_out, d_in and a rank below both; never square."""
-    d_out, d_in = rng.sample(range(5, 24), 2)
-    return d_out, d_in, rng.randint(2, min(d_out, d_in) - 1)
-
-
-# γ -------------------------------------------------------------------------------------------------------------------
 def scale_cases(rng: Random):
     for stable in (False, True, False, True):
         alpha, rank = round(rng.uniform(0.5, 64.0), 2), rng.choice([3, 5, 8, 32, 48])
@@ -293,7 +283,7 @@ def freeze_cases(rng: Random):
 
 
 def parameter_order(names: list[str]) -> list[str]:
-    from minipeft.course.drive import tree
+    from minipeft.course.drives.lora import tree
 
     return [name for name, _ in tree(names).named_parameters()]
 
@@ -347,55 +337,6 @@ def target_cases(rng: Random):
 
 
 # find the bug --------------------------------------------------------------------------------------------------------
-def repair_cases(rng: Random):
-    for _ in range(3):
-        d_out, d_in, rank = sizes(rng)
-        alpha = round(rng.uniform(3.0, 40.0), 2)
-        W, b = normal(rng, d_out, d_in), normal(rng, d_out)
-        A, B, x = normal(rng, rank, d_in), normal(rng, d_out, rank), normal(rng, 3, d_in)
-        base = x @ W.T + b
-        args = (W, b, x, rank, alpha, A, B, rng.randrange(10**6))
-
-        def start(seen, base=base):
-            if not torch.allclose(seen["at first"], base, atol=1e-5):
-                return (
-                    f"Before any training the output is off by {(seen['at first'] - base).abs().max():.2g}: is B zero?"
-                )
-            if not seen["A is random"]:
-                return "A is zero as well, so neither ever gets a gradient."
-
-        def shapes(seen, A=A, B=B):
-            if seen["shape of A"] != tuple(A.shape) or seen["shape of B"] != tuple(B.shape):
-                found, right = (seen["shape of A"], seen["shape of B"]), (tuple(A.shape), tuple(B.shape))
-                return f"A and B have the shapes {found[0]} and {found[1]} instead of {right[0]} and {right[1]}."
-
-        def use(seen, base=base, x=x, A=A, B=B, g=alpha / rank, alpha=alpha):
-            right = base + g * (x @ A.T) @ B.T
-            if not torch.allclose(seen["in use"], right, rtol=1e-4, atol=1e-4):
-                plain = base + alpha * (x @ A.T) @ B.T
-                why = (
-                    "α scales it instead of α/r. "
-                    if torch.allclose(seen["in use"], plain, rtol=1e-3, atol=1e-3)
-                    else ""
-                )
-                largest = (seen["in use"] - right).abs().max().item()
-                return f"{why}The largest difference from W·x + b + (α/r)·B·A·x is {largest:.3g}."
-
-        def train(seen, rank=rank, size=d_out + d_in):
-            if not seen["A and B train"] or seen["numbers trained"] != rank * size:
-                return f"trainable() gives {seen['numbers trained']} numbers; A and B have {rank * size}."
-
-        def frozen(seen, W=W):
-            if not torch.equal(seen["base after a step"], W):
-                return "A step of training moved W: freeze the base."
-
-        yield Case("have A of shape (rank, d_in) and B of shape (d_out, rank)", args, judge=shapes)
-        yield Case("leave the layer's output as it was before training", args, judge=start)
-        yield Case("add (α/r)·B·A·x", args, judge=use)
-        yield Case("give A and B from trainable(), and nothing else", args, judge=train)
-        yield Case("keep the base frozen", args, judge=frozen)
-
-
 EXERCISES = (
     Exercise(
         "lora_scale", "The scale γ", scale_cases,
@@ -408,7 +349,7 @@ EXERCISES = (
             "`torch.rand(rank, d_in, generator=generator)` is uniform on [0, 1). Stretch and shift it.",
             "U(−a, a) is (2·u − 1)·a with u uniform on [0, 1) and a = 1/√d_in. B is `torch.zeros(d_out, rank)`.",
         ),
-        ("init_lora",), "initialise",
+        ("init_lora",), "lora.initialise",
     ),
     Exercise(
         "lora_forward", "The forward pass", forward_cases,
@@ -434,7 +375,7 @@ EXERCISES = (
             "Put a new tensor into the layer as a new `nn.Parameter`; `flipped(layer)` says if it is a Conv1D.",
             "(W.to(A.dtype) + delta).to(W.dtype), delta transposed if flipped(layer). Return the old parameter.",
         ),
-        ("merge",), "merge",
+        ("merge",), "lora.merge",
     ),
     Exercise(
         "unmerge", "Unmerging", unmerge_cases,
@@ -442,7 +383,7 @@ EXERCISES = (
             "What merge returned is handed to you.",
             "If merge returned the old parameter, put it back: layer.weight = receipt.",
         ),
-        ("merge", "unmerge"), "unmerge",
+        ("merge", "unmerge"), "lora.unmerge",
     ),
     Exercise(
         "freeze", "Freezing", freeze_cases,
@@ -450,7 +391,7 @@ EXERCISES = (
             "`for name, parameter in model.named_parameters()` gives dotted names.",
             "name.split('.')[-1] in ('lora_A', 'lora_B') decides; parameter.numel() counts.",
         ),
-        ("freeze",), "freeze",
+        ("freeze",), "lora.freeze",
     ),
     Exercise(
         "find_targets", "Targets", target_cases,
@@ -466,6 +407,6 @@ EXERCISES = (
             "There are four faults: the start, the scale, what trains, and what stays frozen.",
             "B = zeros; alpha / rank; trainable() returns [self.A, self.B]; linear.requires_grad_(False).",
         ),
-        ("RepairedLoRA",), "adapted_layer",
+        ("RepairedLoRA",), "lora.adapted_layer",
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from random import Random
 
 import torch
 
-from minipeft.course.exercises.lora import normal, sizes
+from minipeft.course.exercises.draw import normal, sizes
 from minipeft.course.verdict import Case, Exercise
 
 
@@ -336,6 +336,6 @@ EXERCISES = (
             "There are three faults: where m starts, what the norm runs over, and what the gradient flows through.",
             "m = nn.Parameter(linear.weight.detach().norm(dim=1)); V.norm(dim=1, keepdim=True).detach() in forward.",
         ),
-        ("RepairedDoRA",), "dora_layer",
+        ("RepairedDoRA",), "lora_family.dora_layer",
     ),
 )  # fmt: skip

@@ -8,8 +8,8 @@ from random import Random
 import torch
 from torch.nn import functional as F
 
-from minipeft.course.drive import Reader
-from minipeft.course.exercises.lora import normal
+from minipeft.course.drives.prompts import Reader
+from minipeft.course.exercises.draw import normal
 from minipeft.course.verdict import Case, Exercise, Raises
 
 IGNORE = -100
@@ -325,7 +325,7 @@ EXERCISES = (
             "`prompt.expand(rows, -1, -1)` repeats it for every row without a copy; torch.cat(…, dim=1) joins along L.",
             "Cast the prompt with .to(embeds.dtype); mask.new_ones(rows, n) and labels.new_full((rows, n), -100).",
         ),
-        ("prepend",), "put_before",
+        ("prepend",), "prompts.put_before",
     ),
     Exercise(
         "init_from_vocabulary", "A start from words", start_cases,
@@ -333,7 +333,7 @@ EXERCISES = (
             "A permutation never names a number twice: `torch.randperm(m, generator=generator)`.",
             "table[torch.randperm(len(table), generator=generator)[:n]].detach().clone(), after a check of n.",
         ),
-        ("init_from_vocabulary",), "draw_rows",
+        ("init_from_vocabulary",), "prompts.draw_rows",
     ),
     Exercise(
         "nearest_words", "The nearest words", nearest_cases,
@@ -349,6 +349,6 @@ EXERCISES = (
             "There are four faults: the mask, the positions, which logits come back, and what they are compared with.",
             "Ones in the mask; the text's positions + n; logits[:, n:]; logits[:, :-1] against labels[:, 1:].",
         ),
-        ("repaired_prompt",), "read_with_prompt",
+        ("repaired_prompt",), "prompts.read_with_prompt",
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from random import Random
 
 import torch
 
-from minipeft.course.exercises.lora import normal
+from minipeft.course.exercises.draw import normal
 from minipeft.course.verdict import Case, Exercise
 
 
@@ -324,7 +324,7 @@ EXERCISES = (
             "scales = blocks.abs().amax(1). Divide by torch.where(scales > 0, scales, 1). The nearest value: "
             "(unit[:, None] - code).abs().argmin(1).",
         ),
-        ("quantise_blocks",), "quantise",
+        ("quantise_blocks",), "quantisation.quantise",
     ),
     Exercise(
         "pack_nibbles", "Two codes a byte", pack_cases,
@@ -356,6 +356,6 @@ EXERCISES = (
             "There are four faults: the sign, the number of scales, what is kept, and what is in the no_grad block.",
             "Scales of |w| for each block, padded; keep linear.weight.shape, not the weight; F.linear after the block.",
         ),
-        ("RepairedQuantisedLinear",), "quantised_layer",
+        ("RepairedQuantisedLinear",), "quantisation.quantised_layer",
     ),
 )  # fmt: skip

@@ -7,35 +7,20 @@ from random import Random
 
 import torch
 
-from minipeft.course.exercises.lora import normal, sizes
+from minipeft.course.exercises.draw import (
+    assemble,
+    falling,
+    normal,
+    orthonormal,
+    orthonormalised,
+    overlap_table,
+    share_entropy,
+    sizes,
+)
+from minipeft.course.exercises.rank_repair import repair_cases
 from minipeft.course.verdict import Case, Exercise, differ
 
 
-def orthonormal(rng: Random, d: int, k: int, dtype=torch.float64) -> torch.Tensor:
-    """k random orthonormal columns (d, k), by Gram and Schmidt."""
-    found: list[torch.Tensor] = []
-    for v in normal(rng, k, d, dtype=torch.float64):
-        for _ in range(2):  # twice is enough for orthogonality to the last digit
-            for u in found:
-                v = v - (u @ v) * u
-        found.append(v / (v @ v).sqrt())
-    return torch.stack(found, 1).to(dtype)
-
-
-def falling(rng: Random, k: int) -> torch.Tensor:
-    """k singular values that are well apart, the largest first."""
-    values = [rng.uniform(2.0, 4.0)]
-    while len(values) < k:
-        values.append(values[-1] * rng.uniform(0.5, 0.8))
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assemble(U: torch.Tensor, sigma: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """Σᵢ σᵢ·uᵢ·vᵢᵀ, term by term."""
-    return sum((s * torch.outer(u, v) for s, u, v in zip(sigma, U.T, V.T, strict=True)), U.new_zeros(len(U), len(V)))
-
-
-# truncate ------------------------------------------------------------------------------------------------------------
 def truncate_cases(rng: Random):
     for dtype, wide, size in (
         (torch.float64, True, "few"),
@@ -86,12 +71,6 @@ def truncate_cases(rng: Random):
 
 
 # effective rank ------------------------------------------------------------------------------------------------------
-def share_entropy(sigma: list[float], power: int = 1) -> float:
-    """H(p) = −Σ p·ln p for p = σᵖᵒʷᵉʳ/Σσᵖᵒʷᵉʳ; what is zero adds nothing."""
-    total = sum(s**power for s in sigma)
-    return -sum(s**power / total * math.log(s**power / total) for s in sigma if s)
-
-
 def effective_cases(rng: Random):
     k = rng.randint(5, 12)
     drawn = falling(rng, k).tolist()
@@ -257,17 +236,6 @@ def factor_cases(rng: Random):
 
 
 # subspace similarity -------------------------------------------------------------------------------------------------
-def overlap_table(X: torch.Tensor, Y: torch.Tensor, below=min, power: int = 2, root: bool = False) -> torch.Tensor:
-    """φ(i, j) = Σ_{a≤i} Σ_{b≤j} (x_a·y_b)² / min(i, j), (m, n), a number at a time."""
-    cosines = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in Y.T.tolist()] for x in X.T.tolist()]
-    table = torch.zeros(X.shape[1], Y.shape[1], dtype=torch.float64)
-    for i in range(1, X.shape[1] + 1):
-        for j in range(1, Y.shape[1] + 1):
-            total = sum(c**power for row in cosines[:i] for c in row[:j])
-            table[i - 1, j - 1] = (math.sqrt(total) if root else total) / below(i, j)
-    return table.to(X.dtype)
-
-
 def spectral_table(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
     """The same with the spectral norm instead of Frobenius'."""
     table = torch.zeros(X.shape[1], Y.shape[1], dtype=torch.float64)
@@ -275,12 +243,6 @@ def spectral_table(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
         for j in range(1, Y.shape[1] + 1):
             table[i - 1, j - 1] = torch.linalg.svdvals((X[:, :i].T @ Y[:, :j]).double())[0] ** 2 / min(i, j)
     return table.to(X.dtype)
-
-
-def orthonormalised(M: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns of which the first i span what the first i of M span, for every i."""
-    Q, R = torch.linalg.qr(M)
-    return Q * R.diag().sign()
 
 
 def similarity_cases(rng: Random):
@@ -396,66 +358,6 @@ def equivalent_cases(rng: Random):
 
 
 # find the bug --------------------------------------------------------------------------------------------------------
-def repair_cases(rng: Random):
-    for wide in (True, False, True):
-        d_out, d_in = sorted(rng.sample(range(8, 16), 2), reverse=not wide)
-        k = rng.randint(2, 4)
-        n = min(d_out, d_in)
-        U, s, V = orthonormal(rng, d_out, n), falling(rng, n), orthonormal(rng, d_in, n)
-        # the second writes nearly what the first does, and reads something else
-        other, reads = orthonormalised(U + 0.4 * normal(rng, d_out, n, dtype=torch.float64)), orthonormal(rng, d_in, n)
-        args, values = (assemble(U, s, V), assemble(other, falling(rng, n), reads), k), s.tolist()
-        squares = [v * v for v in values]
-        phi, phi_read = (overlap_table(X[:, :k], Y[:, :k])[-1, -1].item() for X, Y in ((U, other), (V, reads)))
-        right = {
-            "effective rank": math.exp(share_entropy(values)),
-            "energy": sum(squares[:k]) / sum(squares),
-            "shared": phi,
-            "chance": k / d_out,
-        }
-        known = {
-            "effective rank": {
-                "p is σ²/Σσ²; the effective rank has σ/Σσ": math.exp(share_entropy(values, 2)),
-                "this is the entropy, without exp": share_entropy(values),
-            },
-            "energy": {
-                "σ is added up; energy is σ²": sum(values[:k]) / sum(values),
-                "the root is taken: that is the share of the norm": math.sqrt(sum(squares[:k]) / sum(squares)),
-                "this is what is cut off": 1 - sum(squares[:k]) / sum(squares),
-            },
-            "shared": {
-                "right singular vectors are compared: they say what is read": phi_read,
-                "it is not divided by k": k * phi,
-                "it is divided by k twice": phi / k,
-                "the norm is not squared": math.sqrt(k * phi) / k,
-            },
-            "chance": {
-                "this is chance for what is read, in d_in dimensions": k / d_in,
-                "two random subspaces share max(k, k)/d, without a square": (k / d_out) ** 2,
-                "chance for one direction is 1/d, for k it is k/d": 1 / d_out,
-            },
-        }
-
-        def keys(got, right=right):
-            if not isinstance(got, dict) or set(got) != set(right):
-                return f"Return a dictionary with the keys {', '.join(right)}."
-
-        yield Case("return the four numbers by name", args, judge=keys)
-        for name, meaning in (
-            ("effective rank", "say how many directions share M"),
-            ("energy", f"say which share of ‖M‖²_F the best rank-{k} approximation holds"),
-            ("shared", f"compare the {k} strongest directions that M and N write, by φ"),
-            ("chance", f"say what φ({k}, {k}) random directions have on average in {d_out} dimensions"),
-        ):
-
-            def judge(got, name=name, want=right[name], known=known[name]):
-                if lines := differ(got[name], want):
-                    said = [f"It looks as if {text}." for text, value in known.items() if not differ(got[name], value)]
-                    return " ".join([*said[:1], *lines])
-
-            yield Case(f"{meaning} (“{name}”, for {d_out}×{d_in} matrices)", args, judge=judge)
-
-
 EXERCISES = (
     Exercise(
         "truncate", "The best approximation", truncate_cases,
@@ -487,7 +389,7 @@ EXERCISES = (
             "Q with orthonormal columns changes no singular value: so B·A has those of R_B·R_Aᵀ, an r × r matrix.",
             "R_B = torch.linalg.qr(B).R and R_A = torch.linalg.qr(A.T).R; then torch.linalg.svdvals(R_B @ R_A.T).",
         ),
-        ("factor_spectrum",), "factor_values",
+        ("factor_spectrum",), "rank.factor_values",
     ),
     Exercise(
         "subspace_similarity", "What two updates share", similarity_cases,

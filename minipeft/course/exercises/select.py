@@ -6,8 +6,8 @@ from random import Random
 
 import torch
 
-from minipeft.course.drive import classifier, network
-from minipeft.course.exercises.lora import normal
+from minipeft.course.drives.select import classifier, network
+from minipeft.course.exercises.draw import normal
 from minipeft.course.verdict import Case, Exercise, Raises
 
 
@@ -241,7 +241,7 @@ EXERCISES = (
             "Walk over `model.named_modules()` and look at each module's class, then at its bias.",
             "is_matrix(module) or 'Norm' in type(module).__name__, and getattr(module, 'bias', None) is not None.",
         ),
-        ("bitfit_names",), "name_biases",
+        ("bitfit_names",), "select.name_biases",
     ),
     Exercise(
         "tune_softmax", "Softmax tuning, with tied weights", softmax_cases,
@@ -249,7 +249,7 @@ EXERCISES = (
             "`model.head.weight is model.embed.weight` says whether they are tied.",
             "If tied: model.head.weight = nn.Parameter(model.head.weight.detach().clone()). Then freeze the others.",
         ),
-        ("tune_softmax",), "tune_softmax",
+        ("tune_softmax",), "select.tune_softmax",
     ),
     Exercise(
         "magnitude_mask", "A mask by magnitude", magnitude_cases,
@@ -265,7 +265,7 @@ EXERCISES = (
             "One backward pass for each example: a batch's gradient has already been averaged.",
             "torch.autograd.grad(log_p, list(model.parameters())) for one row; add grad² / n to each total.",
         ),
-        ("fisher_importance",), "importance",
+        ("fisher_importance",), "select.importance",
     ),
     Exercise(
         "MaskedAdamW", "Adam that leaves masked entries alone", adam_cases,
@@ -273,7 +273,7 @@ EXERCISES = (
             "Keep moments for parameter[mask] only: a vector as long as the mask has True.",
             "An inner torch.optim.AdamW over vectors parameter[mask]; copy gradients in, step, write the vectors back.",
         ),
-        ("MaskedAdamW",), "optimise",
+        ("MaskedAdamW",), "select.optimise",
     ),
     Exercise(
         "layer_range", "Find the bug", range_cases,

@@ -1,0 +1,71 @@
+"""What a row of the ledger is, and how rows are kept, made anew and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PATH = Path(__file__).with_name("ledger.json")
+HOLDS, WRONG = "holds", "wrong"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`kind`: "exact" and "code" rows, and "atlas" rows from the shipped runs, are recomputed by the tests, "measured"
+    rows (training) by the command only."""
+
+    id: str
+    text: str
+    source: str
+    kind: str
+    check: Callable[[], dict]
+    rule: Callable[[dict], str]
+
+
+CLAIMS: dict[str, Claim] = {}
+
+
+def claim(id: str, text: str, source: str, kind: str, rule: Callable[[dict], str]):
+    """Registers the decorated check under `id`."""
+
+    def register(check: Callable[[], dict]) -> Callable[[], dict]:
+        CLAIMS[id] = Claim(id, text, source, kind, check, rule)
+        return check
+
+    return register
+
+
+def load() -> list[dict]:
+    """The stored ledger: rows with id, claim, source, kind, figures, verdict."""
+    return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+def row(each: Claim, figures: dict) -> dict:
+    return {
+        "id": each.id, "claim": each.text, "source": each.source, "kind": each.kind, "check": each.check.__doc__,
+        "figures": figures, "verdict": each.rule(figures),
+    }  # fmt: skip
+
+
+def recompute(quick: bool = False) -> list[dict]:
+    """All rows anew; with `quick` the measured ones keep their stored figures."""
+    stored = {r["id"]: r["figures"] for r in load()} if PATH.exists() else {}
+    keep = {c.id for c in CLAIMS.values() if quick and c.kind == "measured"}
+    return [row(c, stored[c.id] if c.id in keep else c.check()) for _, c in sorted(CLAIMS.items())]
+
+
+def only(cases: Sequence[str], of: int, what: str = "task") -> str:
+    """The verdict of a claim that came out in these of `of` cases."""
+    return HOLDS if len(cases) == of else f"holds when the {what} is {' or '.join(cases)}" if cases else WRONG
+
+
+def table(rows: list[dict]) -> str:
+    """The ledger as text: id, verdict, claim, figures."""
+    lines = []
+    for each in rows:
+        lines.append(f"{each['id']}  {each['verdict'].upper() if each['verdict'] == WRONG else each['verdict']}")
+        lines.append(f"     {each['claim']} ({each['source']})")
+        lines.append(f"     {each['figures']}")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""How a learner's answers to the assignment `budget` are called."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from minipeft.course.drives.common import call
+
+
+def owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds what has this dotted name, made where it is missing, and the last part of the name."""
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    return root, last
+
+
+def list_shapes(function, layers: list, targets: list) -> object:
+    """`layers`: (dotted name, kind, d_in, d_out), on the meta device; the name of an earlier one as kind shares it."""
+    from transformers.pytorch_utils import Conv1D
+
+    make = {
+        "linear": nn.Linear,
+        "linear of torch's attention": nn.modules.linear.NonDynamicallyQuantizableLinear,
+        "Conv1D": lambda d_in, d_out: Conv1D(d_out, d_in),
+        "embedding": nn.Embedding,
+        "norm": lambda d_in, _: nn.LayerNorm(d_in),
+    }
+    model = nn.Module()
+    with torch.device("meta"):
+        for name, kind, d_in, d_out in layers:
+            module, last = owner(model, name)
+            module.add_module(last, make[kind](d_in, d_out) if kind in make else model.get_submodule(kind))
+    return call(function, model, targets)
+
+
+def holding(parameters: list, ties: list, buffers: list) -> nn.Module:
+    """A model of `parameters` (name, shape, type, part), `ties` (a second name, of what) and `buffers` (name, shape,
+    type, whether it is saved). The part that a parameter plays is "frozen", "trains", or "idle": it could train."""
+    model = nn.Module()
+    for name, shape, dtype, part in parameters:
+        module, last = owner(model, name)
+        value = torch.ones(shape, dtype=getattr(torch, dtype))
+        module.register_parameter(last, nn.Parameter(value, requires_grad=part != "frozen"))
+    for name, other in ties:
+        module, last = owner(model, name)
+        module.register_parameter(last, model.get_parameter(other))
+    for name, shape, dtype, saved in buffers:
+        module, last = owner(model, name)
+        module.register_buffer(last, torch.ones(shape, dtype=getattr(torch, dtype)), persistent=saved)
+    return model
+
+
+def bytes_before_training(function, parameters: list, ties: list, buffers: list) -> object:
+    return function(holding(parameters, ties, buffers))
+
+
+def bytes_after_a_step(function, parameters: list, ties: list, buffers: list, optimizer: str, settings: dict) -> object:
+    """One step of training on the sum of squares of all that is not idle; then the function is called."""
+    model = holding(parameters, ties, buffers)
+    used = [model.get_parameter(name) for name, _, _, part in parameters if part != "idle"]
+    steps = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], **settings)
+    sum(p.float().square().sum() for p in used).backward()
+    steps.step()
+    return function(model, steps)

@@ -1,0 +1,108 @@
+"""How a learner's answers to the assignment `select` are called."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import nn
+
+from minipeft.course.drives.common import Conv1D, descend
+
+
+class RMSNorm(nn.Module):
+    """A norm with a scale and no bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Gate(nn.Module):
+    """Neither linear nor a norm, but it has a parameter called bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+
+def network(kind: str, width: int, seed: int) -> nn.Module:
+    """ "biases": linear, Conv1D and LayerNorm with biases, and decoys; "none": a model without biases."""
+    rng = random.Random(seed)
+    model = nn.Module()
+    for i in range(rng.randint(2, 3)):
+        block = nn.Module()
+        if kind == "biases":
+            block.bias_proj = nn.Linear(width, 2 * width, bias=rng.random() < 0.5)
+            block.c_fc = Conv1D(torch.zeros(width, 3), torch.zeros(3))
+            block.norm = nn.LayerNorm(width)
+            block.gate = Gate(width)
+            block.relative_attention_bias = nn.Embedding(4, width)
+        else:
+            block.proj = nn.Linear(width, width, bias=False)
+            block.norm = RMSNorm(width)
+            block.gate = Gate(width)
+        model.add_module(f"block{i}", block)
+    return model
+
+
+def name_biases(function, kind: str, width: int, seed: int) -> list:
+    return sorted(function(network(kind, width, seed)))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, table: torch.Tensor, head: torch.Tensor | None):
+        super().__init__()
+        self.embed = nn.Embedding(*table.shape, dtype=table.dtype)
+        self.embed.weight = nn.Parameter(table.clone())
+        self.body = nn.Linear(table.shape[1], table.shape[1], dtype=table.dtype)
+        self.head = nn.Linear(table.shape[1], table.shape[0], bias=False, dtype=table.dtype)
+        self.head.weight = self.embed.weight if head is None else nn.Parameter(head.clone())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.embed(ids)).tanh())
+
+
+def tune_softmax(function, table, head, ids, seed: int) -> dict:
+    """Prepares the model, then trains one step of SGD on all that requires a gradient."""
+    torch.manual_seed(seed)
+    model = LanguageModel(table, head)
+    before = model(ids).detach().clone()
+    added = function(model)
+    after = model(ids)
+    seen = {"added": added, "trainable": sorted(n for n, p in model.named_parameters() if p.requires_grad)}
+    seen["same output at first"] = torch.equal(before, after)
+    body = model.body.weight.detach().clone()
+    start = model.head.weight.detach().clone()
+    nn.functional.cross_entropy(after, ids).backward()
+    descend(model, 1.0)
+    seen["embedding kept"] = torch.equal(model.embed.weight.detach(), table)
+    seen["body kept"] = torch.equal(model.body.weight.detach(), body)
+    seen["head moved"] = not torch.equal(model.head.weight.detach(), start)
+    return seen
+
+
+def classifier(weights: list[torch.Tensor]) -> nn.Module:
+    first, second = (nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype) for w in weights)
+    first.weight, second.weight = nn.Parameter(weights[0].clone()), nn.Parameter(weights[1].clone())
+    return nn.Sequential(first, nn.Tanh(), second)
+
+
+def importance(function, weights: list, inputs, labels) -> dict:
+    model = classifier(weights)
+    found = function(model, inputs, labels)
+    kept = all(torch.equal(p.detach(), w) for p, w in zip(model.parameters(), weights, strict=True))
+    return {"importance": dict(found), "weights kept": kept}
+
+
+def optimise(cls, values: list, masks: list, gradients: list, settings: dict) -> list:
+    """The parameters after each step."""
+    parameters = [nn.Parameter(value.clone()) for value in values]
+    optimizer = cls(parameters, masks, **settings)
+    history = []
+    for several in gradients:
+        for parameter, gradient in zip(parameters, several, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        history.append([p.detach().clone() for p in parameters])
+    return history

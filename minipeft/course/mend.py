@@ -1,0 +1,131 @@
+"""What a student must not change comes from the source: locked cells, tests and points are put back."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from copy import deepcopy
+from functools import cache
+
+import nbformat
+
+from minipeft.course import assignments
+
+
+@cache
+def source_text(assignment: str) -> str:
+    return assignments.sources()[assignment].read_text(encoding="utf-8")
+
+
+def read(text: str):
+    """A notebook from a stranger's text. ValueError says in one sentence what is wrong with it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ids that stand there twice
+            notebook = nbformat.reads(text, as_version=4)
+        for cell in notebook.cells:
+            if not isinstance(cell.source, str) or cell.cell_type not in ("code", "markdown", "raw"):
+                raise TypeError("a cell has no text")
+    except Exception as error:  # nbformat raises whatever its parsing meets
+        raise ValueError(f"The file is not a notebook ({type(error).__name__}: {str(error)[:120]}).") from error
+    return notebook
+
+
+def mend(submitted, assignment: str):
+    """(a notebook with every cell of the source and all of the student's code, in the student's order; remarks).
+
+    Cells that the student may edit keep the student's text, and so do cells that the student added. Every other cell is
+    taken from the source, once: changed ones are restored, deleted ones put back, copies taken out.
+    """
+    source = nbformat.reads(source_text(assignment), as_version=4)
+    original = {name_of(cell): cell for cell in source.cells if name_of(cell)}
+    titles = {cell.source.strip(): name for name, cell in original.items() if locked(cell)}
+    released = nbformat.reads(released_text(assignment), as_version=4)
+    titles |= {cell.source.strip(): name_of(cell) for cell in released.cells if name_of(cell) and locked(cell)}
+    plain = {cell.source.strip() for cell in released.cells if not name_of(cell)}
+    known = {name_of(cell) for cell in submitted.cells}
+    cells, seen, remarks = [], set(), []
+    if not known & set(original):
+        remarks.append("The cells have lost their names, and were recognised by what stands in them.")
+    for cell in submitted.cells:
+        name = name_of(cell) or titles.get(cell.source.strip()) or defines(cell, set(original) - known)
+        if cell.source.strip() in plain and cell.cell_type == "markdown":
+            continue  # the course's own prose
+        if name not in original:
+            cells.append(fresh(cell))
+        elif name not in seen:
+            seen.add(name)
+            cells.append(restored(original[name], cell, released, remarks))
+        elif locked(original[name]):
+            remarks.append(f"A copy of the cell {name} was taken out.")
+        else:
+            remarks.append(f"A second cell {name} counts as an added cell.")
+            cells.append(fresh(cell))
+    missing = [name for name in original if name not in seen]
+    setup = [n for n in missing if locked(original[n]) and not is_test(original[n])]
+    later = [n for n in missing if n not in setup]
+    for name in missing:
+        remarks.append(f"The cell {name} was missing and has been put back.")
+    blank = "# No cell with this name was handed in."
+    cells[:0] = [deepcopy(original[n]) for n in setup]
+    cells += [deepcopy(original[n]) if locked(original[n]) else blanked(original[n], blank) for n in later]
+    source.cells = cells
+    assignments.tidy(source)
+    return source, remarks
+
+
+def restored(original, cell, released, remarks: list[str]):
+    """The source's cell, with the student's text if the student may edit it."""
+    name, new = name_of(original), deepcopy(original)
+    if locked(original):
+        given = next(c for c in released.cells if name_of(c) == name)
+        if cell.source.strip() not in (given.source.strip(), original.source.strip()):
+            remarks.append(f"The cell {name} was changed and has been restored.")
+    else:
+        new.source = cell.source
+    before = cell.metadata.get("nbgrader")
+    if isinstance(before, dict) and before.get("points", 0) != original.metadata.nbgrader.get("points", 0):
+        remarks.append(f"The marks of the cell {name} were changed and have been restored.")
+    return new
+
+
+def defines(cell, names: set[str]) -> str | None:
+    """The one of these names that the cell defines as a function or class, if it is a cell without a name."""
+    found = re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE) if cell.cell_type == "code" else []
+    return next((name for name in found if name in names), None)
+
+
+def fresh(cell):
+    new = nbformat.from_dict({k: cell[k] for k in ("cell_type", "source")} | {"metadata": {}})
+    if new.cell_type == "code":
+        new |= {"outputs": [], "execution_count": None}
+    return nbformat.from_dict(new)
+
+
+def blanked(cell, text: str):
+    new = deepcopy(cell)
+    new.source = text
+    return new
+
+
+def name_of(cell) -> str | None:
+    data = cell.metadata.get("nbgrader")
+    name = data.get("grade_id") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def locked(cell) -> bool:
+    return not cell.metadata.nbgrader.get("solution")
+
+
+def is_test(cell) -> bool:
+    return bool(cell.metadata.get("nbgrader", {}).get("grade"))
+
+
+@cache
+def released_text(assignment: str) -> str:
+    return assignments.release(assignments.sources()[assignment])
+
+
+def exercise_of(cell) -> str:
+    return name_of(cell).removeprefix("test_")
