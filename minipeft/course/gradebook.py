@@ -13,10 +13,7 @@ import nbformat
 from nbgrader.preprocessors import NbGraderPreprocessor
 
 from minipeft.course import assignments
-from minipeft.course.mend import (
-    mend,
-    source_text,
-)
+from minipeft.course.mend import mend, source_text
 from minipeft.course.submission import Submission, digest, report
 from minipeft.course.verdict import Verdict
 from minipeft.whole import write_whole

@@ -5,19 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import nbformat
 
 from minipeft.course.exercises import exercises
-from minipeft.course.mend import (
-    exercise_of,
-    is_test,
-    mend,
-    name_of,
-    read,
-    source_text,
-)
+from minipeft.course.mend import exercise_of, is_test, mend, name_of, read, source_text
 from minipeft.course.sandbox import CannotStart, Killed, Limits, Sandbox
 from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, NOT_ATTEMPTED, Raised, Verdict, examine
 
