@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import Layer, Method, WeightLayer
-from minipeft.targets import is_matrix
+from minipeft.targets import exact, flipped, is_matrix
 
 PREFIX, OURS = "base_model.model.", "MINIPEFT_"
 NUMBER, WORDS, MAPPING = (int, float), (list, type(None)), (dict, type(None))
@@ -27,7 +27,8 @@ class Layout:
     `peft_type`: PEFT's name, or one of ours that begins with MINIPEFT_ where PEFT has no such method.
     `layer`: the class of layers that it writes. `flag`: options that tell it from others with its `peft_type`.
     `kinds`: {option: the types that it may have}. `foreign`: options that change what the numbers mean, in ways that
-    are not done here. `head`: what stands before the names of trained parameters of the base, such as the head's.
+    are not done here; `fixed`: {option: the values under which they mean what they mean here}.
+    `head`: what stands before the names of trained parameters of the base, such as the head's.
     """
 
     peft_type: str
@@ -35,6 +36,7 @@ class Layout:
     flag: dict[str, object] = {}
     kinds: dict[str, tuple[type, ...]] = {}
     foreign: tuple[str, ...] = ()
+    fixed: dict[str, tuple] = {}
     head = PREFIX
 
     def config(self, base: nn.Module, layers: list[Layer]) -> dict:
@@ -106,15 +108,17 @@ class WeightLayout(Layout):
 
     ends: str  # a regular expression for what stands behind the path
     needs: str  # the numbers that every target must have, for a message
+    conv1d = True  # whether PEFT has the method for GPT-2's Conv1D
 
     def config(self, base: nn.Module, layers: list[WeightLayer]) -> dict:
         if not all(layer.path for layer in layers):
             raise ValueError(
                 "The model is itself the adapted layer, so the layer has no name to save; wrap it in nn.Sequential."
             )
-        fused = any(any(layer.padding) for layer in layers)  # PEFT has no slices of fused projections
+        turned = any(flipped(base.get_submodule(layer.path)) for layer in layers)
+        ours = any(any(layer.padding) for layer in layers) or (turned and not self.conv1d)  # PEFT has no slices either
         return {
-            "peft_type": OURS + self.peft_type if fused else self.peft_type,
+            "peft_type": OURS + self.peft_type if ours else self.peft_type,
             "target_modules": target_modules(base, sorted({layer.path for layer in layers})),
             **self.flag,
         }
@@ -180,6 +184,32 @@ def by_pattern(patterns: dict | None, key: str, default, option: str):
     """PEFT's rule: the first pattern that matches the end of the path, at a dot."""
     fits = (v for pattern, v in (patterns or {}).items() if compiled(rf"(.*\.)?({pattern})$", option).match(key))
     return next(fits, default)
+
+
+class OneMethodLayout(WeightLayout):
+    """A file that one method, with one set of settings, built. `options`: {option in the file: the setting it is}."""
+
+    method: type[Method]
+    options: dict[str, str] = {}
+
+    def config(self, base: nn.Module, layers: list[WeightLayer]) -> dict:
+        settings = {name: getattr(layers[0].method, name) for name in self.options.values()}
+        if any(getattr(layer.method, name) != value for layer in layers for name, value in settings.items()):
+            raise ValueError(
+                f"These layers come from {self.method.__name__} with several settings, and a file has one; put each "
+                "under its own name."
+            )
+        return super().config(base, layers) | {
+            **{option: settings[name] for option, name in self.options.items()},
+            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+        }
+
+    def given(self, config: dict) -> dict:
+        """The settings that the file asks for."""
+        return {name: config[option] for option, name in self.options.items() if config.get(option) is not None}
+
+    def build(self, config: dict, places: list[str], tensors: Tensors) -> list[Method]:
+        return [self.method(**self.given(config), targets=[exact(place) for place in places])] if places else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,9 +29,11 @@ class Method:
     """A frozen dataclass that says *what to train*; `attach` does it.
 
     `examples`: settings that fit even a tiny model; the tests try the method with each of them.
+    `formula`: how many numbers a target takes, in Python, of d_in, d_out and the settings; "" where no formula says it.
     """
 
     examples: tuple[dict[str, object], ...] = ({},)
+    formula: str = ""
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Layer]]:
         """Says where layers go, as {key: maker}; raises ValueError, with the model untouched, when they cannot.

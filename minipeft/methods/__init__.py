@@ -9,14 +9,18 @@ from minipeft.methods.adalora import AdaLoRA
 from minipeft.methods.adapter import Adapter
 from minipeft.methods.dora import DoRA
 from minipeft.methods.experts import Experts
+from minipeft.methods.hira import HiRA
 from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.masked import Masked
+from minipeft.methods.miss import MiSS
+from minipeft.methods.oft import OFT
 from minipeft.methods.pissa import PiSSALayer  # makes LoRA(init="pissa") known
 from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.projected import ProjectedLoRA
 from minipeft.methods.prompt import PromptTuning, PTuning
 from minipeft.methods.select import BitFit, Full, Softmax
+from minipeft.methods.shira import SHiRA
 from minipeft.methods.subspace import Subspace
 from minipeft.methods.vera import VeRA
 

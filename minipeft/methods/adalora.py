@@ -65,6 +65,7 @@ class AdaLoRA(Method):
     dropout: float = 0.0
     targets: Targets = "all-linear"
 
+    formula = "initial_rank * (d_in + d_out + 1)"
     examples = ({"rank": 2, "initial_rank": 3},)
 
     def __post_init__(self, alpha: float | None) -> None:

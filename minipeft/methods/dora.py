@@ -65,6 +65,7 @@ class DoRA(LoRA):
     """
 
     layers = dict.fromkeys(("kaiming", "gaussian", "orthogonal"), DoRALayer)
+    formula = "rank * (d_in + d_out) + d_out"
     examples = ({"rank": 2},)
 
     def __post_init__(self, alpha: float | None) -> None:

@@ -110,6 +110,7 @@ class LoRA(Method):
     dropout: float = 0.0
     lr_ratio: float = 1.0
 
+    formula = "rank * (d_in + d_out)"
     layers = dict.fromkeys(("kaiming", "gaussian", "orthogonal", *FAULTS), LoRALayer)  # {init: what it starts}
     examples = (
         {"rank": 2},

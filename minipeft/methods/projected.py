@@ -41,6 +41,7 @@ class ProjectedLoRA(Method):
     targets: Targets = "all-linear"
     basis: str = "random"
 
+    formula = "rank * d_out"
     examples = ({"rank": 3}, {"rank": 3, "basis": "top"})
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ The smallest k that reaches 90 % of what full fine-tuning gains is called dâ‚‰â‚
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,17 +67,19 @@ class SubspaceLayer(WeightLayer):
         self.z, self.size, self.scale, self.first = z, (target.d_out, target.d_in), 1 / math.sqrt(D), first
         rows, dim = target.d_out * target.d_in, method.dim
         self.dense = method.projection == "dense"
+        given = None if z.is_meta else generator  # on the meta device nothing is drawn
         if self.dense:
-            self._keep("P", z, (rows, dim), lambda size: torch.randn(size, generator=generator))
+            self._keep("P", z, (rows, dim), lambda size: torch.randn(size, generator=given))
             return
         L = 1 << (dim - 1).bit_length()
         blocks = -(-rows // L)
-        self._keep("signs", z, (blocks, L), lambda size: torch.randint(2, size, generator=generator) * 2.0 - 1)
-        self._keep("order", z, (blocks, L), lambda size: torch.rand(size, generator=generator).argsort(1))
-        self._keep("gauss", z, (blocks, L), lambda size: torch.randn(size, generator=generator))
+        self._keep("signs", z, (blocks, L), lambda size: torch.randint(2, size, generator=given) * 2.0 - 1)
+        self._keep("order", z, (blocks, L), lambda size: torch.rand(size, generator=given).argsort(1))
+        self._keep("gauss", z, (blocks, L), lambda size: torch.randn(size, generator=given))
 
     def _keep(self, name: str, z: torch.Tensor, size: tuple[int, int], draw: Callable[..., torch.Tensor]) -> None:
-        value = torch.empty(size) if z.is_meta else draw(size)
+        with torch.device("meta") if z.is_meta else contextlib.nullcontext():
+            value = draw(size)
         value = value.to(z.device, z.dtype if value.is_floating_point() else None)
         self.register_buffer(name, value, persistent=False)
 

@@ -42,6 +42,7 @@ class VeRA(Method):
     dropout: float = 0.0
     projection_seed: int = 0
 
+    formula = "d_out + rank"
     examples = ({"rank": 20},)
 
     def __post_init__(self) -> None:

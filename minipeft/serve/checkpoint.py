@@ -212,6 +212,11 @@ def check_config(config: dict, layout: Layout | None) -> None:
         words = not (option in kinds and isinstance(value, list)) or all(isinstance(v, str) for v in value)
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not words:
             raise ValueError(f"{CONFIG} has {option} = {value!r}, which is of the wrong type.")
+    for option, values in (layout.fixed if layout else {}).items():
+        if config.get(option) not in values:
+            raise ValueError(
+                f"it has {option} = {config[option]!r}, which is not done here; {values[-1]!r} would load."
+            )
     if layout and (used := [o for o in layout.foreign if config.get(o) and o not in layout.flag]):
         raise ValueError(f"it uses {', '.join(used)}, which is not done here; only plain {layout.peft_type} loads.")
 
