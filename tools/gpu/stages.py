@@ -1,0 +1,231 @@
+"""The stages of the kit: each takes a `Run`, leaves its file, and returns what the report says of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import time
+import warnings
+
+import torch
+from safetensors.torch import save_file
+
+import minipeft as mp
+from minipeft.analyze import memory as memory_of
+from minipeft.learn.fit import collate, encode
+from minipeft.learn.sweep import collect, grid, sweep
+from minipeft.methods import METHODS
+from minipeft.world import base, tasks
+
+TINY = {"hidden": 32, "layers": 2, "heads": 2, "ff": 48}
+DESK = {"hidden": 256, "layers": 8, "heads": 8, "ff": 768}
+
+
+def versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+
+
+def name_of(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (a) The same numbers on both devices
+# ---------------------------------------------------------------------------------------------------------------------
+def agree(run) -> dict:
+    """Every method with every example: the largest differences to the CPU, relative to the largest value there."""
+    found, failed = {}, {}
+    started = time.monotonic()
+    for name, kind in METHODS.items():
+        for settings in kind.examples if not run.dry else kind.examples[:1]:
+            if time.monotonic() - started > run.seconds:
+                break
+            label = f"{name} {settings}"
+            try:
+                here, there = measured(kind(**settings), "cpu"), measured(kind(**settings), run.device)
+            except Exception as error:
+                failed[label] = f"{type(error).__name__}: {str(error)[:300]}"
+                continue
+            tokens = here.pop("tokens"), there.pop("tokens")
+            found[label] = {
+                what: (value - there[what]).abs().max().item() / max(1.0, value.abs().max().item())
+                for what, value in here.items()
+            } | {"same tokens": torch.equal(*tokens)}
+            run.write("agree.json", {"device": name_of(run.device), "relative differences": found, "failed": failed})
+    worst = max((v for each in found.values() for k, v in each.items() if k != "same tokens"), default=math.nan)
+    said = {"methods": len(found), "largest relative difference": worst}
+    return said | ({"failed": failed} if failed else {})
+
+
+def measured(method, device: str) -> dict[str, torch.Tensor]:
+    """Logits, gradients, merged logits and generated tokens of a tiny model with this method, every number moved."""
+    torch.manual_seed(0)
+    tokenizer = base.build_tokenizer()
+    model = base.build_model(len(tokenizer), **TINY).eval()
+    tuned = mp.attach(model, method)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in tuned.adapters.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    tuned.to(device)
+    ids = torch.arange(3, 27, device=device).view(2, 12)
+    result = tuned(input_ids=ids, labels=ids)
+    result.loss.backward()
+    found = {"logits": result.logits.detach().cpu()}
+    found["gradients"] = torch.cat([p.grad.flatten().cpu() for p in tuned.adapters.parameters() if p.grad is not None])
+    with torch.no_grad():
+        out = tuned.generate(ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))
+        found["tokens"] = out.cpu()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tuned.merge()
+            found["merged"] = tuned(input_ids=ids).logits.cpu()
+        except ValueError as error:
+            if "changes no weight" not in str(error):
+                raise
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (b) The bases
+# ---------------------------------------------------------------------------------------------------------------------
+def pocket(run) -> dict:
+    return trained(run, "pocket", TINY if run.dry else {}, torch.float32)
+
+
+def desk(run) -> dict:
+    return trained(run, "desk", TINY if run.dry else DESK, torch.bfloat16)
+
+
+def trained(run, name: str, shape: dict[str, int], dtype: torch.dtype) -> dict:
+    """Trains a base through all phases in about `run.seconds`, and leaves weights and card in one file."""
+    torch.manual_seed(0)
+    tokenizer = base.build_tokenizer()
+    model = base.build_model(len(tokenizer), **shape).to(run.device)
+    tokens, workers = (512, 0) if run.dry else (16384, 12)
+    probe = base.train_phase(model, tokenizer, 2 if run.dry else 30, 1e-4, 0.0, seed=99, tokens=tokens, workers=workers)
+    torch.manual_seed(0)
+    model = base.build_model(len(tokenizer), **shape).to(run.device)
+    total = sum(steps for steps, _, _ in base.PHASES)
+    affordable = 6 if run.dry else 0.75 * run.seconds * 30 / max(probe["seconds"], 1)
+    # as many tokens as the shipped phases read, or as many as the time allows
+    steps = min(affordable, total * 2048 * 2 / tokens)
+    phases = [
+        base.train_phase(model, tokenizer, max(2, round(steps * part / total)), lr, share, seed=1 + i, tokens=tokens,
+                         workers=workers)
+        for i, (part, lr, share) in enumerate(base.PHASES)
+    ]  # fmt: skip
+    model = model.to("cpu", dtype).to(torch.float32).eval()  # what is measured is what is stored
+    sizes = {"stories": 20, "samples": 4} if run.dry else {}
+    card = base.card_of(model, tokenizer, phases, name_of(run.device), seed=0, **sizes)
+    weights = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    save_file(weights, run.out / f"{name}.safetensors", {"card": json.dumps(card), "shape": json.dumps(shape)})
+    return {key: card[key] for key in ("above the floor in %", "sampled stories that parse, of 100")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (c) The atlas
+# ---------------------------------------------------------------------------------------------------------------------
+def atlas(run) -> dict:
+    """The grid's runs, in an order in which every prefix is useful, several side by side on one device."""
+    points = grid(seeds=1 if run.dry else 5)[: 2 if run.dry else None]
+    folder = run.out.parent / f"{run.out.name}-runs"
+    executor = None if run.dry else torch_processes(8)
+    missing = sweep(points, folder, executor, run.seconds, device=run.device)
+    done = [point for point in points if (folder / f"{point.key}.json").exists()]
+    collect(done, folder, run.out / "atlas.parquet", device=name_of(run.device))
+    return {"runs": len(done), "missing": missing}
+
+
+def torch_processes(n: int):
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    return ProcessPoolExecutor(n, multiprocessing.get_context("spawn"))  # a fork of a process that uses CUDA fails
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (d) Memory
+# ---------------------------------------------------------------------------------------------------------------------
+def memory(run) -> dict:
+    """The most that a step allocates beyond what lay there before, against the prediction, in bytes."""
+    shape = TINY if run.dry else DESK
+    rows = []
+    started = time.monotonic()
+    for label, method in (("full", mp.Full()), ("LoRA r=8", mp.LoRA(rank=8)), ("BitFit", mp.BitFit())):
+        for batch, length in ((2, 16),) if run.dry else ((4, 48), (16, 96), (64, 96)):
+            if time.monotonic() - started > run.seconds:
+                break
+            tuned = mp.attach(base.build_model(684, **shape), method).train().to(run.device)
+            foretold = memory_of.predict(tuned, batch=batch, length=length).peak
+            if run.device == "cuda":
+                memory_of.measure(tuned, batch, length)  # cuBLAS takes its workspace once
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                memory_of.measure(tuned, batch, length)
+                peak = torch.cuda.max_memory_allocated()
+            else:
+                peak = memory_of.measure(tuned, batch, length).peak
+            rows.append({"method": label, "batch": batch, "length": length, "predicted": foretold, "measured": peak})
+            run.write("memory.json", {"device": name_of(run.device), "shape": shape, "rows": rows})
+    return {"measured / predicted": [round(row["measured"] / row["predicted"], 3) for row in rows]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (e) Benchmarks
+# ---------------------------------------------------------------------------------------------------------------------
+def bench(run) -> dict:
+    """Medians of ratios of step times, taken in turn: LoRA here against PEFT, a frozen backward pass, and full."""
+    import peft
+
+    rows = []
+    started = time.monotonic()
+    for width in (32,) if run.dry else (128, 256, 512, 1024):
+        shape = {"hidden": width, "layers": 2 if run.dry else 4, "heads": max(2, width // 64), "ff": 3 * width}
+        model, tokenizer = base.build_model(684, **shape), base.build_tokenizer()
+        texts = tasks.pirate(40, 4).data["train"].select(range(16))
+        inputs = collate("text", encode("text", texts, tokenizer, 128), tokenizer, run.device)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        frozen.model.norm.weight.requires_grad_(True)
+        for rank in (8, 64):
+            if time.monotonic() - started > run.seconds:
+                break
+            config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+            sides = {
+                "minipeft": mp.attach(copy.deepcopy(model), mp.LoRA(rank=min(rank, width))),
+                "PEFT": peft.get_peft_model(copy.deepcopy(model), config),
+                "frozen": frozen,
+                "full": copy.deepcopy(model),
+            }
+            steps = {name: step_of(side.train().to(run.device), inputs, run.device) for name, side in sides.items()}
+            for _ in range(2):
+                [step() for step in steps.values()]
+            times = [{name: step() for name, step in steps.items()} for _ in range(3 if run.dry else 40)]
+            ratios = {
+                f"minipeft / {name}": statistics.median(each["minipeft"] / each[name] for each in times)
+                for name in ("PEFT", "frozen", "full")
+            }
+            rows.append({"width": width, "rank": rank, "tokens": inputs["input_ids"].numel()} | ratios)
+            run.write("bench.json", {"device": name_of(run.device), "rows": rows} | versions())
+    return {"rows": len(rows)}
+
+
+def step_of(model, inputs: dict, device: str):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> float:
+        started = time.perf_counter()
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return step
