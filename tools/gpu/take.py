@@ -52,12 +52,12 @@ def take_base(name: str, path: Path, quick: bool) -> str:
     sizes = {"stories": 20, "samples": 4} if quick else {}
     card |= base.measure(model, tokenizer, **sizes)
     folder = {"pocket": base.FOLDER, "desk": base.DESK}[name]
-    for here in {base.FOLDER, folder} if folder.exists() else {base.FOLDER}:  # a desk base, too, must beat pocket
+    for here in {base.FOLDER, folder if folder.exists() else base.FOLDER}:  # a desk base must not be worse than pocket
         now = base.measure(*base.load(str(here)), **sizes)
         if card[EXCESS] > now[EXCESS] or card[PARSED] < now[PARSED]:
             raise ValueError(
-                f"{path.name} is worse than the {here.name} base that is here: {card[EXCESS]} nats a token above the "
-                f"source and {card[PARSED]} of 100 stories parse, against {now[EXCESS]} and {now[PARSED]}; nothing changed."
+                f"{path.name} is worse than the {here.name} base that is here: {card[EXCESS]} nats a token above "
+                f"the source and {card[PARSED]} of 100 stories parse, against {now[EXCESS]} and {now[PARSED]}; nothing changed."
             )
     base.save(model.to(torch.bfloat16) if name == "desk" else model, tokenizer, card, folder)
     return f"{name}: {card[EXCESS]} nats a token above the source, {card[PARSED]} of 100 stories parse"
