@@ -52,7 +52,8 @@ def take_base(name: str, path: Path, quick: bool) -> str:
     sizes = {"stories": 20, "samples": 4} if quick else {}
     card |= base.measure(model, tokenizer, **sizes)
     folder = {"pocket": base.FOLDER, "desk": base.DESK}[name]
-    for here in {base.FOLDER, folder if folder.exists() else base.FOLDER}:  # a desk base must not be worse than pocket
+    # a desk base must not be worse than pocket either
+    for here in {base.FOLDER, folder if folder.exists() else base.FOLDER}:
         now = base.measure(*base.load(str(here)), **sizes)
         if card[EXCESS] > now[EXCESS] or card[PARSED] < now[PARSED]:
             raise ValueError(
