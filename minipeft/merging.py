@@ -37,19 +37,24 @@ def merged(base: nn.Module, layers: Sequence[Layer]) -> tuple[dict[Slot, nn.Para
         owner = base.get_submodule(path)
         old = getattr(owner, name)
         # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
-        exact = old.to(delta.dtype) + delta.to(old.device)
-        if packed(owner) and name == "weight":  # a quantised W' is rounded to its code again
-            stored = owner.stored(exact)
-            new |= {(path, part): value for part, value in stored.items()}
-            kept = owner.dense(list(stored.values()))
-        else:
-            kept = new[path, name] = exact.to(old.dtype)
+        stored, kept = rounded(owner, name, old.to(delta.dtype) + delta.to(old.device))
+        new |= {(path, part): value for part, value in stored.items()}
         if not old.is_meta and (size := delta.norm()) > 0:
-            rounded = kept.to(delta.dtype) - old.to(delta.dtype)
-            lost[path if name == "weight" else f"{path}.{name}"] = ((rounded - delta).norm() / size).item()
+            moved = kept.to(delta.dtype) - old.to(delta.dtype)
+            lost[path if name == "weight" else f"{path}.{name}"] = ((moved - delta).norm() / size).item()
     # one parameter for each value, so that what is tied stays tied
     shared = {id(v): nn.Parameter(v, requires_grad=False) for v in new.values()}
     return {slot: shared[id(value)] for slot, value in new.items()}, lost
+
+
+def rounded(owner: nn.Module, name: str, exact: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What `owner` would store for `exact`, by parameter name, and what it then computes with: a quantised weight is
+    rounded to its code again."""
+    if packed(owner) and name == "weight":
+        stored = owner.stored(exact)
+        return stored, owner.dense(list(stored.values()))
+    kept = exact.to(getattr(owner, name).dtype)
+    return {name: kept}, kept
 
 
 def broken_ties(base: nn.Module, new: dict[Slot, nn.Parameter]) -> list[str]:

@@ -22,6 +22,7 @@ from torch import nn
 from minipeft.analyze.catalogue import build
 from minipeft.attach import attach
 from minipeft.layer import Method
+from minipeft.targets import numbers
 
 SYMBOLS = {
     "d_in": r"d_\mathrm{in}", "d_out": r"d_\mathrm{out}", "h_kv": r"h_\mathrm{kv}", "d_h": r"d_\mathrm{head}",
@@ -273,7 +274,7 @@ def budget(model, method: Method | Sequence[Method]) -> Budget:
             if parts:
                 lines.append(Line(layer.path, parts))
         with tuned.disabled():
-            base = sum(p.numel() for p in tuned.base.parameters())
+            base = numbers(tuned.base)
     finally:
         tuned.detach()
     return Budget(base, count.trainable, count.total, tuple(lines), safetensors_bytes(keys))
@@ -289,11 +290,12 @@ def on_meta(model) -> nn.Module:
 
     if not isinstance(model, transformers.PretrainedConfig):
         raise TypeError(f"model is a {type(model).__name__}; give a catalogue name, a transformers config or a module.")
-    name = (model.architectures or [None])[0]
+    kind = getattr(transformers, (model.architectures or [""])[0], None)
+    if kind is None:  # a configuration made by hand: a language model, where there is one
+        writes = type(model) in transformers.AutoModelForCausalLM._model_mapping
+        kind = transformers.AutoModelForCausalLM if writes else transformers.AutoModel
     with torch.device("meta"):
-        if name is not None and hasattr(transformers, name):
-            return getattr(transformers, name)(model)
-        return transformers.AutoModel.from_config(model)
+        return kind(model) if isinstance(kind, type) and issubclass(kind, nn.Module) else kind.from_config(model)
 
 
 def safetensors_bytes(tensors: dict[str, tuple[int, ...]]) -> int:
@@ -393,6 +395,11 @@ def training_bytes(
         raise ValueError(
             f"precision={precision!r} must be one of {', '.join(PRECISIONS)}, and optimizer={optimizer!r} one of "
             f"{', '.join(MOMENTS)}."
+        )
+    if not 0 <= added <= trainable <= base + added:
+        raise ValueError(
+            f"base={base:,}, trainable={trainable:,}, added={added:,} do not go together: of what trains, `added` are "
+            "an adapter's own, and the rest is part of the base."
         )
     own, width = trainable - added, PRECISIONS[precision]
     if own and width < 2:

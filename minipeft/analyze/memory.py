@@ -10,13 +10,15 @@ and counts the bytes that they would take. So it needs no formula for each famil
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from minipeft.analyze.budget import on_meta
 from minipeft.attach import Tuned, attach
 from minipeft.layer import Method
 from minipeft.learn.peak import PeakMemory
@@ -66,7 +68,7 @@ def predict(
     It is the sum over tensors, which an allocator rounds up; scratch space inside an operation is not seen.
     Raises ValueError when the model's forward gives no loss, and for more tokens than its context.
     """
-    model = _copy(_build(model), lambda t: torch.empty_like(t, device="meta"))
+    model = _copy(on_meta(model), lambda t: torch.empty_like(t, device="meta"))
     model = model if dtype is None else model.to(dtype)
     model = quantize(model) if quantized else model
     model = model if method is None else attach(model, method)
@@ -77,8 +79,14 @@ def predict(
             return torch.empty_like(tensor, device="cpu")
 
     model = _copy(model, fake)
-    with mode:
-        return measure(model, batch, length, optimizer)
+    try:
+        with mode:
+            return measure(model, batch, length, optimizer)
+    except DataDependentOutputException as error:
+        raise ValueError(
+            f"{optimizer.__name__} looks at numbers while it steps, so its memory cannot be foretold without any; call "
+            "measure() on the real model."
+        ) from error
 
 
 def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Callable = torch.optim.AdamW) -> Memory:
@@ -108,11 +116,16 @@ def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Call
 
 def _step(model: nn.Module, inputs: dict, optimizer, memory: PeakMemory | None = None) -> int:
     """One step in the order of `fit`; returns the bytes alive after its forward pass."""
-    loss = model(**inputs).loss
+    loss = getattr(model(**inputs), "loss", None)
+    if loss is None:
+        raise ValueError(f"{type(model).__name__} gives no loss to train on; take its class with a head for a task.")
     live = memory.live if memory else 0
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    optimizer.step()
+    try:
+        optimizer.step()
+    except TypeError as error:
+        raise ValueError(f"{type(optimizer).__name__} takes no plain step ({error}); use one such as AdamW.") from error
     return live
 
 
@@ -127,18 +140,6 @@ def _kept(model: nn.Module, optimizer) -> dict[str, list[torch.Tensor]]:
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
         "moments": [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)],
     }
-
-
-def _build(model) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    import transformers
-
-    if not isinstance(model, transformers.PretrainedConfig):
-        raise TypeError(f"model is a {type(model).__name__}; predict needs a transformers model or configuration.")
-    cls = getattr(transformers, (model.architectures or [""])[0], None)
-    with torch.device("meta"):
-        return cls(model) if cls else transformers.AutoModelForCausalLM.from_config(model)
 
 
 def _copy(model: nn.Module, new: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -156,8 +157,10 @@ def _copy(model: nn.Module, new: Callable[[torch.Tensor], torch.Tensor]) -> nn.M
 def _inputs(model: nn.Module, batch: int, length: int) -> dict[str, torch.Tensor]:
     """Tokens, one of them padding as in nearly every batch, and labels: a token each, or a class a row."""
     config = getattr(model, "config", None)
-    if config is None:
-        raise ValueError(f"{type(model).__name__} is no transformers model, so it is not known what to feed it.")
+    if config is None or "input_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} is no transformers model of text, so it is not known what to feed it."
+        )
     context = getattr(config, "max_position_embeddings", None) or length
     if not 0 < length <= context or batch < 1:
         raise ValueError(f"Batches of {batch} × {length} tokens do not fit: the model reads 1 to {context} tokens.")

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from minipeft.attach import Tuned
 from minipeft.layer import Layer
+from minipeft.merging import rounded
 from minipeft.methods.lora import LoRALayer
 from minipeft.targets import Slot, flipped
 
@@ -157,17 +158,25 @@ def truncated(tuned: Tuned, rank: int, found: Mapping[str, Spectrum] | None = No
     """
     tuned.check_open("truncated")
     found = spectra(tuned) if found is None else found
-    new: dict[Slot, nn.Parameter] = {}
+    new: dict[Slot, torch.Tensor] = {}
     with torch.no_grad(), tuned.disabled():
         for path, layers in _by_path(tuned).items():
             places = layers[0].slots or ((path, "weight"),)
             if path not in found:  # the copy of a vector
-                new |= dict.fromkeys(places, nn.Parameter(layers[0].value.detach(), requires_grad=False))
+                new |= dict.fromkeys(places, layers[0].value.detach())
                 continue
-            owner = tuned.base.get_submodule(places[0][0])
-            old, delta = owner._parameters[places[0][1]], found[path].truncate(rank).matrix()
-            value = old.to(delta) + (delta.T if flipped(owner) else delta)
-            new |= dict.fromkeys(places, nn.Parameter(value.to(old.dtype), requires_grad=False))
+            (owner_path, name), *aliases = places
+            owner = tuned.base.get_submodule(owner_path)
+            old, delta = getattr(owner, name), found[path].truncate(rank).matrix()
+            stored, kept = rounded(owner, name, old.to(delta) + (delta.T if flipped(owner) else delta))
+            new |= {(owner_path, part): value for part, value in stored.items()} | dict.fromkeys(aliases, kept)
+            for layer in (layer for layer in layers if not layer.slots):  # a bias that a layer changes (IA3) as it is
+                for part, change in layer.changes().items():
+                    if part != "weight":
+                        so_far = new.get((path, part), getattr(owner, part))
+                        new[path, part] = (so_far.to(change) + change).to(so_far.dtype)
+    shared = {id(v): nn.Parameter(v, requires_grad=False) for v in new.values()}  # what is tied stays tied
+    new = {slot: shared[id(value)] for slot, value in new.items()}
     with tuned.installed(new):
         yield tuned
 

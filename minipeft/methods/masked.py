@@ -199,7 +199,7 @@ def _summed(
         for batch in batches:
             grads = dict(zip(weights, torch.autograd.grad(model(**batch).loss, list(weights.values())), strict=True))
             for t in chosen:
-                value = each(own(t, grads[t.path]))
+                value = each(own(t, grads[t.path]).to(torch.promote_types(grads[t.path].dtype, torch.float32)))
                 sums[t.key] = sums[t.key] + value if t.key in sums else value
     finally:
         for path, weight in weights.items():

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import Layer, Method
-from minipeft.targets import Slot, flipped, head, is_matrix, slots
+from minipeft.targets import Slot, flipped, head, is_matrix, packed, slots
 
 
 class Selected(Layer):
@@ -54,6 +54,11 @@ def copies(model: nn.Module, chosen: Sequence[Slot]) -> dict[str, Callable[[torc
         if slot in wanted:
             if not parameter.is_floating_point():
                 raise ValueError(f"{parameter_name(slot)!r} holds {parameter.dtype} numbers, which cannot train.")
+            if parameter.dtype == torch.float16:
+                raise ValueError(
+                    f"{parameter_name(slot)!r} is float16, in which Adam's ε is 0 and one step gives NaN; load the "
+                    "model in bfloat16 or float32, or train an adapter, whose numbers are float32."
+                )
             groups.setdefault(id(parameter), []).append(slot)
     return {
         parameter_name(group[0]): partial(Selected, model, tuple(group), len(group) < len(every[i]))
@@ -82,6 +87,10 @@ class Full(Method):
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Selected]]:
         every = {parameter_name(slot): slot for slot, p in slots(model) if p.is_floating_point()}
+        if self.targets is None and (few := next((path for path, m in model.named_modules() if packed(m)), None)):
+            raise ValueError(
+                f"{few!r} is stored in few bits, which have no gradient; attach LoRA, or load it unpacked."
+            )
         if isinstance(self.targets, re.Pattern):
             chosen = [name for name in every if self.targets.fullmatch(name)]
         else:

@@ -57,8 +57,9 @@ def take_base(name: str, path: Path, quick: bool) -> str:
         now = base.measure(*base.load(str(here)), **sizes)
         if card[EXCESS] > now[EXCESS] or card[PARSED] < now[PARSED]:
             raise ValueError(
-                f"{path.name} is worse than the {here.name} base that is here: {card[EXCESS]} nats a token above "
-                f"the source and {card[PARSED]} of 100 stories parse, against {now[EXCESS]} and {now[PARSED]}; nothing changed."
+                f"{path.name} is worse than the {here.name} base that is here: {card[EXCESS]} nats a token above the "
+                f"source and {card[PARSED]} of 100 stories parse, against {now[EXCESS]} and {now[PARSED]}; "
+                "nothing was changed."
             )
     base.save(model.to(torch.bfloat16) if name == "desk" else model, tokenizer, card, folder)
     return f"{name}: {card[EXCESS]} nats a token above the source, {card[PARSED]} of 100 stories parse"
