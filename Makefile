@@ -11,7 +11,7 @@ REVEAL ?=
 export PYTHON PORT SUBMISSIONS ASSIGNMENT OUT
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help lab test notebooks exercises grade grade-audit
+.PHONY: help lab test check notebooks exercises grade grade-audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -25,12 +25,19 @@ lab: ## open the course in JupyterLab
 	PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/python -m jupyterlab --ServerApp.root_dir="$$PWD" --ServerApp.port="$$PORT" \
 		--ServerApp.port_retries=0 $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LABFLAGS) notebooks/00_start_here.ipynb
 
+# Two processes, each with whole files and one thread: what takes long comes first, so that both end together.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
+
 test: ## lint, tests, and every lesson executed and compared with its committed outputs
 	@bash tools/setup.sh real,test,classroom
 	.venv/bin/python -m ruff check .
-	.venv/bin/python -m pytest -rs -n 2 --dist loadfile tests
-	.venv/bin/python -m pytest -rs --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg \
-		--nbval-cell-timeout 300 notebooks/
+	$(PYTEST) --durations 10 --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 600 \
+		notebooks tests/grading tests
+
+check: ## lint and the fast tests, for the habit of running them
+	@bash tools/setup.sh real,test,classroom
+	.venv/bin/python -m ruff check .
+	$(PYTEST) -m "not slow" tests
 
 notebooks: ## execute every lesson again and normalise the files
 	@bash tools/setup.sh real

@@ -18,3 +18,10 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Graders and browser are slow as a whole; elsewhere a slow test says so itself."""
+    for item in items:
+        if item.path.parent.name in ("grading", "browser"):
+            item.add_marker(pytest.mark.slow)

@@ -28,6 +28,7 @@ def test_the_card_says_what_was_measured_and_how_it_was_trained():
     assert [(p["steps"], p["learning rate"], p["share of questions"]) for p in trained["phases"]] == list(base.PHASES)
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_within_three_percent_of_the_floor_and_stories_parse(pocket):
     figures = base.measure(*pocket, stories=600)
     assert figures["held-out loss in nats a token"] >= figures["floor in nats a token"] * 0.99
@@ -85,6 +86,7 @@ def test_the_course_does_not_say_where_this_machine_keeps_it(pocket):
     assert model.name_or_path == model.config.name_or_path == "pocket"
 
 
+@pytest.mark.slow
 def test_training_writes_whole_files_that_load(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "measure", functools.partial(base.measure, stories=50, samples=4))
     card = base.train(phases=((3, 1e-3, 0.0), (2, 1e-3, 0.5)), folder=tmp_path / "pocket")

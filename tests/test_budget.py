@@ -97,6 +97,7 @@ def test_a_published_row_shows_its_numbers(row):
     assert arithmetic(row.latex()) == row.exact
 
 
+@pytest.mark.slow
 # -- models -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", catalogue.CATALOGUE)
 def test_the_catalogue_builds_models_of_their_published_size(name):
@@ -168,6 +169,7 @@ def test_names_configurations_and_modules_are_one():
         budget(3, method)
 
 
+@pytest.mark.slow
 def test_gpt3_takes_seconds_and_less_than_a_gigabyte():
     script = (
         "import resource, time, torch\nfrom minipeft.analyze.budget import budget\n"

@@ -24,6 +24,7 @@ def test_a_stored_verdict_follows_from_its_figures(id):
     assert stored["verdict"].split()[0] in ("holds", "wrong") and stored["check"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", [id for id, c in CLAIMS.items() if c.kind in ("exact", "code", "atlas")])
 def test_quick_rows_come_out_as_stored(id):
     fresh = json.loads(json.dumps(CLAIMS[id].check()))

@@ -4,12 +4,12 @@ import asyncio
 import time
 
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 from tiny import small
 
 import minipeft as mp
 from minipeft.explore import LoRAExplorer, Predict, SliderPlot
-from minipeft.explore.lora import singular_values
 
 
 def lines(explorer):
@@ -44,12 +44,12 @@ def test_the_lora_explorer_trains_and_shows_loss_floor_spectrum_count_and_text()
     assert shown[f"floor of the task {floor:.3f}"].get_ydata()[0] == floor
     assert f"{explorer.tuned.count()}" in explorer.text.value
     assert f"test loss {explorer.score.loss:.3f}" in explorer.text.value
-    values = singular_values(explorer.tuned)
-    assert all(len(v) == 4 for v in values)
-    import torch
-
-    for v, delta in zip(values, explorer.tuned.deltas().values(), strict=True):
-        torch.testing.assert_close(v, torch.linalg.svdvals(delta)[:4], atol=1e-5, rtol=1e-4)
+    spectrum = [line.get_ydata() for line in explorer.figure.axes[1].lines]
+    *drawn, median = spectrum
+    deltas = explorer.tuned.deltas().values()
+    assert len(drawn) == len(deltas) and len(median) == 4
+    for sigma, delta in zip(drawn, deltas, strict=True):
+        assert sigma == pytest.approx(torch.linalg.svdvals(delta)[:4].numpy(), abs=1e-5, rel=1e-4)
     explorer.controls["gamma"].value = 4.0
     assert any(label.startswith("before: r=4, γ=2") for label in lines(explorer))
     assert explorer.tuned.methods["default"][0].gamma == 4.0

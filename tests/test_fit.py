@@ -271,3 +271,15 @@ def test_batches_are_those_that_fit_draws():
     mp.fit(tuned, task, steps=3, batch=5, seed=4, progress=False)
     found = [batch["input_ids"] for batch in mp.batches(model, task, 3, size=5, seed=4)]
     assert len(found) == 3 and all(map(torch.equal, found, seen))
+
+
+def test_fit_is_adam_on_its_batches_without_weight_decay():
+    task, (fitted, by_hand) = mp.world.flip(), [mp.attach(small(), mp.Full()) for _ in range(2)]
+    fit(fitted, task, steps=3, lr=1e-2, batch=5, seed=4, progress=False)
+    optimizer = torch.optim.Adam([p for p in by_hand.parameters() if p.requires_grad], lr=1e-2)
+    for inputs in mp.batches(by_hand, task, 3, size=5, seed=4):
+        optimizer.zero_grad()
+        by_hand(**inputs).loss.backward()
+        optimizer.step()
+    for name, value in by_hand.state_dict().items():
+        torch.testing.assert_close(fitted.state_dict()[name], value, atol=1e-6, rtol=0)

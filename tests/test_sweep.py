@@ -41,6 +41,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_at_random_and_restarted_gives_the_same_table(whole, tmp_path):
     script = (
         "from minipeft.learn import sweep as s\n"
@@ -48,7 +49,7 @@ def test_a_sweep_killed_at_random_and_restarted_gives_the_same_table(whole, tmp_
     )
     rng = random.Random(os.getpid())
     done, tries = 0, 0
-    while done < len(POINTS) and tries < 3:
+    while done < len(POINTS) and tries < 2:
         child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
         before = done
         while child.poll() is None and done == before:  # let it finish a run, then kill it in the next
@@ -121,6 +122,7 @@ def test_the_grid_has_more_than_1500_runs_and_the_explorers_own():
     assert (s.Point.steps, s.Point.batch) == (training.STEPS, training.BATCH)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_a_sweep_that_is_killed_leaves_no_worker_behind(tmp_path):
     import psutil

@@ -13,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
+from itertools import chain
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from minipeft.analyze.budget import on_meta
 from minipeft.attach import Tuned, attach
 from minipeft.layer import Method
-from minipeft.learn.peak import PeakMemory
+from minipeft.learn.peak import PeakMemory, kept
 from minipeft.methods.qlora import quantize
 
 
@@ -101,11 +102,11 @@ def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Call
     try:
         with torch.random.fork_rng(devices=[]):
             _step(model, inputs, steps)
-            kept = _kept(model, steps)
-            sizes = {name: PeakMemory(tensors).live for name, tensors in kept.items()}
-            memory = PeakMemory(tensor for tensors in kept.values() for tensor in tensors)
+            parts = kept(model, steps)
+            sizes = {name: PeakMemory(tensors).live for name, tensors in parts.items()}
+            memory = PeakMemory(chain(*parts.values()))
             held = memory.live
-            del kept  # it would keep the old gradients alive
+            del parts  # it would keep the old gradients alive
             with memory:
                 after_forward = _step(model, inputs, steps, memory)
     finally:
@@ -127,19 +128,6 @@ def _step(model: nn.Module, inputs: dict, optimizer, memory: PeakMemory | None =
     except TypeError as error:
         raise ValueError(f"{type(optimizer).__name__} takes no plain step ({error}); use one such as AdamW.") from error
     return live
-
-
-def _kept(model: nn.Module, optimizer) -> dict[str, list[torch.Tensor]]:
-    """What stays from step to step, each storage in one part only."""
-    trained = list(model.adapters.parameters()) if isinstance(model, Tuned) else []
-    beside = {id(p) for p in trained}
-    originals = model.originals if isinstance(model, Tuned) else []
-    return {
-        "weights": [t for t in (*model.parameters(), *model.buffers(), *originals) if id(t) not in beside],
-        "trained": trained,
-        "gradients": [p.grad for p in model.parameters() if p.grad is not None],
-        "moments": [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)],
-    }
 
 
 def _copy(model: nn.Module, new: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from matplotlib.ticker import MaxNLocator
 
+from minipeft.analyze.spectrum import spectra
 from minipeft.attach import Tuned
 from minipeft.explore.slider import BLUE, GREY
 from minipeft.explore.training import TrainingExplorer, choice, slider
@@ -39,7 +40,7 @@ def draw_spectrum(axes, tuned: Tuned | None) -> None:
     """Singular values of γ·B·A: one thin line a matrix, the median thick. At most r of them are not zero."""
     axes.set(title="spectrum of ΔW = γ·B·A", xlabel="i", ylabel="singular value σᵢ")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    values = [] if tuned is None else singular_values(tuned)
+    values = [] if tuned is None else [each.sigma.cpu() for each in spectra(tuned).values()]
     if not values or not any(v.max() > 0 for v in values):
         axes.text(0.5, 0.5, "ΔW = 0", ha="center", va="center", transform=axes.transAxes)
         return
@@ -49,14 +50,3 @@ def draw_spectrum(axes, tuned: Tuned | None) -> None:
     axes.plot(range(1, len(median) + 1), median, color=BLUE, linewidth=2.5, marker="o", markersize=3)
     axes.set_ylim(bottom=0)
     axes.text(0.97, 0.95, f"{len(values)} matrices, median in blue", ha="right", va="top", transform=axes.transAxes)
-
-
-@torch.no_grad()
-def singular_values(tuned: Tuned) -> list[torch.Tensor]:
-    """σ of γ·B·A for every adapted matrix, (r,) each, from the factors alone: B = Q_B R_B, Aᵀ = Q_A R_A,
-    so σ(B·A) = σ(R_B·R_Aᵀ), an r × r problem."""
-    found = []
-    for layer in tuned.adapters["default"].values():
-        r_b, r_a = torch.linalg.qr(layer.B).R, torch.linalg.qr(layer.A.T).R
-        found.append(torch.linalg.svdvals(layer.gamma * r_b @ r_a.T).cpu())
-    return found

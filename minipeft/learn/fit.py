@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from minipeft.attach import Tuned
 from minipeft.front import IGNORE
 from minipeft.layer import Layer
-from minipeft.learn.peak import PeakMemory
+from minipeft.learn.peak import PeakMemory, kept
 from minipeft.learn.plan import Plan
 from minipeft.world.tasks import Task
 
@@ -128,7 +129,7 @@ def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: Histo
     try:
         for step in range(plan.steps):
             inputs = collate(kind, [encoded[i] for i in next(order)], tokenizer, device)
-            memory = PeakMemory(_held(model, optimizer)) if step == 1 else None  # its first step makes Adam's moments
+            memory = PeakMemory(chain(*kept(model, optimizer).values())) if step == 1 else None  # step 0 makes moments
             with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
                 torch.manual_seed(plan.seed * 1_000_003 + step)
                 if memory is None:
@@ -179,13 +180,6 @@ def _step(model, inputs, optimizer, step: int) -> float:
         if isinstance(model, Tuned):
             model.stepped(step)
     return loss.item() if torch.isfinite(objective) else math.nan
-
-
-def _held(model, optimizer) -> list[torch.Tensor]:
-    moments = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    originals = model.originals if isinstance(model, Tuned) else []  # what the trained copies of `Full` stand in for
-    return [*model.parameters(), *model.buffers(), *originals, *moments, *gradients]
 
 
 BLOCK = 8  # batches that are drawn together, so that each can hold rows of similar length: little padding, little waste

@@ -6,8 +6,11 @@ import weakref
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from minipeft.attach import Tuned
 
 
 class PeakMemory(TorchDispatchMode):
@@ -49,3 +52,16 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf)
         return result
+
+
+def kept(model: nn.Module, optimizer) -> dict[str, list[torch.Tensor]]:
+    """What stays from step to step, each storage in one part only."""
+    trained = list(model.adapters.parameters()) if isinstance(model, Tuned) else []
+    beside = {id(p) for p in trained}
+    originals = model.originals if isinstance(model, Tuned) else []
+    return {
+        "weights": [t for t in (*model.parameters(), *model.buffers(), *originals) if id(t) not in beside],
+        "trained": trained,
+        "gradients": [p.grad for p in model.parameters() if p.grad is not None],
+        "moments": [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)],
+    }

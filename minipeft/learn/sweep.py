@@ -36,6 +36,7 @@ from minipeft.attach import attach
 from minipeft.layer import Layer, Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.learn.plan import Plan
+from minipeft.methods import METHODS
 from minipeft.whole import HALF, write_whole
 from minipeft.world import base, tasks
 
@@ -76,13 +77,10 @@ def point(method: str, task: str, lr: float, seed: int, steps=60, batch=10, sche
 
 def method_of(name: str, settings: str) -> Method:
     """`method_of("LoRA", '{"rank": 8}')`. Raises ValueError for an unknown method or setting."""
-    import minipeft
-
-    kind = getattr(minipeft, name, None) if name in minipeft.__all__ else None
-    if not (isinstance(kind, type) and issubclass(kind, Method)):
+    if name not in METHODS:
         raise ValueError(f"{name!r} is no method of minipeft; LoRA and Full are two.")
     try:
-        return kind(**json.loads(settings))
+        return METHODS[name](**json.loads(settings))
     except TypeError as error:
         raise ValueError(f"{name} does not take {settings}: {error}.") from error
 
