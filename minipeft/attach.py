@@ -18,32 +18,17 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.front import Front
 from minipeft.hook import Seat, State, check_rows, remove_hooks
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged
 from minipeft.targets import Slot, numbers, slots
-
-
-@dataclass(frozen=True)
-class Count:
-    """How many numbers train, and how many the adapted model has in all (base + what the active adapters add)."""
-
-    trainable: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        return self.trainable / self.total if self.total else 0.0
-
-    def __str__(self) -> str:
-        return f"trainable {self.trainable:,} of {self.total:,} ({100 * self.share:.3g} %)"
 
 
 def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default", seed: int = 0) -> Tuned:
@@ -61,43 +46,6 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     return wrap(model, name, methods, layers)
 
 
-def carries_adapters(model: nn.Module) -> bool:
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return hasattr(model, "_tuned") or any(isinstance(getattr(hook, "__self__", None), Seat | Front) for hook in hooks)
-
-
-def build(
-    model: nn.Module, method: Method | Sequence[Method], seed: int
-) -> tuple[tuple[Method, ...], dict[str, Layer]]:
-    """The layers of `method` for `model`, which is only read."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; attach needs a torch.nn.Module.")
-    methods = (method,) if isinstance(method, Method) else tuple(method) if isinstance(method, list | tuple) else ()
-    if not methods or not all(isinstance(m, Method) for m in methods):
-        raise TypeError(f"method is {method!r}; attach needs a method such as LoRA(rank=8), or a list of them.")
-    generator = torch.Generator().manual_seed(seed)
-    layers: dict[str, Layer] = {}
-    for each in methods:
-        for key, maker in each.places(model).items():
-            layer = maker(generator)
-            if key in layers and not (layer.slots and layer.slots == layers[key].slots):
-                raise ValueError(f"Two of the methods want to train {key!r}; name it in one of them only.")
-            layers.setdefault(key, layer)  # one copy of a parameter serves two methods that both select it
-    if clash := _claimed_twice({key: [layer] for key, layer in layers.items()}):
-        raise ValueError(f"Two of the methods want to train {'.'.join(clash[2])!r}; name it in one of them only.")
-    return methods, layers
-
-
-def _claimed_twice(layers: dict[str, Iterable[Layer]]) -> tuple[str, str, Slot] | None:
-    """Two owners of one slot, and the slot."""
-    owner: dict[Slot, str] = {}
-    for name, slot in ((n, slot) for n, several in layers.items() for layer in several for slot in layer.slots):
-        if slot in owner:
-            return owner[slot], name, slot
-        owner[slot] = name
-    return None
-
-
 def wrap(model: nn.Module, name: str, methods: tuple[Method, ...], layers: dict[str, Layer]) -> Tuned:
     check_name(name, ())
     tuned = tuned_class(type(model))(model)
@@ -106,13 +54,18 @@ def wrap(model: nn.Module, name: str, methods: tuple[Method, ...], layers: dict[
     return tuned
 
 
-def check_name(name: str, used: Sequence[str]) -> None:
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
-        raise ValueError(
-            f"{name!r} cannot name an adapter; use a word without dots that nn.ModuleDict does not define."
-        )
-    if name in used:
-        raise ValueError(f"The name {name!r} is in use; this model carries {', '.join(map(repr, used))}.")
+ELSEWHERE = {  # what transformers calls otherwise
+    "save_pretrained": "use tuned.save(path), or detach() after merge() and save what that returns",
+    "push_to_hub": "use tuned.save(path) and upload the folder",
+    "add_adapter": "use tuned.add(name, method)",
+    "load_adapter": "use mp.load_adapter(tuned, path, name)",
+    "set_adapter": "use tuned.use(name)",
+    "enable_adapters": "leave tuned.disabled(), or use tuned.use(name)",
+    "disable_adapters": "use the context tuned.disabled(), or tuned.use() without a name",
+    "delete_adapter": "use tuned.detach(), and attach what should stay",
+    "active_adapters": "use tuned.active",
+    "active_adapter": "use tuned.active",
+}
 
 
 class Tuned(nn.Module):
@@ -159,7 +112,20 @@ class Tuned(nn.Module):
         except AttributeError:
             if name.startswith("__") or "base" not in self.__dict__.get("_modules", ()):
                 raise
+            if name in ELSEWHERE:
+                raise AttributeError(
+                    f"A Tuned has no {name}, which would act on the bare base; {ELSEWHERE[name]}."
+                ) from None
             return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """What only the base has is set there, where it is read: `tuned.generation_config = …`."""
+        base = self.__dict__.get("_modules", {}).get("base")
+        own = name in self.__dict__ or name in self.__dict__.get("_modules", ()) or hasattr(type(self), name)
+        if base is None or own or name.startswith("_") or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def __reduce__(self):  # copy and pickle: the class is made at run time, see tuned_class
         return _empty, (type(self.base),), self.__dict__
@@ -178,6 +144,7 @@ class Tuned(nn.Module):
         )
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        self.check_open("load_state_dict")
         result = self.adapters.load_state_dict(
             {key.removeprefix("adapters."): value for key, value in state_dict.items()}, strict=strict, assign=assign
         )
@@ -195,7 +162,7 @@ class Tuned(nn.Module):
 
     def seat(self, name: str, methods: tuple[Method, ...], layers: dict[str, Layer]) -> None:
         """Puts built layers under a free name, inactive."""
-        self.adapters[name] = nn.ModuleDict({key.replace(".", "/") or "/": layer for key, layer in layers.items()})
+        self.adapters[name] = nn.ModuleDict({slashed(key): layer for key, layer in layers.items()})
         self.adapters[name].train(self.training).requires_grad_(False)
         self.methods[name] = methods
         for layer in layers.values():
@@ -218,7 +185,7 @@ class Tuned(nn.Module):
         """
         self.check_open("use")
         names = self._known(names)
-        if clash := _claimed_twice({name: self.adapters[name].values() for name in names}):
+        if clash := claimed_twice({name: self.adapters[name].values() for name in names}):
             a, b, slot = clash
             raise ValueError(f"{a!r} and {b!r} both replace {'.'.join(slot)}, so they cannot be active together.")
         self._state.active = names
@@ -371,6 +338,12 @@ class Tuned(nn.Module):
         for (path, name), new in ({} if bare else merged).items():
             parameters = self.base.get_submodule(path)._parameters
             self._originals[path, name], parameters[name] = parameters[name], new
+
+    def check_acting(self, verb: str) -> None:
+        """Like `check_open`, and not disabled: `verb` needs the adapters at work."""
+        self.check_open(verb)
+        if self._disabled:
+            raise ValueError(f"The adapters are disabled, so {verb} would see the bare base; leave disabled() first.")
 
     @contextlib.contextmanager
     def installed(self, weights: Mapping[Slot, nn.Parameter]):

@@ -14,6 +14,7 @@ counting and saving follow from them. `docs/add_a_method.md` goes through it ste
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,12 +26,28 @@ from minipeft.targets import Slot, Target, flipped
 After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (output, x, plain) -> output
 
 
+PEFT_NAMES = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_rslora":
+    "rank_stabilized", "init_lora_weights": "init", "num_virtual_tokens": "length", "target_r": "rank", "init_r":
+    "initial_rank", "feedforward_modules": "feedforward", "oft_block_size": "block", "encoder_hidden_size": "hidden",
+}  # fmt: skip
+
+
 class Method:
     """A frozen dataclass that says *what to train*; `attach` does it.
 
     `examples`: settings that fit even a tiny model; the tests try the method with each of them.
     `formula`: how many numbers a target takes, in Python, of d_in, d_out and the settings; "" where no formula says it.
     """
+
+    def __new__(cls, *_, **settings: object):
+        """A setting by another name is told about the right one, PEFT's names too."""
+        if unknown := [name for name in settings if name not in cls.__dataclass_fields__]:
+            known = [name for name in cls.__dataclass_fields__ if name != "_"]
+            meant = PEFT_NAMES.get(unknown[0]) or next(iter(difflib.get_close_matches(unknown[0], known)), None)
+            hint = f"{unknown[0]!r} is {meant} here" if meant in known else f"there is {', '.join(known) or 'none'}"
+            raise TypeError(f"{cls.__name__} has no setting {unknown[0]!r}; {hint}.")
+        return super().__new__(cls)
 
     examples: tuple[dict[str, object], ...] = ({},)
     formula: str = ""

@@ -31,6 +31,10 @@ def merged(base: nn.Module, layers: Sequence[Layer]) -> tuple[dict[Slot, nn.Para
             if name not in owner._parameters and not (name == "weight" and packed(owner)):
                 raise ValueError(f"{layer.path!r} computes its {name} from other tensors, so nothing can be merged.")
             wide = torch.promote_types(getattr(owner, name).dtype, torch.float32)
+            if not delta.is_meta and not delta.isfinite().all():
+                raise ValueError(
+                    f"ΔW at {layer.path!r} holds NaN or infinite numbers, so it is not merged; train it again."
+                )
             delta = (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
             deltas[slot] = deltas[slot] + delta if slot in deltas else delta
     for (path, name), delta in deltas.items():

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from minipeft import methods
-from minipeft.attach import Count, Tuned, attach
+from minipeft.attach import Tuned, attach
+from minipeft.build import Count
 from minipeft.layer import Layer
 from minipeft.methods.adalora import AdaLoRA
 from minipeft.methods.adapter import Adapter

@@ -15,7 +15,7 @@ FILES = {
 # From the bottom up. An arrow may stay on its floor or run down, never up.
 FLOORS = (
     ("whole", "targets"),
-    ("layer", "hook", "files", "front", "merging"),
+    ("layer", "hook", "files", "front", "merging", "build"),
     ("attach", "methods"),
     ("world",),
     ("learn", "serve", "analyze"),

@@ -112,6 +112,8 @@ def fit(
 def training(model: nn.Module, task: Task, history: History, plan: Plan, tokenizer=None) -> Iterator[int]:
     """The loop inside `fit` as a generator: it yields after each step, so a widget can draw, or stop by closing it."""
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    if isinstance(model, Tuned):
+        model.check_acting("fit")
     rows = _check(model, task, tokenizer)
     encoded = encode(task.kind, rows, tokenizer, _context(model))
     if not any(p.requires_grad for p in model.parameters()):

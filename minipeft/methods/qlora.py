@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minipeft.attach import carries_adapters
+from minipeft.build import carries_adapters
 from minipeft.methods.nf4 import Code, Quantized, normal_float
 from minipeft.methods.nf4 import quantize as quantize_tensor
 from minipeft.targets import Target, Targets, flipped, packed, resolve, slots

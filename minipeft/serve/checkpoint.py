@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minipeft.attach import Tuned, build, carries_adapters, check_name, wrap
+from minipeft.attach import Tuned, wrap
+from minipeft.build import build, carries_adapters, check_name
 from minipeft.files import OURS, PREFIX, WORDS, Layout, layout_for, layout_of
 from minipeft.layer import Layer, Method
 from minipeft.methods.select import Full, Selected, parameter_name

@@ -1,0 +1,88 @@
+"""From a method to layers: what `attach` and `Tuned.add` check and build before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from minipeft.front import Front
+from minipeft.hook import Seat
+from minipeft.layer import Layer, Method
+from minipeft.targets import Slot, slots
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many numbers train, and how many the adapted model has in all (base + what the active adapters add)."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return f"trainable {self.trainable:,} of {self.total:,} ({100 * self.share:.3g} %)"
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return hasattr(model, "_tuned") or any(isinstance(getattr(hook, "__self__", None), Seat | Front) for hook in hooks)
+
+
+def build(
+    model: nn.Module, method: Method | Sequence[Method], seed: int
+) -> tuple[tuple[Method, ...], dict[str, Layer]]:
+    """The layers of `method` for `model`, which is only read."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; attach needs a torch.nn.Module.")
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "This model carries Hugging Face PEFT's adapters; take them off first (unload, delete_adapter)."
+        )
+    offloaded = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules())
+    if offloaded or len({p.is_meta for _, p in slots(model)}) > 1:
+        raise ValueError("Some of the weights are offloaded to the meta device; load the model whole, on one device.")
+    methods = (method,) if isinstance(method, Method) else tuple(method) if isinstance(method, list | tuple) else ()
+    if not methods or not all(isinstance(m, Method) for m in methods):
+        raise TypeError(f"method is {method!r}; attach needs a method such as LoRA(rank=8), or a list of them.")
+    generator = torch.Generator().manual_seed(seed)
+    layers: dict[str, Layer] = {}
+    for each in methods:
+        for key, maker in each.places(model).items():
+            layer = maker(generator)
+            if key in layers and not (layer.slots and layer.slots == layers[key].slots):
+                raise ValueError(f"Two of the methods want to train {key!r}; name it in one of them only.")
+            layers.setdefault(key, layer)  # one copy of a parameter serves two methods that both select it
+    if clash := claimed_twice({key: [layer] for key, layer in layers.items()}):
+        raise ValueError(f"Two of the methods want to train {'.'.join(clash[2])!r}; name it in one of them only.")
+    return methods, layers
+
+
+def claimed_twice(layers: dict[str, Iterable[Layer]]) -> tuple[str, str, Slot] | None:
+    """Two owners of one slot, and the slot."""
+    owner: dict[Slot, str] = {}
+    for name, slot in ((n, slot) for n, several in layers.items() for layer in several for slot in layer.slots):
+        if slot in owner:
+            return owner[slot], name, slot
+        owner[slot] = name
+    return None
+
+
+def check_name(name: str, used: Sequence[str]) -> None:
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{name!r} cannot name an adapter; use a word without dots that nn.ModuleDict does not define."
+        )
+    if name in used:
+        raise ValueError(f"The name {name!r} is in use; this model carries {', '.join(map(repr, used))}.")
+
+
+def slashed(key: str) -> str:
+    """A place's path as a name in a ModuleDict, which knows no dots, and in which "keys" means something else."""
+    name = key.replace(".", "/") or "/"
+    return f"/{name}" if hasattr(nn.ModuleDict(), name) else name
