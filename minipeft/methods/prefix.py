@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from minipeft.files import register
+from minipeft.front import is_pair
 from minipeft.layer import Layer, Method
 from minipeft.methods.common import check_whole, like
-from minipeft.methods.fronts import FrontLayout, check_front, embedding, prefix_shape, repeated
+from minipeft.methods.fronts import FrontLayout, check_front, embedding, keys_and_values, prefix_shape, repeated
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class PrefixTuning(Method):
             raise ValueError("Token ids say what the prefix itself is at first, and hidden= has a network write it.")
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Prefix]]:
-        embedding(model, "A prefix")
-        prefix_shape(model)
-        return {"prefix": partial(Prefix, model, self)}
+        shape = prefix_shape(model)
+        if is_pair(model) and self.init != "random":
+            raise ValueError(
+                f"In PEFT's form the layers of {type(model).__name__}'s decoder share keys and values, so the prefix "
+                'cannot start as tokens; use init="random".'
+            )
+        return {"prefix": partial(Prefix, model, self, shape)}
 
 
 class Prefix(Layer):
@@ -59,11 +64,14 @@ class Prefix(Layer):
 
     front = "prefix"
 
-    def __init__(self, model: nn.Module, method: PrefixTuning, generator: torch.Generator):
+    def __init__(
+        self, model: nn.Module, method: PrefixTuning, shape: tuple[int, int, int], generator: torch.Generator
+    ):
         super().__init__("prefix")
         table = embedding(model, "A prefix").weight
-        layers, heads, width = prefix_shape(model)
-        self.shape, n = (layers, heads, width), method.length
+        self.shape, n = shape, method.length
+        layers, heads, width = shape
+        self.order = [2 * i % layers if is_pair(model) else i for i in range(layers)]
         self.flat = method.hidden is None
         with like(table, generator):
             if self.flat:
@@ -86,7 +94,7 @@ class Prefix(Layer):
     def prefix(self) -> torch.Tensor:
         """(n, 2·layers, kv, w)"""
         layers, heads, width = self.shape
-        return self.folded().view(-1, 2 * layers, heads, width)
+        return self.folded().view(-1, layers, 2, heads, width)[:, self.order].flatten(1, 2)
 
 
 @register
@@ -96,8 +104,14 @@ class PrefixLayout(FrontLayout):
     peft_type, layer = "PREFIX_TUNING", Prefix
 
     def config(self, base: nn.Module, layers: list[Layer]) -> dict:
-        _, heads, width = prefix_shape(base)
-        return super().config(base, layers) | {"token_dim": heads * width, "prefix_projection": False}
+        count, heads, width = layers[0].shape
+        return super().config(base, layers) | {
+            "num_transformer_submodules": 2 if is_pair(base) else 1,
+            "token_dim": heads * width,
+            "num_attention_heads": heads,
+            "num_layers": count,
+            "prefix_projection": False,
+        }
 
     def width(self, base: nn.Module) -> int:
         layers, heads, width = prefix_shape(base)
@@ -107,12 +121,7 @@ class PrefixLayout(FrontLayout):
         return PrefixTuning(length)
 
 
-@torch.no_grad()
 def words(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """The keys and values that the model computes for these tokens, (n, layers·2·kv·w)."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
-    states = [state[0].transpose(0, 1).flatten(1) for layer in cache.layers for state in (layer.keys, layer.values)]
+    states = [state[0].transpose(0, 1).flatten(1) for pair in keys_and_values(model, ids) for state in pair]
     return torch.cat(states, 1)
