@@ -3,7 +3,8 @@
 The model is asked for L tokens and answers for L tokens, so whoever calls it (`fit`, `generate`, a Trainer) need not
 know that there are more:
 
-    tokens          p₁ … pₙ x₁ … x_L        placeholder ids, whose embeddings are exchanged for the prompt's
+    tokens          p₁ … pₙ x₁ … x_L        placeholder ids, whose embeddings are exchanged for the prompt's; behind
+                                            padding on the left, where as many words would stand
     attention mask  1  … 1  m₁ … m_L        a prefix of length n has its 1s here too, and its K and V in the cache
     positions       those of n more words   a model that numbers its tokens by itself (RoBERTa) is left to do so, for a
                                             placeholder is no padding; else counted without padding on the left
@@ -61,8 +62,8 @@ def arguments(model: nn.Module) -> list[str]:
 
 
 def embedders(model: nn.Module) -> list[nn.Embedding]:
-    """The modules that embed the tokens, for several may share the table: T5's encoder has one of its own."""
-    table = reader(model).get_input_embeddings().weight
+    """The modules that embed those tokens, for several may share the table: T5's encoder has one of its own."""
+    table = model.get_input_embeddings().weight
     return [m for m in reader(model).modules() if isinstance(m, nn.Embedding) and m.weight is table]
 
 
@@ -111,6 +112,7 @@ class Front:
         self.pending: torch.Tensor | None = None  # the prompt of the call that is under way
         self.total = 0  # its vectors and the call's tokens
         self.placed = False  # whether it stands before the tokens already
+        self.turn: torch.Tensor | None = None  # (rows, total), from 0 to n − 1 where it stands, if rows have padding
         self.begun = 0  # vectors in front in the cache that the call begins
         self.drop_cache = False
         self.as_tuple = False
@@ -132,36 +134,45 @@ class Front:
         begun = has_begun(cache, n)
         if n == 0:
             return None
+        if call.get("perm_mask") is not None or call.get("target_mapping") is not None:
+            raise ValueError(
+                f"perm_mask and target_mapping say which token of {type(base).__name__} sees which, and a "
+                "prompt cannot enter them; call it without them."
+            )
         rows, length = shape_of_text(call)
         check_room(cache, length if begun else n + length, n)
-        self._positions(base, call, length, 0 if begun else n_prompt, n if begun else n_prefix)
-        extend_mask(call, "attention_mask", n)
+        mask = call.get("attention_mask")
+        self.turn = extend_mask(call, "attention_mask", n_prompt, n_prefix)
+        self._positions(base, call, mask, length, 0 if begun else n_prompt, n if begun else n_prefix)
         if begun:
             return (), call
         self._as_dict(base, call)
         if prompt is not None:
             self._put_prompt(base, call, prompt, rows, length)
         if prefix is not None:
-            call["past_key_values"] = self._put_prefix(base, cache, prefix, rows)
-            self.drop_cache = call.get("use_cache") is False
+            self._put_prefix(base, call, cache, prefix, rows)
         self.begun = n
+        for name in CACHES:
+            note(call.get(name), n)
         return (), call
 
-    def _positions(self, base: nn.Module, call: dict, length: int, ahead: int, seen: int) -> None:
+    def _positions(self, base: nn.Module, call: dict, mask, length: int, ahead: int, seen: int) -> None:
         """Positions of the prompt (`ahead` of them) and of the tokens, `seen` places further than the caller counts."""
-        given, mask, n = call.get("position_ids"), call.get("attention_mask"), ahead + seen
+        given, n = call.get("position_ids"), ahead + seen
         if call.get("past_key_values") is None:
             self._check_length(base, n, length)
-        if given is None and self.counted and getattr(mask, "ndim", 0) == 2:
+        if given is None and self.counted and mask is not None:
             given = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         if given is None:
             return
-        if mask is not None and mask.shape == given.shape[-2:]:
-            first = given.masked_fill(mask == 0, given.max()).amin(-1, keepdim=True)
-        else:
-            first = given.amin(-1, keepdim=True)
-        before = first + torch.arange(seen, n, device=given.device)
-        call["position_ids"] = torch.cat([before, given + n], -1)
+        if mask is None or mask.shape != given.shape[-2:]:
+            places = given.amin(-1, keepdim=True) + torch.arange(seen, n, device=given.device)
+            call["position_ids"] = torch.cat([places, given + n], -1)
+            return
+        first = given.masked_fill(mask == 0, given.max()).amin(-1, keepdim=True)
+        turn = turns(mask, ahead)
+        after = torch.cat([given[..., :1].expand(*given.shape[:-1], ahead), given], -1) + n
+        call["position_ids"] = torch.where(turn < ahead, first + seen + turn.clamp(min=0), after)
 
     def _check_length(self, model: nn.Module, n: int, length: int) -> None:
         if self.longest is not None and n + length > self.longest:
@@ -175,11 +186,13 @@ class Front:
         self.pending, self.total = prompt, n + length
         if call.get("inputs_embeds") is not None:
             embeds = call["inputs_embeds"]
-            call["inputs_embeds"] = torch.cat([prompt.to(embeds.dtype).expand(rows, -1, -1), embeds], 1)
-            self.placed = True
+            call["inputs_embeds"] = self._exchange(torch.cat([embeds.new_zeros(rows, n, embeds.shape[2]), embeds], 1))
         else:
             ids = call["input_ids"]
             call["input_ids"] = torch.cat([ids.new_full((rows, n), self.placeholder), ids], 1)
+            if self.turn is not None:  # the padding itself stays on the left, for some models look for it in the ids
+                ahead = torch.where(self.turn < 0, ids[:, :1], self.placeholder)
+                call["input_ids"] = torch.where(self.turn < n, ahead, call["input_ids"])
         for name, value in PER_TOKEN.items():
             each = call.get(name)
             if each is None or each.shape[:2] != (rows, length) or (name == "labels" and each.is_floating_point()):
@@ -193,7 +206,7 @@ class Front:
                 each = each.clamp(min=0) if name in ("start_positions", "end_positions") else each
                 call[name] = torch.where(each < 0, each, each + n)
 
-    def _put_prefix(self, base: nn.Module, cache, prefix: torch.Tensor, rows: int):
+    def _put_prefix(self, base: nn.Module, call: dict, cache, prefix: torch.Tensor, rows: int) -> None:
         if base.training and getattr(base, "is_gradient_checkpointing", False):
             raise ValueError(
                 "Gradient checkpointing takes the cache, and with it the prefix, away from the layers; turn it off "
@@ -204,7 +217,11 @@ class Front:
         for i in range(len(states) // 2):
             K, V = (states[j].expand(rows, -1, -1, -1) for j in (2 * i, 2 * i + 1))
             own_tokens(cache).update(K, V, i)
-        return cache
+        call["past_key_values"] = cache
+        asked = call.get("use_cache")
+        self.drop_cache = not (getattr(base.config, "use_cache", True) if asked is None else asked)
+        if self.drop_cache:  # a model that uses no cache may keep the one that it is given from its layers
+            call["use_cache"] = True
 
     def _empty_cache(self, base: nn.Module):
         from transformers import DynamicCache
@@ -220,17 +237,24 @@ class Front:
 
     def embed(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """Exchanges the placeholders' embeddings for the prompt."""
-        if self.pending is None or self.placed:
+        if self.pending is None or self.placed or output.shape[1] < self.total:
             return output
+        return self._exchange(output)
+
+    def _exchange(self, embeds: torch.Tensor) -> torch.Tensor:
         self.placed = True
-        prompt = self.pending.to(output.dtype).expand(len(output), -1, -1)
-        return torch.cat([prompt, output[:, len(self.pending) :]], 1)
+        n, prompt = len(self.pending), self.pending.to(embeds.dtype)
+        if self.turn is None:
+            return torch.cat([prompt.expand(len(embeds), -1, -1), embeds[:, n:]], 1)
+        turn = nn.functional.pad(self.turn, (0, embeds.shape[1] - self.total), value=n)  # a model may pad on the right
+        inside = ((turn >= 0) & (turn < n)).unsqueeze(-1)
+        return torch.where(inside, prompt[turn.clamp(0, n - 1)], embeds)
 
     def after(self, base: nn.Module, args: tuple, output):
         """Cuts off the prompt's own logits and hidden states; attention maps stay whole, to be looked at."""
         name = next((name for name in CACHES if getattr(output, name, None) is not None), None)
-        if name and self.begun and hasattr(output[name], "layers"):
-            output[name].in_front = self.begun
+        if name and self.begun:
+            note(output[name], self.begun)
         if name and self.drop_cache:  # the caller wants none, and must not get the prefix's back
             output = type(output)(**{key: value for key, value in output.items() if key != name})
         if self.pending is not None:
@@ -278,18 +302,19 @@ class PairFront(Front):
         if prompt is None and prefix is None:
             return None
         if prompt is not None:
-            extend_mask(call, "attention_mask", len(prompt))
+            extend_mask(call, "attention_mask", len(prompt), 0)
             self._check_encoded(call)
         if prefix is not None:
             n = len(prefix)
-            extend_mask(call, "decoder_attention_mask", n)
+            extend_mask(call, "decoder_attention_mask", 0, n)
             if call.get("decoder_position_ids") is not None:
                 call["decoder_position_ids"] = call["decoder_position_ids"] + n
             if not begun:
                 rows = rows_of(call)
                 self._as_dict(base, call)
-                call["past_key_values"] = self._put_prefix(base, cache, prefix, rows)
-                self.drop_cache, self.begun = call.get("use_cache") is False, n
+                self._put_prefix(base, call, cache, prefix, rows)
+                self.begun = n
+                note(call["past_key_values"], n)
         return (), call
 
     def _empty_cache(self, base: nn.Module):
@@ -313,9 +338,11 @@ class PairFront(Front):
         rows, length = shape_of_text(call)
         self._check_length(encoder, len(prompt), length)
         mask = call.get("attention_mask")
-        if mask is not None and mask.shape[-1] == length:  # else the model's own call has extended it already
-            extend_mask(call, "attention_mask", len(prompt))
-        self.placed = False
+        self.placed, self.turn = False, None
+        if mask is not None and mask.shape[-1] == length:
+            self.turn = extend_mask(call, "attention_mask", len(prompt), 0)
+        elif mask is not None:  # the model's own call has extended it already
+            self.turn = turns(mask, 0)
         self._put_prompt(encoder, call, prompt, rows, length)
         return (), call
 
@@ -338,7 +365,9 @@ def shape_of_text(call: dict) -> tuple[int, int]:
     """(rows, tokens)"""
     text = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if text is None:
-        raise ValueError("A prompt or prefix stands before tokens, and this call has no input_ids and no inputs_embeds.")
+        raise ValueError(
+            "A prompt or prefix stands before tokens, and this call has no input_ids and no inputs_embeds."
+        )
     return tuple(text.shape[:2])
 
 
@@ -349,16 +378,32 @@ def rows_of(call: dict) -> int:
     return len(call["encoder_outputs"][0] if given is None else given)
 
 
-def extend_mask(call: dict, name: str, n: int) -> None:
+def extend_mask(call: dict, name: str, n_prompt: int, n_prefix: int) -> torch.Tensor | None:
+    """Puts ones for the prompt and, in front of all, for the prefix into a mask; returns the `turns` of the prompt."""
     mask = call.get(name)
     if mask is None:
-        return
+        return None
     if getattr(mask, "ndim", 0) != 2:
         raise ValueError(
             "A prompt or prefix extends an attention mask of shape (rows, tokens), and this one has another shape; "
             "call generate with its default, dynamic cache."
         )
-    call[name] = torch.cat([mask.new_ones(len(mask), n), mask], 1)
+    turn = turns(mask, n_prompt)
+    with_prompt = torch.where(turn < n_prompt, (turn >= 0).to(mask.dtype), nn.functional.pad(mask, (n_prompt, 0)))
+    call[name] = nn.functional.pad(with_prompt, (n_prefix, 0), value=1)
+    return turn
+
+
+def turns(mask: torch.Tensor, n: int) -> torch.Tensor:
+    """(rows, n + tokens): below 0 in a row's padding on the left, 0 to n − 1 where n vectors follow, then more."""
+    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    return torch.arange(n + mask.shape[1], device=mask.device) - padding
+
+
+def note(cache, n: int) -> None:
+    """Writes down how many vectors a cache began with."""
+    if hasattr(cache, "get_seq_length"):
+        cache.in_front = n
 
 
 def own_tokens(cache):

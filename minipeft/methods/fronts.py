@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from minipeft.files import OURS, Layout, Tensors
-from minipeft.front import arguments, is_pair, placeholder, reader
+from minipeft.front import arguments, embedders, is_pair, placeholder, reader
 from minipeft.layer import Layer, Method
 from minipeft.methods.common import check_whole
 
 
 def embedding(model: nn.Module, what: str) -> nn.Embedding:
-    """The token embeddings of the part that a prompt goes before."""
+    """The model's token embeddings."""
     try:
-        found = reader(model).get_input_embeddings()
+        found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         found = None
     if not isinstance(found, nn.Embedding) or not hasattr(model.config, "get_text_config"):
@@ -33,21 +33,24 @@ def check_prompt(model: nn.Module) -> None:
     """Raises ValueError for a model that cannot have a prompt."""
     name = type(model).__name__
     embedding(model, "A prompt")
-    if "input_ids" not in arguments(reader(model)):
-        raise ValueError(f"A prompt stands before input_ids, and {name} reads none; use LoRA.")
+    if "input_ids" not in arguments(reader(model)) or not embedders(model):
+        raise ValueError(f"A prompt stands before input_ids, and {name} embeds none; use LoRA.")
     if "MultipleChoice" in name:
         raise ValueError(f"A prompt stands before one text a row, and {name} reads several; use LoRA.")
     # Beam search over places, cells of a table, whether each token is a forgery: a loss that counts the prompt too.
-    scoring = {"perm_mask", "p_mask", "table_mask"} & set(arguments(model))
+    scoring = {"p_mask", "table_mask"} & set(arguments(model))
     if scoring or hasattr(model, "discriminator_predictions"):
         raise ValueError(f"{name} scores places of the text, and a prompt would be scored among them; use LoRA.")
 
 
 @torch.no_grad()
-def keys_and_values(model: nn.Module, ids: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def keys_and_values(
+    model: nn.Module, ids: Sequence[int], again: bool = False
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What each layer keeps of these tokens in its cache: K and V, (1, key-value heads, tokens, head width).
 
     It is measured, for configurations do not say it: a pair's decoder, one key-value head, a latent of K and V.
+    `again` has the model read the tokens once more, behind themselves, as it reads a text behind a prefix.
     Raises ValueError for a model that keeps no keys and values, or not in every layer.
     """
     from transformers import DynamicCache, EncoderDecoderCache
@@ -56,7 +59,9 @@ def keys_and_values(model: nn.Module, ids: Sequence[int]) -> list[tuple[torch.Te
     asked = model
     if is_pair(model):
         asked, encoder = model.get_decoder(), model.get_encoder()
-        states = torch.zeros(1, 1, encoder.config.hidden_size, dtype=model.dtype, device=model.device)
+        states = torch.zeros(
+            1, 1, getattr(encoder, "config", model.config).hidden_size, dtype=model.dtype, device=model.device
+        )
         call |= {"encoder_hidden_states": states, "past_key_values": EncoderDecoderCache(own, DynamicCache())}
     else:
         call["past_key_values"] = own
@@ -65,14 +70,16 @@ def keys_and_values(model: nn.Module, ids: Sequence[int]) -> list[tuple[torch.Te
         model.eval()
         asked(**call)
         found = [(layer.keys, layer.values) for layer in own.layers]
+        if again:
+            asked(**call)
     except Exception as error:  # whatever an architecture says to a cache that it does not know
-        reason = f" ({str(error).strip().splitlines()[0]})" if str(error).strip() else ""
-        raise ValueError(_no_cache(model) + reason + "; use a prompt or LoRA.") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{_no_cache(model)} ({reason}); use a prompt or LoRA.") from error
     finally:
         for module in training:
             module.training = True
     if not found or any(each is None or each.ndim != 4 for pair in found for each in pair):
-        raise ValueError(_no_cache(model) + "; use a prompt or LoRA.")
+        raise ValueError(f"{_no_cache(model)}; use a prompt or LoRA.")
     return found
 
 
@@ -100,7 +107,7 @@ def prefix_shape(model: nn.Module) -> tuple[int, int, int]:
     """(layers, key-value heads, head width), measured on two tokens; on the meta device, from the configuration."""
     if embedding(model, "A prefix").weight.is_meta:
         return configured_shape(model)
-    found = keys_and_values(model, [placeholder(model)] * 2)
+    found = keys_and_values(model, [placeholder(model)] * 2, again=True)
     shapes = {each.shape[1::2] for pair in found for each in pair}
     if len(shapes) > 1:
         raise ValueError(

@@ -64,9 +64,7 @@ class Prefix(Layer):
 
     front = "prefix"
 
-    def __init__(
-        self, model: nn.Module, method: PrefixTuning, shape: tuple[int, int, int], generator: torch.Generator
-    ):
+    def __init__(self, model: nn.Module, method: PrefixTuning, shape: tuple[int, int, int], generator: torch.Generator):
         super().__init__("prefix")
         table = embedding(model, "A prefix").weight
         self.shape, n = shape, method.length

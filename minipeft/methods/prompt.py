@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from minipeft.files import register
+from minipeft.front import embedders
 from minipeft.layer import Layer, Method
 from minipeft.methods.common import check_choice, check_whole, like
 from minipeft.methods.fronts import FrontLayout, check_front, check_prompt, embedding, repeated
@@ -186,7 +187,7 @@ class GeneratedPrompt(Layer):
 @torch.no_grad()
 def embed(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """(n, d): the embeddings of these tokens as the model computes with them; Gemma's are √d times the table's rows."""
-    module = embedding(model, "A prompt")
+    module = embedders(model)[-1]
     return module(torch.tensor(ids, device=module.weight.device))
 
 
