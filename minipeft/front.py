@@ -87,12 +87,16 @@ def longest(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     limit = getattr(config and config.get_text_config(), "max_position_embeddings", None)
     own = numbering(model)
-    return limit - own.padding_idx - 1 if limit and hasattr(own, "position_embeddings") else limit
+    if limit is None or limit < 0:  # XLNet says −1 for as many as there are
+        return None
+    return limit - own.padding_idx - 1 if hasattr(own, "position_embeddings") else limit
 
 
 class Front:
     """The hooks on the model and on its token embeddings. `layers`: {adapter name: layers}, of which each has either
     `prompt()`, of shape (n, d), or `prefix()`, of shape (n, 2·layers, key-value heads, head width): K, V, K, V, …"""
+
+    before_text = ("prompt", "prefix")
 
     def __init__(self, base: nn.Module, state: State):
         self.state = state
@@ -124,6 +128,11 @@ class Front:
         layers = [layer for name in self.state.active for layer in self.layers.get(name, ()) if layer.front == kind]
         return torch.cat([getattr(layer, kind)() for layer in layers]) if layers else None
 
+    @torch.no_grad()
+    def count(self) -> int:
+        """How many vectors the active adapters put before the tokens of a text, for which it has fewer positions."""
+        return sum(len(each) for kind in self.before_text if (each := self.standing(kind)) is not None)
+
     def before(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._begin()
         call = dict(zip(self.names, args, strict=False)) | kwargs
@@ -134,11 +143,6 @@ class Front:
         begun = has_begun(cache, n)
         if n == 0:
             return None
-        if call.get("perm_mask") is not None or call.get("target_mapping") is not None:
-            raise ValueError(
-                f"perm_mask and target_mapping say which token of {type(base).__name__} sees which, and a "
-                "prompt cannot enter them; call it without them."
-            )
         rows, length = shape_of_text(call)
         check_room(cache, length if begun else n + length, n)
         mask = call.get("attention_mask")
@@ -218,9 +222,10 @@ class Front:
             K, V = (states[j].expand(rows, -1, -1, -1) for j in (2 * i, 2 * i + 1))
             own_tokens(cache).update(K, V, i)
         call["past_key_values"] = cache
-        asked = call.get("use_cache")
-        self.drop_cache = not (getattr(base.config, "use_cache", True) if asked is None else asked)
-        if self.drop_cache:  # a model that uses no cache may keep the one that it is given from its layers
+        config_uses = getattr(base.config, "use_cache", True)
+        asked = call.pop("use_cache", None)
+        self.drop_cache = not (config_uses if asked is None else asked)
+        if asked or not config_uses:  # a model that uses no cache may keep the one that it is given from its layers
             call["use_cache"] = True
 
     def _empty_cache(self, base: nn.Module):
@@ -285,6 +290,8 @@ class Front:
 
 class PairFront(Front):
     """A prompt before the encoder's tokens, a prefix before the decoder's."""
+
+    before_text = ("prompt",)
 
     def __init__(self, base: nn.Module, state: State):
         super().__init__(base, state)

@@ -112,7 +112,8 @@ CAUSAL = {
     "CodeGen": ("CodeGenForCausalLM", GPT | dict(rotary_dim=4)),
     "Bloom": ("BloomForCausalLM", dict(hidden_size=D, n_layer=2, n_head=4)),
     "MPT": ("MptForCausalLM", dict(d_model=D, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2)),
-    "Falcon, one key-value head": ("FalconForCausalLM", dict(hidden_size=D, num_hidden_layers=2, num_attention_heads=4)),
+    "Falcon, one key-value head": ("FalconForCausalLM", dict(
+        hidden_size=D, num_hidden_layers=2, num_attention_heads=4)),
     "Falcon, grouped": ("FalconForCausalLM", dict(hidden_size=D, num_hidden_layers=2, num_attention_heads=4,
                                                   new_decoder_architecture=True, num_kv_heads=2, alibi=False)),
     "Phi": ("PhiForCausalLM", BODY),
@@ -120,7 +121,8 @@ CAUSAL = {
     "Phi-MoE": ("PhimoeForCausalLM", FEW | dict(num_local_experts=4)),
     "Gemma": ("GemmaForCausalLM", WIDE),
     "Gemma-2": ("Gemma2ForCausalLM", WIDE | dict(sliding_window=4)),
-    "Gemma-3": ("Gemma3ForCausalLM", WIDE | dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])),
+    "Gemma-3": ("Gemma3ForCausalLM", WIDE | dict(
+        sliding_window=4, layer_types=["sliding_attention", "full_attention"])),
     "Qwen2": ("Qwen2ForCausalLM", FEW),
     "Qwen2, tokens": ("Qwen2ForTokenClassification", FEW | dict(num_labels=3)),
     "Qwen3": ("Qwen3ForCausalLM", WIDE),
@@ -134,7 +136,8 @@ CAUSAL = {
     "StarCoder2": ("Starcoder2ForCausalLM", FEW),
     "Granite": ("GraniteForCausalLM", FEW),
     "GPT-BigCode, one key-value head": ("GPTBigCodeForCausalLM", GPT),
-    "XGLM": ("XGLMForCausalLM", dict(d_model=D, num_layers=2, attention_heads=4, ffn_dim=24, max_position_embeddings=64)),
+    "XGLM": ("XGLMForCausalLM", dict(
+        d_model=D, num_layers=2, attention_heads=4, ffn_dim=24, max_position_embeddings=64)),
     "BioGPT": ("BioGptForCausalLM", BODY),
     "Persimmon": ("PersimmonForCausalLM", BODY),
     "Nemotron": ("NemotronForCausalLM", FEW),
@@ -146,7 +149,8 @@ CAUSAL = {
                                          intermediate_size=24, num_local_experts=4, max_position_embeddings=64)),
     "gpt-oss": ("GptOssForCausalLM", WIDE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=4,
                                                  rope_parameters={"rope_type": "default", "rope_theta": 1e4})),
-    "ModernBERT, decoder": ("ModernBertDecoderForCausalLM", BODY | dict(local_attention=4, global_attn_every_n_layers=2)),
+    "ModernBERT, decoder": ("ModernBertDecoderForCausalLM", BODY | dict(
+        local_attention=4, global_attn_every_n_layers=2)),
     "RoBERTa, decoder": ("RobertaForCausalLM", BODY | FROM_PAD | dict(is_decoder=True)),
     "CTRL": ("CTRLLMHeadModel", GPT | dict(dff=24)),
     "GPT": ("OpenAIGPTLMHeadModel", GPT),
@@ -199,7 +203,8 @@ ENCODER = {
     "MarkupLM, tokens": ("MarkupLMForTokenClassification", BODY | dict(num_labels=3)),
     "ELECTRA": ("ElectraForMaskedLM", BODY | dict(embedding_size=8)),
     "ELECTRA, discriminator": ("ElectraForPreTraining", BODY | dict(embedding_size=8)),
-    "DistilBERT": ("DistilBertForMaskedLM", dict(dim=D, n_layers=2, n_heads=4, hidden_dim=24, max_position_embeddings=64)),
+    "DistilBERT": ("DistilBertForMaskedLM", dict(
+        dim=D, n_layers=2, n_heads=4, hidden_dim=24, max_position_embeddings=64)),
     "ALBERT": ("AlbertForMaskedLM", BODY | dict(embedding_size=8)),
     "DeBERTa": ("DebertaForMaskedLM", BODY | dict(relative_attention=True, pos_att_type=["p2c", "c2p"])),
     "DeBERTa-v2": ("DebertaV2ForMaskedLM", BODY | dict(
@@ -211,7 +216,8 @@ ENCODER = {
     "MobileBERT": ("MobileBertForMaskedLM", BODY | dict(
         embedding_size=8, intra_bottleneck_size=8, true_hidden_size=8)),
     "SqueezeBERT": ("SqueezeBertForMaskedLM", BODY | dict(embedding_size=16)),
-    "FNet": ("FNetForMaskedLM", dict(hidden_size=D, num_hidden_layers=2, intermediate_size=24, max_position_embeddings=64)),
+    "FNet": ("FNetForMaskedLM", dict(
+        hidden_size=D, num_hidden_layers=2, intermediate_size=24, max_position_embeddings=64)),
     "Funnel": ("FunnelForMaskedLM", dict(d_model=D, block_sizes=[1, 1], n_head=4, d_head=4, d_inner=24,
                                          num_decoder_layers=1)),
     "Nystromformer": ("NystromformerForMaskedLM", BODY | dict(num_landmarks=8, segment_means_seq_len=8)),

@@ -37,10 +37,12 @@ def check_prompt(model: nn.Module) -> None:
         raise ValueError(f"A prompt stands before input_ids, and {name} embeds none; use LoRA.")
     if "MultipleChoice" in name:
         raise ValueError(f"A prompt stands before one text a row, and {name} reads several; use LoRA.")
-    # Beam search over places, cells of a table, whether each token is a forgery: a loss that counts the prompt too.
-    scoring = {"p_mask", "table_mask"} & set(arguments(model))
+    # Orders of the tokens, beam search over places, cells of a table, whether each token is a forgery.
+    scoring = {"perm_mask", "p_mask", "table_mask"} & set(arguments(model))
     if scoring or hasattr(model, "discriminator_predictions"):
-        raise ValueError(f"{name} scores places of the text, and a prompt would be scored among them; use LoRA.")
+        raise ValueError(
+            f"{name} speaks about single places of the text, and a prompt would be counted among them; use LoRA."
+        )
 
 
 @torch.no_grad()
