@@ -8,10 +8,10 @@ import transformers
 from architectures import ARCHITECTURES, BODY, FROM_PAD, IDS, V
 
 from minipeft.attach import attach
-from minipeft.front import is_pair, longest
 from minipeft.methods.lora import LoRA
 from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.prompt import PromptTuning
+from minipeft.reading import is_pair, longest
 from minipeft.serve.checkpoint import load_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from minipeft.files import OURS, Layout, Tensors
-from minipeft.front import arguments, embedders, is_pair, placeholder, reader
 from minipeft.layer import Layer, Method
 from minipeft.methods.common import check_whole
+from minipeft.reading import arguments, embedders, is_pair, placeholder, reader
 
 
 def embedding(model: nn.Module, what: str) -> nn.Embedding:

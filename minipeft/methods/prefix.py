@@ -3,7 +3,9 @@
 
     layer l:   attention(Q, [P_K⁽ˡ⁾; K], [P_V⁽ˡ⁾; V])        P_K, P_V trained, of shape (n, kv heads · head width)
 
-A token of the text asks (Q) and is answered from what stands before it (K, V). At n = 5 in GPT-2 medium (24 layers,
+A token of the text asks (Q) and is answered from what stands before it (K, V). In an encoder–decoder the prefix stands
+before the decoder's tokens, and, as in PEFT 0.21, layer l of L has the numbers of 2l mod L: with an even L two layers
+share each pair (K, V) that is used, and every other pair has no effect. At n = 5 in GPT-2 medium (24 layers,
 width 1024) the flat prefix holds 5 · 24 · 2 · 1024 = 245,760 numbers.
 """
 
@@ -17,10 +19,10 @@ import torch
 from torch import nn
 
 from minipeft.files import register
-from minipeft.front import is_pair
 from minipeft.layer import Layer, Method
 from minipeft.methods.common import check_whole, like
 from minipeft.methods.fronts import FrontLayout, check_front, embedding, keys_and_values, prefix_shape, repeated
+from minipeft.reading import is_pair
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class PrefixTuning(Method):
         are copied (§7.4: much better than random where data are few).
 
     Raises ValueError for a length or `hidden` below 1, an unknown init, or both `hidden` and ids; and, at `attach`, for
-    a model without token embeddings, or without attention heads in its configuration.
+    a model without token embeddings, and one that does not keep keys and values of one size in every layer's cache.
+    Whether it does is measured: it reads two tokens.
     """
 
     length: int = 8
@@ -90,7 +93,7 @@ class Prefix(Layer):
         return {"prompt_embeddings": self.folded()}
 
     def prefix(self) -> torch.Tensor:
-        """(n, 2·layers, kv, w)"""
+        """(n, 2·layers, kv, w): K and V of each layer"""
         layers, heads, width = self.shape
         return self.folded().view(-1, layers, 2, heads, width)[:, self.order].flatten(1, 2)
 

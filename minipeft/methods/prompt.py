@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from minipeft.files import register
-from minipeft.front import embedders
 from minipeft.layer import Layer, Method
 from minipeft.methods.common import check_choice, check_whole, like
 from minipeft.methods.fronts import FrontLayout, check_front, check_prompt, embedding, repeated
+from minipeft.reading import embedders
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,8 @@ class PromptTuning(Method):
     `init`: "vocabulary" copies the embeddings of random tokens; "random" draws from N(0, 1); or token ids, such as
         `tokenizer("tell it like a pirate").input_ids`, repeated or cut to n (§3.2 compares them).
 
-    Raises ValueError for a length below 1 or an unknown init; and, at `attach`, for a model without token embeddings.
+    Raises ValueError for a length below 1 or an unknown init; and, at `attach`, for a model without token embeddings,
+    and a head that speaks about single places of the text, such as the beams of XLM's answers.
     """
 
     length: int = 8
