@@ -73,7 +73,8 @@ def keys_and_values(
         asked(**call)
         found = [(layer.keys, layer.values) for layer in own.layers]
         if again:
-            asked(**call)
+            place = {"position_ids": torch.arange(len(ids), 2 * len(ids), device=model.device)[None]}
+            asked(**call, **(place if "position_ids" in arguments(asked) else {}))
     except Exception as error:  # whatever an architecture says to a cache that it does not know
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{_no_cache(model)} ({reason}); use a prompt or LoRA.") from error
