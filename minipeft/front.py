@@ -394,12 +394,8 @@ def has_begun(cache, n: int) -> bool:
 
 def check_room(cache, tokens: int, n: int) -> None:
     """A sliding window forgets as the base does; a static cache of full length must hold what comes."""
-    full = [
-        layer
-        for layer in getattr(cache, "layers", ())
-        if getattr(layer, "is_compileable", False) and not getattr(layer, "is_sliding", False)
-    ]
-    rooms = [room for layer in full if (room := layer.get_max_length()) >= 0]
+    layers = [layer for layer in getattr(cache, "layers", ()) if not getattr(layer, "is_sliding", False)]
+    rooms = [room for layer in layers if (room := layer.get_max_length()) >= 0]
     if rooms and min(rooms) < tokens + int(cache.get_seq_length()):
         raise ValueError(
             f"The cache has room for {min(rooms)} tokens and must hold {n} vectors in front of them as well; "

@@ -129,9 +129,20 @@ def test_positions_that_the_caller_gives_are_counted_on(name):
     model, batch = one.model(), one.batch()
     first = 2 if one.settings.items() >= FROM_PAD.items() else 0
     tuned = attach(one.model(), PromptTuning(N, init=WORDS))
-    given = torch.arange(first, first + 7).expand(2, -1)
-    same(one.hidden(tuned(**batch, position_ids=given)), one.hidden(model(**with_words(batch)))[:, N:])
-    same(one.hidden(tuned(**batch, position_ids=given[:1])), one.hidden(model(**with_words(batch)))[:, N:])
+    expected = one.hidden(model(**with_words(batch)))[:, N:]
+    for given in (torch.arange(first, first + 7).expand(2, -1), torch.arange(first, first + 7)[None]):
+        same(one.hidden(tuned(**batch, position_ids=given)), expected)
+        same(one.hidden(tuned(**batch, position_ids=given, attention_mask=torch.ones(2, 7))), expected)
+
+
+@torch.no_grad()
+def test_a_placeholder_is_no_padding_whatever_the_padding_s_id():
+    for padding in (0, 1, 3):
+        config = transformers.XLMRobertaConfig(**IDS | BODY | dict(pad_token_id=padding))
+        model = transformers.XLMRobertaModel(config).eval()
+        batch = ARCHITECTURES["XLM-R"].batch()
+        expected = model(**with_words(batch)).last_hidden_state[:, N:]
+        same(attach(model, PromptTuning(N, init=WORDS))(**batch).last_hidden_state, expected)
 
 
 def test_a_text_is_as_long_as_there_are_positions():

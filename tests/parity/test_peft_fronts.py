@@ -1,4 +1,4 @@
-"""Prompts and prefixes on many architectures, encoder–decoders among them, against PEFT: each reads the other's files."""
+"""Prompts and prefixes on many architectures, encoder–decoders among them, against PEFT: files both ways."""
 
 from __future__ import annotations
 
