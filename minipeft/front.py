@@ -271,10 +271,11 @@ class PairFront(Front):
             extend_mask(call, "decoder_attention_mask", 0, n)
             if call.get("decoder_position_ids") is not None:
                 call["decoder_position_ids"] = call["decoder_position_ids"] + n
+            ids = call.get("decoder_input_ids")
+            check_room(own_tokens(cache), (0 if begun else n) + (0 if ids is None else ids.shape[1]), n)
             if not begun:
-                rows = rows_of(call)
                 self._as_dict(base, call)
-                self._put_prefix(base, call, cache, prefix, rows)
+                self._put_prefix(base, call, cache, prefix, rows_of(call))
                 self.begun = n
                 note(call["past_key_values"], n)
         return (), call

@@ -139,9 +139,10 @@ class FrontLayout(Layout):
     def config(self, base: nn.Module, layers: list[Layer]) -> dict:
         pair, speaks = is_pair(base), base.can_generate()
         task = ("SEQ_2_SEQ_LM" if pair else "CAUSAL_LM") if speaks else "FEATURE_EXTRACTION"
+        # PEFT has fronts on a pair only where it generates, and from tokens
+        foreign = pair and not (speaks and "input_ids" in arguments(reader(base)))
         return {
-            # PEFT stands before the encoder of a pair only where it can generate
-            "peft_type": OURS + self.peft_type if pair and not speaks else self.peft_type,
+            "peft_type": OURS + self.peft_type if foreign else self.peft_type,
             "task_type": task,
             "num_virtual_tokens": len(layers[0].stored()[self.key]),
             "num_transformer_submodules": 1,
