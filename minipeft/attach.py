@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
-from minipeft.front import Front
+from minipeft.front import Front, front
 from minipeft.hook import Seat, State, check_rows, remove_hooks
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged
@@ -167,7 +167,7 @@ class Tuned(nn.Module):
         self.methods[name] = methods
         for layer in layers.values():
             if layer.front:
-                self._front = self._front or Front(self.base, self._state)
+                self._front = self._front or front(self.base, self._state)
                 self._front.layers.setdefault(name, []).append(layer)
             for path, after in layer.seats().items():
                 weight = isinstance(layer, WeightLayer)

@@ -14,7 +14,7 @@ FILES = {
 }
 # From the bottom up. An arrow may stay on its floor or run down, never up.
 FLOORS = (
-    ("whole", "targets"),
+    ("whole", "targets", "reading"),
     ("layer", "hook", "files", "front", "merging", "build"),
     ("attach", "methods"),
     ("world",),

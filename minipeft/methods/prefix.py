@@ -3,7 +3,9 @@
 
     layer l:   attention(Q, [P_K⁽ˡ⁾; K], [P_V⁽ˡ⁾; V])        P_K, P_V trained, of shape (n, kv heads · head width)
 
-A token of the text asks (Q) and is answered from what stands before it (K, V). At n = 5 in GPT-2 medium (24 layers,
+A token of the text asks (Q) and is answered from what stands before it (K, V). In an encoder–decoder the prefix stands
+before the decoder's tokens, and, as in PEFT 0.21, layer l of L has the numbers of 2l mod L: with an even L two layers
+share each pair (K, V) that is used, and every other pair has no effect. At n = 5 in GPT-2 medium (24 layers,
 width 1024) the flat prefix holds 5 · 24 · 2 · 1024 = 245,760 numbers.
 """
 
@@ -19,7 +21,8 @@ from torch import nn
 from minipeft.files import register
 from minipeft.layer import Layer, Method
 from minipeft.methods.common import check_whole, like
-from minipeft.methods.fronts import FrontLayout, check_front, embedding, prefix_shape, repeated
+from minipeft.methods.fronts import FrontLayout, check_front, embedding, keys_and_values, prefix_shape, repeated
+from minipeft.reading import is_pair
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class PrefixTuning(Method):
         are copied (§7.4: much better than random where data are few).
 
     Raises ValueError for a length or `hidden` below 1, an unknown init, or both `hidden` and ids; and, at `attach`, for
-    a model without token embeddings, or without attention heads in its configuration.
+    a model without token embeddings, and one that does not keep keys and values of one size in every layer's cache.
+    Whether it does is measured: it reads two tokens.
     """
 
     length: int = 8
@@ -49,9 +53,13 @@ class PrefixTuning(Method):
             raise ValueError("Token ids say what the prefix itself is at first, and hidden= has a network write it.")
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Prefix]]:
-        embedding(model, "A prefix")
-        prefix_shape(model)
-        return {"prefix": partial(Prefix, model, self)}
+        shape = prefix_shape(model)
+        if is_pair(model) and self.init != "random":
+            raise ValueError(
+                f"In PEFT's form the layers of {type(model).__name__}'s decoder share keys and values, so the prefix "
+                'cannot start as tokens; use init="random".'
+            )
+        return {"prefix": partial(Prefix, model, self, shape)}
 
 
 class Prefix(Layer):
@@ -59,11 +67,12 @@ class Prefix(Layer):
 
     front = "prefix"
 
-    def __init__(self, model: nn.Module, method: PrefixTuning, generator: torch.Generator):
+    def __init__(self, model: nn.Module, method: PrefixTuning, shape: tuple[int, int, int], generator: torch.Generator):
         super().__init__("prefix")
         table = embedding(model, "A prefix").weight
-        layers, heads, width = prefix_shape(model)
-        self.shape, n = (layers, heads, width), method.length
+        self.shape, n = shape, method.length
+        layers, heads, width = shape
+        self.order = [2 * i % layers if is_pair(model) else i for i in range(layers)]
         self.flat = method.hidden is None
         with like(table, generator):
             if self.flat:
@@ -84,9 +93,9 @@ class Prefix(Layer):
         return {"prompt_embeddings": self.folded()}
 
     def prefix(self) -> torch.Tensor:
-        """(n, 2·layers, kv, w)"""
+        """(n, 2·layers, kv, w): K and V of each layer"""
         layers, heads, width = self.shape
-        return self.folded().view(-1, 2 * layers, heads, width)
+        return self.folded().view(-1, layers, 2, heads, width)[:, self.order].flatten(1, 2)
 
 
 @register
@@ -96,8 +105,14 @@ class PrefixLayout(FrontLayout):
     peft_type, layer = "PREFIX_TUNING", Prefix
 
     def config(self, base: nn.Module, layers: list[Layer]) -> dict:
-        _, heads, width = prefix_shape(base)
-        return super().config(base, layers) | {"token_dim": heads * width, "prefix_projection": False}
+        count, heads, width = layers[0].shape
+        return super().config(base, layers) | {
+            "num_transformer_submodules": 2 if is_pair(base) else 1,
+            "token_dim": heads * width,
+            "num_attention_heads": heads,
+            "num_layers": count,
+            "prefix_projection": False,
+        }
 
     def width(self, base: nn.Module) -> int:
         layers, heads, width = prefix_shape(base)
@@ -107,12 +122,7 @@ class PrefixLayout(FrontLayout):
         return PrefixTuning(length)
 
 
-@torch.no_grad()
 def words(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """The keys and values that the model computes for these tokens, (n, layers·2·kv·w)."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
-    states = [state[0].transpose(0, 1).flatten(1) for layer in cache.layers for state in (layer.keys, layer.values)]
+    states = [state[0].transpose(0, 1).flatten(1) for pair in keys_and_values(model, ids) for state in pair]
     return torch.cat(states, 1)

@@ -19,7 +19,8 @@ from torch import nn
 from minipeft.files import register
 from minipeft.layer import Layer, Method
 from minipeft.methods.common import check_choice, check_whole, like
-from minipeft.methods.fronts import FrontLayout, check_front, embedding, repeated
+from minipeft.methods.fronts import FrontLayout, check_front, check_prompt, embedding, repeated
+from minipeft.reading import embedders
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +78,8 @@ class PromptTuning(Method):
     `init`: "vocabulary" copies the embeddings of random tokens; "random" draws from N(0, 1); or token ids, such as
         `tokenizer("tell it like a pirate").input_ids`, repeated or cut to n (§3.2 compares them).
 
-    Raises ValueError for a length below 1 or an unknown init; and, at `attach`, for a model without token embeddings.
+    Raises ValueError for a length below 1 or an unknown init; and, at `attach`, for a model without token embeddings,
+    and a head that speaks about single places of the text, such as the beams of XLM's answers.
     """
 
     length: int = 8
@@ -89,7 +91,7 @@ class PromptTuning(Method):
         object.__setattr__(self, "init", check_front(self.length, self.init, ("vocabulary", "random")))
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], SoftPrompt]]:
-        embedding(model, "A prompt")
+        check_prompt(model)
         return {"prompt": partial(SoftPrompt, model, self)}
 
 
@@ -107,10 +109,10 @@ class SoftPrompt(Layer):
         if table.device.type != "meta":
             if method.init == "random":
                 start = torch.empty(n, d, dtype=dtype).normal_(generator=generator)
-            elif method.init == "vocabulary":
-                start = table[torch.randint(len(table), (n,), generator=generator).to(table.device)]
             else:
-                start = table[torch.tensor(repeated(method.init, n, len(table)), device=table.device)]
+                chance = torch.randint(len(table), (n,), generator=generator).tolist()
+                ids = chance if method.init == "vocabulary" else repeated(method.init, n, len(table))
+                start = embed(model, ids)
             self.value.data.copy_(start)
 
     def prompt(self) -> torch.Tensor:
@@ -146,7 +148,7 @@ class PTuning(Method):
         check_whole("hidden", self.hidden)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], GeneratedPrompt]]:
-        embedding(model, "A prompt")
+        check_prompt(model)
         return {"prompt": partial(GeneratedPrompt, model, self)}
 
 
@@ -183,11 +185,29 @@ class GeneratedPrompt(Layer):
         return {"prompt_embeddings": self.prompt()}
 
 
+@torch.no_grad()
+def embed(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    """(n, d): the embeddings of these tokens as the model computes with them; Gemma's are √d times the table's rows."""
+    module = embedders(model)[-1]
+    return module(torch.tensor(ids, device=module.weight.device))
+
+
 @register
 class PromptLayout(FrontLayout):
     """prompt_embeddings (n, d)"""
 
     peft_type, layer = "PROMPT_TUNING", SoftPrompt
+
+    def config(self, base: nn.Module, layers: list[Layer]) -> dict:
+        text = base.config.get_text_config()  # PEFT asks for layers and heads, also where a prompt has no use for them
+        return super().config(base, layers) | {
+            "token_dim": self.width(base),
+            "num_attention_heads": getattr(text, "num_attention_heads", None) or 1,
+            "num_layers": getattr(text, "num_hidden_layers", None) or 1,
+        }
+
+    def width(self, base: nn.Module) -> int:
+        return embedding(base, "A prompt").weight.shape[1]
 
     def plain(self, length: int) -> Method:
         return PromptTuning(length, init="random")
