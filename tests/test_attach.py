@@ -125,7 +125,7 @@ def logits(model: nn.Module, **kwargs) -> torch.Tensor:
         return model(**{k: v for k, v in tiny.batch(model).items() if k != "labels"}, **kwargs).logits
 
 
-def train(model: nn.Module, steps: int = 20) -> list[float]:
+def train(model: nn.Module, steps: int = 8) -> list[float]:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -168,7 +168,7 @@ def test_invariants(family, method_name, tmp_path):
     assert (adapted - base).abs().max() > 1e-2, "the adapter has an effect"
     with tuned.disabled():
         assert torch.equal(logits(tuned), base)
-        assert tiny.same(tiny.snapshot(model), before), "base bit-identical after 20 steps"
+        assert tiny.same(tiny.snapshot(model), before), "base bit-identical after training"
     assert torch.equal(logits(tuned), adapted)
 
     if method_name in WEIGHTLESS:

@@ -16,6 +16,12 @@ def lines(explorer):
     return {line.get_label(): line for line in explorer.figure.axes[0].get_lines()}
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Runs of twelve steps, where it does not matter how far training gets."""
+    monkeypatch.setattr("minipeft.explore.training.STEPS", 12)
+
+
 def test_a_slider_redraws_its_figure_at_once():
     import ipywidgets
 
@@ -56,13 +62,13 @@ def test_the_lora_explorer_trains_and_shows_loss_floor_spectrum_count_and_text()
 
 
 @pytest.mark.parametrize("task", ["flip", "cipher"])
-def test_every_task_of_the_explorer_can_be_chosen(task):
+def test_every_task_of_the_explorer_can_be_chosen(task, short):
     explorer = LoRAExplorer(small(), task=task)
     explorer.controls["targets"].value = "attention"
     assert explorer.score is not None and explorer.samples[task]
 
 
-def test_the_adapter_explorer_gathers_a_point_for_every_run_and_says_the_formula():
+def test_the_adapter_explorer_gathers_a_point_for_every_run_and_says_the_formula(short):
     explorer = mp.AdapterExplorer(small())
     for bottleneck, sharing in ((2, "none"), (4, "none"), (4, "all blocks")):
         explorer.controls["bottleneck"].value = bottleneck
@@ -88,7 +94,7 @@ def test_templates_stay_in_the_picture_and_differ():
     )
 
 
-def test_the_prompt_explorer_names_the_nearest_words():
+def test_the_prompt_explorer_names_the_nearest_words(short):
     explorer = mp.PromptExplorer(small(), task="flip")
     explorer.controls["length"].value = 2
     assert "n·d = 2·32 = 64" in explorer.text.value and "nearest words" in explorer.text.value
@@ -96,7 +102,7 @@ def test_the_prompt_explorer_names_the_nearest_words():
     assert type(explorer.tuned.methods["default"][0]).__name__ == "PTuning"
 
 
-def test_the_prefix_explorer_shows_the_attention_that_the_prefix_gets():
+def test_the_prefix_explorer_shows_the_attention_that_the_prefix_gets(short):
     from minipeft.explore.prompt import attention_in_front
 
     explorer = mp.PrefixExplorer(small(), task="flip")
@@ -141,7 +147,7 @@ def test_a_setting_that_cannot_work_is_said_in_one_sentence():
     assert "rank=64 is above" in explorer.text.value
 
 
-def test_the_display_carries_a_picture_for_readers_without_a_kernel(monkeypatch):
+def test_the_display_carries_a_picture_for_readers_without_a_kernel(monkeypatch, short):
     shown = []
     monkeypatch.setattr(
         "minipeft.explore.slider.display", lambda data, **_: shown.append(data) or type("H", (), {"update": _update})()
@@ -163,7 +169,7 @@ def test_a_prediction_is_committed_once():
     assert all(button.disabled for button in question.buttons)
 
 
-def test_a_redraw_is_quick_enough_to_drag():
+def test_a_redraw_is_quick_enough_to_drag(short):
     """Not a benchmark: a redraw that does hidden work, such as training again, would take seconds."""
     explorer = LoRAExplorer(small())
     explorer.finish()
