@@ -300,6 +300,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         torch.testing.assert_close(found[name], grad, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_compiling_gives_the_same_gradients():
     torch._dynamo.reset()
     targets = ["0.mlp.up_proj", "1.self_attn.v_proj"]

@@ -174,6 +174,7 @@ def test_a_port_that_is_none_is_one_sentence(toy, port):
     assert "PORT must be a number" in sentence(run(toy, "bash", "tools/setup.sh", "--port", port))
 
 
+@pytest.mark.slow
 def test_failed_download_is_one_sentence_and_leaves_no_stamp(toy):
     (toy / "toy_backend.py").write_text(TOY_BACKEND + 'REQUIRES = "Requires-Dist: no-such-package-of-a-learner\\n"\n')
     nowhere = f"http://127.0.0.1:{free_port()}/simple"
@@ -183,6 +184,7 @@ def test_failed_download_is_one_sentence_and_leaves_no_stamp(toy):
     assert not (toy / ".venv" / "installed").exists()
 
 
+@pytest.mark.slow
 def test_set_up_is_done_once_and_again_when_it_has_to_be(toy):
     def setup(extras: str = "real") -> tuple[bool, float]:
         """Whether pip was called, and the seconds that it took."""

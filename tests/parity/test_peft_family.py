@@ -300,6 +300,7 @@ def test_pissa_as_peft_converts_it_loads_as_lora_of_twice_the_rank(tmp_path):
         assert (reference(**batch).logits - tuned(**batch).logits).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj", "down_proj"], TARGETS["llama"]], ids=["three", "all"])
 @pytest.mark.parametrize("interval", [1, 7])
 def test_adalora_allocates_the_same_ranks_in_200_steps(targets, interval, tmp_path):
