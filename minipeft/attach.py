@@ -25,7 +25,7 @@ from torch import nn
 
 from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.front import Front, front
-from minipeft.hook import Seat, State, check_rows, remove_hooks
+from minipeft.hook import Seat, State, check_rows, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged
 from minipeft.targets import Slot, numbers, slots
@@ -172,10 +172,8 @@ class Tuned(nn.Module):
             for path, after in layer.seats().items():
                 weight = isinstance(layer, WeightLayer)
                 if (path, weight) not in self._seats:
-                    self._seats[path, weight] = seat = Seat(self._state)
-                    # A change of the weight comes first, whatever was attached first: an adapter sees what W' gives.
-                    self.base.get_submodule(path).register_forward_hook(seat.hook, with_kwargs=True, prepend=weight)
-                self._seats[path, weight].layers.setdefault(name, []).append(after)
+                    self._seats[path, weight] = seat_on(self.base.get_submodule(path), weight, self._state)
+                self._seats[path, weight].layers.setdefault(name, []).append((layer, after))
 
     def use(self, *names: str) -> None:
         """Activates these adapters, together if several (their changes add up), and only them; none is the bare base.

@@ -1,4 +1,5 @@
-"""How a layer acts on a module of the base: a forward hook that changes the module's output."""
+"""How a layer acts on a module of the base: a forward hook that changes the module's output, or a forward in its place
+that computes the changed output in one go."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from minipeft.layer import After
+from minipeft.layer import After, Layer
+from minipeft.targets import plain_linear
 
 
 class State:
@@ -25,7 +27,7 @@ class Seat:
 
     def __init__(self, state: State):
         self.state = state
-        self.layers: dict[str, list[After]] = {}
+        self.layers: dict[str, list[tuple[Layer, After]]] = {}
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         state = self.state
@@ -34,7 +36,7 @@ class Seat:
         x, plain = args[0] if args else next(iter(kwargs.values())), output
         if state.rows is None:
             for name in state.active:
-                for after in self.layers.get(name, ()):
+                for _, after in self.layers.get(name, ()):
                     output = after(output, x, plain)
             return output
         if x.shape[0] != state.batch:
@@ -44,9 +46,42 @@ class Seat:
             )
         for name, rows in state.rows.items():
             rows = rows.to(output.device)
-            for after in self.layers.get(name, ()):
+            for _, after in self.layers.get(name, ()):
                 output = output.index_copy(0, rows, after(output[rows], x[rows], plain[rows]))
         return output
+
+
+class WeightSeat(Seat):
+    """The seat of the layers that change the weight of a linear layer. It stands in for the module's own forward, so
+    that a layer which is alone there can do without the plain output; its hook is silent, and only tells libraries that
+    look for hooks (`nn.TransformerEncoderLayer` does) that the module is not a plain one."""
+
+    def __init__(self, state: State, module: nn.Module):
+        super().__init__(state)
+        self.module = module
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        state = self.state
+        if not state.silent and state.rows is None:
+            here = [layer for name in state.active for layer, _ in self.layers.get(name, ())]
+            x = args[0] if args else next(iter(kwargs.values()))
+            if len(here) == 1 and (output := here[0].whole(x)) is not None:
+                return output
+        return super().hook(self.module, args, kwargs, type(self.module).forward(self.module, *args, **kwargs))
+
+    def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        return output
+
+
+def seat_on(module: nn.Module, weight: bool, state: State) -> Seat:
+    """Puts a seat on the module. A change of the weight comes first, whatever was attached first: an adapter sees what
+    W' gives. A forward that somebody replaced already is left alone."""
+    seat = Seat(state)
+    if weight and plain_linear(module) and "forward" not in vars(module):
+        seat = WeightSeat(state, module)
+        module.forward = seat.forward
+    module.register_forward_hook(seat.hook, with_kwargs=True, prepend=weight)
+    return seat
 
 
 def check_rows(adapters: Sequence[str | None], known: Mapping[str, nn.ModuleDict], args: tuple, kwargs: dict) -> None:
@@ -72,6 +107,8 @@ def remove_hooks(model: nn.Module, owners: Sequence[object]) -> None:
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in ours]:
+                if isinstance(hooks[key].__self__, WeightSeat):
+                    del module.forward
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -7,6 +7,8 @@ The path of a call through a module of the base that a layer has a seat on:
                                                                   └─ extra(x, plain)  (…, d_out), which asks for
                                                                       └─ forward(x)   (…, d_out): you write this
 
+A WeightLayer that is alone on a linear layer may go a shorter way, x ──▶ whole(x) ──▶ new output, to the same numbers.
+
 `attach` freezes the base, seats the layers and switches them (`attach.py`, `hook.py`). A method that changes a weight
 subclasses `WeightLayer` and writes two things: `forward(x)`, the extra output, and `delta()`, ΔW. Merging, spectra,
 counting and saving follow from them. `docs/add_a_method.md` goes through it step by step.
@@ -149,6 +151,20 @@ class WeightLayer(Layer):
         extra = self.extra(x, plain)
         extra = F.pad(extra, self.padding) if any(self.padding) else extra
         return (output + extra).to(output.dtype)
+
+    def bare(self, x: torch.Tensor) -> torch.Tensor:
+        """The plain output for another x."""
+        return type(self.owner[0]).forward(self.owner[0], x)
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The module's new output without its plain one, where that is quicker; None: `after` it is."""
+        return None
+
+    def __init_subclass__(cls, **kwargs):
+        """Whoever changes what a layer adds does not inherit a `whole` that computes something else."""
+        super().__init_subclass__(**kwargs)
+        if vars(cls).keys() & {"forward", "extra", "after"} and "whole" not in vars(cls):
+            cls.whole = WeightLayer.whole
 
     def changes(self) -> dict[str, torch.Tensor]:
         return {"weight": F.pad(self.delta(), (0, 0, *self.padding))}  # zero rows outside the slice

@@ -26,6 +26,11 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding) or conv1d
 
 
+def plain_linear(module: nn.Module) -> bool:
+    """Whether it computes x·Wᵀ + b from a weight that it holds, and nothing else."""
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def packed(module: nn.Module) -> bool:
     """Whether it is a linear layer whose weight is computed from packed bytes, `QuantizedLinear`."""
     return isinstance(module, nn.Linear) and hasattr(module, "layout")

@@ -127,8 +127,8 @@ BUGS = (
     ),
     Bug(
         "a prompt does not move the positions of the text behind it",
-        "given + ahead + seen",
-        "given + seen",
+        "given], -1) + n",
+        "given], -1) + seen",
         "tests/test_prompt.py::test_rows_of_unequal_length_equal_each_row_alone",
     ),
     Bug(

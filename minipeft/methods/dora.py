@@ -31,7 +31,7 @@ class DoRALayer(LoRALayer):
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
         """‖W + γ·B·A‖ of each row, (d_out,); a constant for the gradient (§4.3, which halves the memory)."""
-        directions = self.weight.to(self.A.dtype) + self.gamma * (self.B @ self.A)
+        directions = torch.addmm(self.weight.to(self.A.dtype), self.B, self.A, alpha=self.gamma)
         return torch.linalg.norm(directions, dim=1)
 
     def scale(self) -> torch.Tensor:
@@ -48,6 +48,13 @@ class DoRALayer(LoRALayer):
             plain = plain[..., self.rows] - (0.0 if bias is None else bias[self.rows])
         s = self.scale()
         return (s - 1) * plain + s * F.linear(F.linear(x, self.A), self.B) * self.gamma
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The same with y = (W + γ·B·A)·x + b as the only product: y + (s − 1)·(y − b)."""
+        if (y := super().whole(x)) is None:
+            return None
+        bias = self.owner[0].bias
+        return torch.addcmul(y, self.scale() - 1, y if bias is None else y - bias)
 
     def delta(self) -> torch.Tensor:
         weight = self.weight.to(self.A.dtype)

@@ -62,8 +62,18 @@ class IA3Layer(WeightLayer):
         """W·(l ⊙ x) + b less the plain output, or (l − 1) ⊙ the plain output."""
         l = self.l.flatten()  # noqa: E741
         if self.feedforward:
-            return (self.owner[0].forward((l * x).to(x.dtype)) - plain)[..., self.rows]
+            return (self.bare((l * x).to(x.dtype)) - plain)[..., self.rows]
         return (l - 1) * plain[..., self.rows]
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
+        """W·(l ⊙ x) + b, or l ⊙ (W·x + b)."""
+        if any(self.padding):
+            return None
+        l = self.l.flatten()  # noqa: E741
+        if self.feedforward:
+            return self.bare((l * x).to(x.dtype))
+        plain = self.bare(x)
+        return (l * plain).to(plain.dtype)
 
     def delta(self) -> torch.Tensor:
         # ΔW = (l − 1) ⊙ W, by rows or by columns

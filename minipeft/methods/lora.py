@@ -30,6 +30,7 @@ from minipeft.methods.common import (
     freeze,
     linear_targets,
 )
+from minipeft.methods.fused import one_product
 from minipeft.targets import Target, Targets, exact, flipped, resolve
 
 
@@ -45,6 +46,10 @@ class LoRALayer(WeightLayer):
         else:
             low = F.linear(F.dropout(x.to(self.A.dtype), self.dropout, self.training), self.A)
         return F.linear(low, self.B) * self.gamma
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(W + γ·B·A)·x + b: the same, with fewer passes over x and y; see `fused.py`."""
+        return None if self.training and self.dropout else one_product(self, x, self.A, self.B, self.gamma)
 
     def delta(self) -> torch.Tensor:
         # ΔW = γ·B·A, of rank at most r

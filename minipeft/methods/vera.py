@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from minipeft.files import NUMBER, Tensors, WeightLayout, register
 from minipeft.layer import Method, WeightLayer
 from minipeft.methods.common import check_share, check_whole, freeze, linear_targets
+from minipeft.methods.fused import one_product
 from minipeft.targets import Target, Targets, exact, flipped
 
 
@@ -100,6 +101,13 @@ class VeRALayer(WeightLayer):
         A, B = self.parts
         x = F.dropout(x.to(self.d.dtype), self.method.dropout, self.training)
         return self.b * F.linear(self.d * F.linear(x, A), B)
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(W + Λ_b·B·Λ_d·A)·x + b; see `fused.py`."""
+        if self.training and self.method.dropout:
+            return None
+        A, B = self.parts
+        return one_product(self, x, self.d[:, None] * A, self.b[:, None] * B)
 
     def delta(self) -> torch.Tensor:
         # ΔW = Λ_b·B·Λ_d·A
