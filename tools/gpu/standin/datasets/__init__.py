@@ -1,10 +1,10 @@
-"""The few things that the pocket world's tasks need of `datasets`, for a machine that has no such package."""
+"""The few things that the pocket world's tasks need of `datasets`, for a machine that has no such package.
+
+`run.py` puts this folder last on the path, so that the package itself wins where it is installed; processes that it
+starts inherit the path.
+"""
 
 from __future__ import annotations
-
-import importlib.util
-import sys
-import types
 
 
 class Dataset:
@@ -34,13 +34,3 @@ class Dataset:
 
 class DatasetDict(dict):
     """{split: rows}"""
-
-
-def install_if_missing() -> bool:
-    """Puts the stand-in where `import datasets` finds it, unless the package is there; says whether it did."""
-    if "datasets" in sys.modules or importlib.util.find_spec("datasets") is not None:
-        return False
-    module = types.ModuleType("datasets")
-    module.Dataset, module.DatasetDict = Dataset, DatasetDict
-    sys.modules["datasets"] = module
-    return True
