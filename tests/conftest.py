@@ -3,13 +3,15 @@
 import os
 import random
 
-os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
+import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+matplotlib.use("Agg")  # here only: the kernels of the lessons choose for themselves, as at home
 
 
 @pytest.fixture(autouse=True)
