@@ -55,7 +55,7 @@ def main() -> None:
     rows.append(('mp.load("pocket"), after the imports', median(lambda: mp.load("pocket")), 1.0))
     first, whole, redraw = explorer_seconds()
     rows.append(("slider move to the first point", first, 0.5))
-    rows.append(("slider move to the end of 60 steps and the test", whole, 5.0))
+    rows.append(("slider move to the end of 60 steps and the test", whole, 4.0))
     rows.append(("one redraw", redraw, 0.2))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for label, seconds, promise in rows:

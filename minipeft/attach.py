@@ -172,7 +172,7 @@ class Tuned(nn.Module):
             for path, after in layer.seats().items():
                 weight = isinstance(layer, WeightLayer)
                 if (path, weight) not in self._seats:
-                    self._seats[path, weight] = seat_on(self.base.get_submodule(path), weight, self._state)
+                    self._seats[path, weight] = seat_on(self.base, path, weight, self._state)
                 self._seats[path, weight].layers.setdefault(name, []).append((layer, after))
 
     def use(self, *names: str) -> None:

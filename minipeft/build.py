@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minipeft.front import Front
-from minipeft.hook import Seat
+from minipeft.hook import Seat, seats
 from minipeft.layer import Layer, Method
 from minipeft.targets import Slot, slots
 
@@ -30,8 +30,7 @@ class Count:
 
 
 def carries_adapters(model: nn.Module) -> bool:
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return hasattr(model, "_tuned") or any(isinstance(getattr(hook, "__self__", None), Seat | Front) for hook in hooks)
+    return hasattr(model, "_tuned") or any(isinstance(seat, Seat | Front) for seat in seats(model))
 
 
 def build(

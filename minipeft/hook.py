@@ -3,7 +3,8 @@ that computes the changed output in one go."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -53,8 +54,7 @@ class Seat:
 
 class WeightSeat(Seat):
     """The seat of the layers that change the weight of a linear layer. It stands in for the module's own forward, so
-    that a layer which is alone there can do without the plain output; its hook is silent, and only tells libraries that
-    look for hooks (`nn.TransformerEncoderLayer` does) that the module is not a plain one."""
+    that a layer which is alone there can do without the plain output."""
 
     def __init__(self, state: State, module: nn.Module):
         super().__init__(state)
@@ -67,21 +67,29 @@ class WeightSeat(Seat):
             x = args[0] if args else next(iter(kwargs.values()))
             if len(here) == 1 and (output := here[0].whole(x)) is not None:
                 return output
-        return super().hook(self.module, args, kwargs, type(self.module).forward(self.module, *args, **kwargs))
-
-    def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
-        return output
+        return self.hook(self.module, args, kwargs, type(self.module).forward(self.module, *args, **kwargs))
 
 
-def seat_on(module: nn.Module, weight: bool, state: State) -> Seat:
-    """Puts a seat on the module. A change of the weight comes first, whatever was attached first: an adapter sees what
-    W' gives. A forward that somebody replaced already is left alone."""
-    seat = Seat(state)
-    if weight and plain_linear(module) and "forward" not in vars(module):
+def seat_on(base: nn.Module, path: str, weight: bool, state: State) -> Seat:
+    """Puts a seat on the module at `path`. A change of the weight comes first, whatever was attached first: an adapter
+    sees what W' gives. A forward that somebody replaced already is left alone, and so is one of which
+    `nn.TransformerEncoderLayer` reads the weight without a call, unless it sees a hook."""
+    module, above = base.get_submodule(path), itertools.accumulate(path.split("."), "{}.{}".format)
+    read = any(isinstance(base.get_submodule(name), nn.TransformerEncoderLayer) for name in ("", *above))
+    if weight and plain_linear(module) and "forward" not in vars(module) and not read:
         seat = WeightSeat(state, module)
         module.forward = seat.forward
-    module.register_forward_hook(seat.hook, with_kwargs=True, prepend=weight)
+    else:
+        seat = Seat(state)
+        module.register_forward_hook(seat.hook, with_kwargs=True, prepend=weight)
     return seat
+
+
+def seats(model: nn.Module) -> Iterator[object]:
+    """Whatever acts on the modules of the model by a hook, or by a forward that stands in for theirs."""
+    for module in model.modules():
+        acting = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), vars(module).get("forward")]
+        yield from (act.__self__ for act in acting if hasattr(act, "__self__"))
 
 
 def check_rows(adapters: Sequence[str | None], known: Mapping[str, nn.ModuleDict], args: tuple, kwargs: dict) -> None:
@@ -102,13 +110,13 @@ def check_rows(adapters: Sequence[str | None], known: Mapping[str, nn.ModuleDict
 
 
 def remove_hooks(model: nn.Module, owners: Sequence[object]) -> None:
-    """Takes every hook that is a method of one of `owners` off the model."""
-    ours = {id(owner) for owner in owners}
+    """Takes every hook and every forward that is a method of one of `owners` off the model."""
+    ours = {id(owner) for owner in owners if owner is not None}
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in ours]:
-                if isinstance(hooks[key].__self__, WeightSeat):
-                    del module.forward
                 del hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if id(getattr(vars(module).get("forward"), "__self__", None)) in ours:
+            del module.forward

@@ -1,11 +1,12 @@
-"""W'·x + b in one product, for a change ΔW = γ·B·A of low rank.
+"""W'·x + b in fewer passes over x and y, for a change ΔW = γ·B·A of low rank.
 
 The plain form, W·x + b and γ·B·A·x on top, goes over the n rows of x and of y several times more than W·x + b alone.
-Here W' = W + γ·B·A is formed first. With g = ∂L/∂y, of shape (n, d_out):
+Here W' = W + γ·B·A is formed first, and is the only factor. With g = ∂L/∂y, of shape (n, d_out):
 
     y = x·W'ᵀ + b      ∂L/∂x = g·W'      ∂L/∂A = γ·Bᵀ·(gᵀ·x) = γ·(g·B)ᵀ·x      ∂L/∂B = γ·(gᵀ·x)·Aᵀ = γ·gᵀ·(x·Aᵀ)
 
-Only x is kept for the backward pass, as a trained linear layer does; W' is formed there again.
+Only x is kept for the backward pass, as a trained linear layer does; W' is formed there again. For few rows, and where
+no gradient is asked for, y = W·x + b is formed first, and γ·(x·Aᵀ)·Bᵀ is added to it in place.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from torch.nn import functional as F
 from minipeft.layer import WeightLayer
 from minipeft.targets import flipped
 
+SMALL = 64 * 64  # below it either form takes no time, and the plain one rounds as PEFT does, to the bit
+
 
 def quicker(n: int, d_in: int, d_out: int, r: int, learning: bool) -> bool:
-    """Whether one product with W' takes less time than the plain form, for n rows; measured on a CPU, 2026-11.
+    """Whether one product with W' takes less time than two forms added, for n rows; measured on a CPU, 2026-11.
 
-    Forming W' goes over d_in·d_out numbers, the plain form over n·(d_in + d_out) more; both take r multiplications for
-    each and as long as 16 for moving it. Without gradients the plain form's calls cost as much as 1.5 million more.
-    Below 64 × 64 either takes no time, and the plain form rounds as PEFT does, to the bit.
+    Forming W' goes over d_in·d_out numbers, the other way over n·(d_in + d_out) more; both take r multiplications for
+    each and as long as 16 for moving it. Without gradients the other way's calls cost as much as 0.9 million more.
     """
-    calls = 0 if learning else 1_500_000
-    return 64 * 64 <= d_in * d_out <= n * (d_in + d_out) + calls / (r + 16)
+    calls = 0 if learning else 900_000
+    return SMALL <= d_in * d_out <= n * (d_in + d_out) + calls / (r + 16)
 
 
 def transformed() -> bool:
@@ -35,27 +37,33 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def one_product(
+def product(
     layer: WeightLayer, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gamma: float = 1.0
 ) -> torch.Tensor | None:
     """(…, d_in) → (…, d_out) for the module that `layer` sits on; None where the plain form is quicker or needed."""
-    module = layer.owner[0]
+    module, learning = layer.owner[0], torch.is_grad_enabled()
+    (d_out, r), d_in = B.shape, A.shape[1]
+    one = quicker(x.numel() // d_in, d_in, d_out, r, learning)
+    if not one and (learning or d_in * d_out < SMALL):
+        return None
     W, b = module.weight, module.bias
-    (d_out, r), d_in, learning = B.shape, A.shape[1], torch.is_grad_enabled()
     if (
-        not quicker(x.numel() // d_in, d_in, d_out, r, learning)
-        or not x.dtype == W.dtype == A.dtype  # a W' in bfloat16 would lose what is small beside W,
+        not x.dtype == W.dtype == A.dtype  # a W' in bfloat16 would lose what is small beside W,
         or x.device.type != "cpu"  # in TensorFloat-32, too,
         or torch.is_autocast_enabled("cpu")  # and here
         or W.requires_grad
         or (b is not None and b.requires_grad)
-        or any(layer.padding)
+        or layer.padding != (0, 0)
         or layer._forward_hooks  # somebody wants to see γ·B·A·x
         or layer._forward_pre_hooks
         or transformed()
     ):
         return None
     W = W.T if flipped(module) else W
+    if not one:
+        y = F.linear(x, W, b)
+        y.view(-1, d_out).addmm_(F.linear(x, A).view(-1, r), B.T, alpha=gamma)
+        return y
     return OneProduct.apply(x, W, b, A, B, gamma) if learning else F.linear(x, torch.addmm(W, B, A, alpha=gamma), b)
 
 

@@ -30,7 +30,7 @@ from minipeft.methods.common import (
     freeze,
     linear_targets,
 )
-from minipeft.methods.fused import one_product
+from minipeft.methods.fused import product
 from minipeft.targets import Target, Targets, exact, flipped, resolve
 
 
@@ -49,7 +49,7 @@ class LoRALayer(WeightLayer):
 
     def whole(self, x: torch.Tensor) -> torch.Tensor | None:
         """(W + γ·B·A)·x + b: the same, with fewer passes over x and y; see `fused.py`."""
-        return None if self.training and self.dropout else one_product(self, x, self.A, self.B, self.gamma)
+        return None if self.training and self.dropout else product(self, x, self.A, self.B, self.gamma)
 
     def delta(self) -> torch.Tensor:
         # ΔW = γ·B·A, of rank at most r

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from minipeft.files import NUMBER, Tensors, WeightLayout, register
 from minipeft.layer import Method, WeightLayer
 from minipeft.methods.common import check_share, check_whole, freeze, linear_targets
-from minipeft.methods.fused import one_product
+from minipeft.methods.fused import product, quicker
 from minipeft.targets import Target, Targets, exact, flipped
 
 
@@ -104,10 +104,13 @@ class VeRALayer(WeightLayer):
 
     def whole(self, x: torch.Tensor) -> torch.Tensor | None:
         """(W + Λ_b·B·Λ_d·A)·x + b; see `fused.py`."""
+        d_out, d_in = self.shape
         if self.training and self.method.dropout:
             return None
+        if not quicker(x.numel() // d_in, d_in, d_out, self.method.rank, torch.is_grad_enabled()):
+            return None
         A, B = self.parts
-        return one_product(self, x, self.d[:, None] * A, self.b[:, None] * B)
+        return product(self, x, self.d[:, None] * A, self.b[:, None] * B)
 
     def delta(self) -> torch.Tensor:
         # ΔW = Λ_b·B·Λ_d·A
