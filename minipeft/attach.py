@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
+from minipeft.calls import unheard
 from minipeft.front import Front, front
 from minipeft.hook import Seat, State, check_rows, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
@@ -272,6 +273,7 @@ class Tuned(nn.Module):
         self.check_open("merge")
         if not self.active:
             raise ValueError(f"No adapter is active, so there is nothing to merge; use() one of {list(self.adapters)}.")
+        self._must_act()
         self._merged, lost = self._merge()
         if ties := self._broken_ties():
             warnings.warn(f"Merging unties {', '.join(ties)} from a weight that stays as it was.", stacklevel=2)
@@ -314,6 +316,19 @@ class Tuned(nn.Module):
             if name not in self.adapters:
                 raise ValueError(f"There is no adapter {name!r}; this model carries {list(self.adapters)}.")
         return tuple(dict.fromkeys(names))
+
+    def _must_act(self) -> None:
+        """Raises ValueError for a changed weight whose module is never called: merged, it would begin to count."""
+        paths = [layer.path for layer in self.layers() if isinstance(layer, WeightLayer)]
+        with self.disabled():
+            silent = unheard(self.base, paths)
+        if not hasattr(self.base, "main_input_name") and any(seat.acted for seat in self._seats.values()):
+            idle = [path for path in paths if not self._seats[path, True].acted]
+            silent |= dict.fromkeys(idle, "it was not called, though the model was")
+        deltas = self.deltas() if silent else {}
+        for path, why in silent.items():
+            if deltas[path].any():
+                raise ValueError(f"The adapter at {path!r} has no effect, because {why}; merging would give it one.")
 
     def _must_be_attached(self, verb: str) -> None:
         if not hasattr(self.base, "_tuned"):

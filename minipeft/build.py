@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from minipeft.calls import unheard
 from minipeft.front import Front
 from minipeft.hook import Seat, seats
-from minipeft.layer import Layer, Method
+from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.targets import Slot, slots
 
 
@@ -34,9 +35,13 @@ def carries_adapters(model: nn.Module) -> bool:
 
 
 def build(
-    model: nn.Module, method: Method | Sequence[Method], seed: int
+    model: nn.Module, method: Method | Sequence[Method], seed: int, tried: bool = True
 ) -> tuple[tuple[Method, ...], dict[str, Layer]]:
-    """The layers of `method` for `model`, which is only read."""
+    """The layers of `method` for `model`, which is only read.
+
+    With `tried`, a layer that would change the output of a module which the model never calls is refused, or left out
+    where the method names no modules ("all-linear").
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; attach needs a torch.nn.Module.")
     if hasattr(model, "peft_config"):
@@ -52,14 +57,24 @@ def build(
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, Layer] = {}
     for each in methods:
-        for key, maker in each.places(model).items():
-            layer = maker(generator)
+        made = {key: maker(generator) for key, maker in each.places(model).items()}
+        for key, layer in (heard(model, each, made) if tried else made).items():
             if key in layers and not (layer.slots and layer.slots == layers[key].slots):
                 raise ValueError(f"Two of the methods want to train {key!r}; name it in one of them only.")
             layers.setdefault(key, layer)  # one copy of a parameter serves two methods that both select it
     if clash := claimed_twice({key: [layer] for key, layer in layers.items()}):
         raise ValueError(f"Two of the methods want to train {'.'.join(clash[2])!r}; name it in one of them only.")
     return methods, layers
+
+
+def heard(model: nn.Module, method: Method, layers: dict[str, Layer]) -> dict[str, Layer]:
+    """Without the layers on modules that are never called."""
+    silent = unheard(model, [layer.path for layer in layers.values() if isinstance(layer, WeightLayer)])
+    left = {key: layer for key, layer in layers.items() if layer.path not in silent}
+    if silent and (not left or not isinstance(method.targets, str)):
+        path, why = next(iter(silent.items()))
+        raise ValueError(f"{type(method).__name__} at {path!r} would have no effect, because {why}; leave it out.")
+    return left
 
 
 def claimed_twice(layers: dict[str, Iterable[Layer]]) -> tuple[str, str, Slot] | None:

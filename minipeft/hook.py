@@ -29,11 +29,15 @@ class Seat:
     def __init__(self, state: State):
         self.state = state
         self.layers: dict[str, list[tuple[Layer, After]]] = {}
+        self.acted = False  # whether the module was ever called with an adapter at work
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         state = self.state
         if state.silent:
             return output
+        self.acted = True
+        if isinstance(output, tuple):  # a block's output, and what it says beside it
+            return self.hook(module, args, kwargs, output[0]), *output[1:]
         x, plain = args[0] if args else next(iter(kwargs.values())), output
         if state.rows is None:
             for name in state.active:
@@ -66,6 +70,7 @@ class WeightSeat(Seat):
             here = [layer for name in state.active for layer, _ in self.layers.get(name, ())]
             x = args[0] if args else next(iter(kwargs.values()))
             if len(here) == 1 and (output := here[0].whole(x)) is not None:
+                self.acted = True
                 return output
         return self.hook(self.module, args, kwargs, type(self.module).forward(self.module, *args, **kwargs))
 

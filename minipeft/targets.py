@@ -21,9 +21,12 @@ def flipped(module: nn.Module) -> bool:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a weight method can sit on the module: a linear layer, a Conv1D or an embedding."""
+    """Whether a weight method can sit on the module: a linear layer, a Conv1D or an embedding.
+
+    A mixture's router that is a linear layer by birth gives choices, not W·x.
+    """
     conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    return isinstance(module, nn.Linear | nn.Embedding) or conv1d
+    return (isinstance(module, nn.Linear | nn.Embedding) or conv1d) and "Router" not in type(module).__name__
 
 
 def plain_linear(module: nn.Module) -> bool:
@@ -42,6 +45,12 @@ def slots(model: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield (path, name), parameter
+
+
+def mixtures(model: nn.Module) -> list[str]:
+    """The paths of the mixtures of experts: modules that hold "experts" or the "router" that chooses among them."""
+    named = (path.rpartition(".") for path, _ in model.named_modules())
+    return list(dict.fromkeys(parent for parent, _, name in named if name in ("experts", "router")))
 
 
 def numbers(model: nn.Module) -> int:
@@ -110,7 +119,8 @@ class Target:
 def resolve(model: nn.Module, targets: Targets) -> list[Target]:
     """The matrices that `targets` names, in the model's order.
 
-    - `"all-linear"`: every linear layer and Conv1D but the output layer (where the model says which that is);
+    - `"all-linear"`: every linear layer and Conv1D but the output layer (where the model says which that is) and what
+      chooses among experts;
     - `"attention"`: those of them with "attn" or "attention" in a component of the path;
     - `"mlp"`: the others that belong to a numbered stack of layers;
     - a sequence of dotted suffixes: "q_proj" matches "layers.0.self_attn.q_proj", not "layers.0.xq_proj";
@@ -149,7 +159,7 @@ def resolve(model: nn.Module, targets: Targets) -> list[Target]:
 def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> list[str]:
     if name not in ("all-linear", "attention", "mlp"):
         raise ValueError(f'targets={name!r} is not "all-linear", "attention" or "mlp"; for suffixes write [{name!r}].')
-    outputs = set(head(model))
+    outputs = set(head(model)) | set(_gates(model, matrices))
     paths = [p for p, m in matrices.items() if p not in outputs and not isinstance(m, nn.Embedding)]
     attention = [p for p in paths if re.search(r"attn|attention", p, re.IGNORECASE)]
     stack = [p for p in paths if p not in attention and re.search(r"(^|\.)\d+(\.|$)", p)]
@@ -157,6 +167,14 @@ def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> l
     if not found:
         raise ValueError(f"targets={name!r} matches nothing in {type(model).__name__}; {_near_misses(matrices, name)}.")
     return found
+
+
+def _gates(model: nn.Module, matrices: dict[str, nn.Module]) -> list[str]:
+    """The layers by which a mixture chooses its experts, and layers of a transformers model with a single output."""
+    inside = tuple(f"{path}." if path else "" for path in mixtures(model))
+    chooses = re.compile(r".*(router|gate)(\.\w+)?", re.IGNORECASE)
+    single = [p for p, m in matrices.items() if hasattr(model, "config") and Target(p, m, 0, 0).width == 1]
+    return [p for p in matrices if inside and p.startswith(inside) and chooses.fullmatch(p)] + single
 
 
 def _parse(pattern: str) -> tuple[str, int, int]:

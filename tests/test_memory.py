@@ -272,7 +272,8 @@ def test_measuring_leaves_the_model_as_it_was():
         (tiny.llama, 1, 65, ValueError, "1 to 64 tokens"),
         (tiny.llama, 0, 8, ValueError, "Batches of 0 × 8"),
         (lambda: nn.Linear(2, 2), 1, 8, ValueError, "no transformers model"),
-        (lambda: "pocket", 1, 8, TypeError, "model or configuration"),
+        (lambda: "pocket", 1, 8, ValueError, "The catalogue has no 'pocket'"),
+        (lambda: 3, 1, 8, TypeError, "a catalogue name, a transformers config or a module"),
     ],
 )
 def test_mistakes(model, batch, length, error, message):

@@ -14,7 +14,7 @@ FILES = {
 }
 # From the bottom up. An arrow may stay on its floor or run down, never up.
 FLOORS = (
-    ("whole", "targets", "reading"),
+    ("whole", "targets", "reading", "calls"),
     ("layer", "hook", "files", "front", "merging", "build"),
     ("attach", "methods"),
     ("world",),

@@ -148,6 +148,8 @@ def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: Histo
                     stacklevel=4,
                 )
                 return
+            if step == 0 and isinstance(model, Tuned):
+                _warn_of_idle(model.layers())
             scheduler.step()
             history.losses.append(loss)
             history.tokens += int(inputs["attention_mask"].sum())
@@ -182,6 +184,18 @@ def _step(model, inputs, optimizer, step: int) -> float:
         if isinstance(model, Tuned):
             model.stepped(step)
     return loss.item() if torch.isfinite(objective) else math.nan
+
+
+def _warn_of_idle(layers: list[Layer]) -> None:
+    """Says which layers the first step has not reached."""
+    learning = {layer.path: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
+    idle = [path for path, numbers in learning.items() if numbers and all(p.grad is None for p in numbers)]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} of {len(learning)} places got no gradient in the first step, {idle[0]!r} for one: the model "
+            "did not call them on this batch, so they learn nothing from such data.",
+            stacklevel=5,
+        )
 
 
 BLOCK = 8  # batches that are drawn together, so that each can hold rows of similar length: little padding, little waste

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from minipeft.files import OURS, SettingsLayout, register
 from minipeft.layer import After, Layer, Method
 from minipeft.methods.common import check_choice, check_whole, like
-from minipeft.targets import head, is_matrix, resolve
+from minipeft.targets import Target, head, is_matrix, mixtures, resolve
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "silu": F.silu, "identity": lambda x: x}
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
@@ -94,7 +94,7 @@ class AdapterLayer(Layer):
     def __init__(self, model: nn.Module, method: Adapter, group: list[Site], generator: torch.Generator):
         super().__init__(f"{group[0].path}.adapter")
         self.sites, self.method = group, method
-        weight = model.get_submodule(group[0].path).weight
+        weight = next(model.get_submodule(group[0].path).parameters())
         with like(weight, generator):
             self.down, self.up = nn.Linear(group[0].d, method.bottleneck), nn.Linear(method.bottleneck, group[0].d)
         self.to(torch.promote_types(weight.dtype, torch.float32))
@@ -104,7 +104,7 @@ class AdapterLayer(Layer):
 
     def seats(self) -> dict[str, After]:
         sources = {site.source: self.hear for site in self.sites if site.source}
-        return sources | {site.path: self.after for site in self.sites}
+        return sources | {site.path: self.over if site.source == site.path else self.after for site in self.sites}
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """W_up·σ(W_down·h + b_down) + b_up, (…, d) → (…, d)"""
@@ -120,6 +120,10 @@ class AdapterLayer(Layer):
     def after(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         h, self.heard = output if self.heard is None else self.heard, None
         return (output + self(h)).to(output.dtype)
+
+    def over(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        """Where one module is the whole feed-forward part, a parallel adapter reads what it reads."""
+        return (output + self(x)).to(output.dtype)
 
 
 @register
@@ -149,18 +153,19 @@ def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = No
     """The places of a placement, in the model's order.
 
     A block is a numbered part of the model ("layers.3"). Its attention is what lies under "attn" or "attention", its
-    feed-forward part the other linear layers; both end with their last linear layer.
+    feed-forward part the other linear layers; both end with their last linear layer, or with a mixture of experts.
     """
     if not isinstance(placement, str):
         chosen = resolve(model, placement)
         if sliced := [t.key for t in chosen if t.d_out != t.width]:
             raise ValueError(f"An adapter sits after a whole layer, and {sliced[0]!r} is a slice of one.")
         return [Site(t.path, t.width, i) for i, t in enumerate(chosen)]
-    outputs = set(head(model))
-    parts: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}  # (block, part) -> its linear layers
+    outputs, mixed = set(head(model)), mixtures(model)
+    parts: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}  # (block, part) -> its linear layers and mixtures
     for path, module in model.named_modules():
         block = re.match(r"(?:.*?\.)?\d+(?=\.)", path)
-        if block and is_matrix(module) and not isinstance(module, nn.Embedding) and path not in outputs:
+        plain = is_matrix(module) and not isinstance(module, nn.Embedding) and path not in outputs
+        if block and (plain or path in mixed) and not path.startswith(tuple(f"{each}." for each in mixed)):
             attention = re.match(r".*?(?:attn|attention)[^.]*", path, re.IGNORECASE)
             parts.setdefault((block[0], attention[0] if attention else ""), []).append((path, module))
     stacks: dict[str, list[str]] = {}
@@ -173,7 +178,12 @@ def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = No
         if block in kept and (placement == "houlsby" or not part):
             path, last = layers[-1]
             source = layers[0][0] if placement == "parallel" else None
-            d = last.weight.shape[1] if type(last).__name__ == "Conv1D" else last.weight.shape[0]
+            d = Target(path, last, 0, 0).width if is_matrix(last) else model.config.hidden_size
+            if source and is_matrix(layers[0][1]) and (read := Target(*layers[0], 0, 0).d_in) != d:
+                raise ValueError(
+                    f"A parallel adapter's input is as wide as its output, but {source!r} reads {read} numbers and "
+                    f"{path!r} gives {d}; use another placement."
+                )
             found.append(Site(path, d, kept.index(block), source))
     longest = max((len(stack) for stack in stacks.values()), default=0)
     if not found or (top or 0) > longest:

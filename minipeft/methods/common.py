@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,10 +23,10 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_gamma(gamma: float, positive: bool = False) -> None:
-    number = isinstance(gamma, int | float) and not isinstance(gamma, bool) and math.isfinite(gamma)
+    number = isinstance(gamma, int | float) and not isinstance(gamma, bool) and abs(gamma) <= torch.finfo().max
     if not number or (positive and gamma <= 0):
         kind = "positive" if positive else "finite"
-        raise ValueError(f"The scale γ is {gamma}; it must be a {kind} number, such as 2.0.")
+        raise ValueError(f"The scale γ is {gamma}; it must be a {kind} number of float32, such as 2.0.")
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -72,7 +72,7 @@ class ExpertsLayer(Layer):
     def __init__(self, model: nn.Module, method: Experts, site: Site, generator: torch.Generator):
         super().__init__(f"{site.path}.experts")
         self.site, self.method = site, method
-        weight = model.get_submodule(site.path).weight
+        weight = next(model.get_submodule(site.path).parameters())
         E, m, d = method.experts, method.bottleneck, site.d
         with like(weight, generator):
             self.router = nn.Parameter(torch.empty(E, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)))

@@ -16,16 +16,21 @@ from torch import nn
 
 from minipeft.files import WORDS, Tensors, WeightLayout, compiled, register
 from minipeft.layer import Method, WeightLayer
+from minipeft.methods.adapter import sites
 from minipeft.methods.common import freeze, no_embedding
 from minipeft.targets import Target, Targets, exact, flipped, resolve
+
+KEYS = re.compile(r".*\.(k|v|key|value|kv|qkv|wk|wv|wqkv|query_key_value|c_attn)(_?(proj|lin|linear))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class IA3(Method):
     """y' = l ⊙ (W·x + b) on `targets`, y' = W·(l ⊙ x) + b on `feedforward`: d_out and d_in numbers a layer.
 
-    `targets`: the layers whose outputs are scaled, keys and values in the paper; the names are Llama's.
+    `targets`: the layers whose outputs are scaled, keys and values in the paper.
     `feedforward`: the layers whose inputs are scaled, the second of the feed-forward; () for none.
+    The names are Llama's. Left as they are, they stand in other families for the layers of the same roles; where one
+    layer computes queries, keys and values, its whole output is scaled, as PEFT does.
 
     Raises ValueError, at `attach`, when a pattern matches nothing, and for a layer in both.
     """
@@ -39,14 +44,27 @@ class IA3(Method):
             raise ValueError("targets and feedforward are both empty, so IA3 would train nothing; name some layers.")
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], IA3Layer]]:
+        named = (self.targets, self.feedforward)
         outputs, inputs = (
             {t.key: t for t in resolve(model, which)} if which != () else {}
-            for which in (self.targets, self.feedforward)
+            for which in (roles(model) if named == (IA3.targets, IA3.feedforward) else named)
         )
         if both := outputs.keys() & inputs.keys():
             raise ValueError(f"{min(both)!r} is in targets and in feedforward; scale its output or its input.")
         no_embedding([*outputs.values(), *inputs.values()], self)
         return {t.key: partial(IA3Layer, t, t.key in inputs) for t in (outputs | inputs).values()}
+
+
+def roles(model: nn.Module) -> tuple[Targets, Targets]:
+    """The layers that give keys and values, and those that end the feed-forward parts, whatever they are called."""
+    paths = [t.path for t in resolve(model, "all-linear")]
+    if all(any(path.endswith(f".{name}") for path in paths) for name in (*IA3.targets, *IA3.feedforward)):
+        return IA3.targets, IA3.feedforward
+    keys = [path for path in paths if KEYS.fullmatch(path)]
+    if not keys:
+        return IA3.targets, IA3.feedforward  # which says what there is
+    ends = {site.path for site in sites(model, "pfeiffer")}
+    return tuple(exact(path) for path in keys if path not in ends), tuple(exact(path) for path in paths if path in ends)
 
 
 class IA3Layer(WeightLayer):

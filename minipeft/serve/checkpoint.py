@@ -159,7 +159,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     try:
         config, tensors = read(Path(path))
         with tuned.disabled() if tuned else contextlib.nullcontext():
-            methods, layers = build(base, interpret(base, config, tensors), seed=0)
+            methods, layers = build(base, interpret(base, config, tensors), seed=0, tried=False)
             fill(list(layers.values()), config, tensors)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"The adapter in {str(path)!r} does not load: {error}") from error

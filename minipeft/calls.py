@@ -1,0 +1,107 @@
+"""Which modules a call of the model calls. An adapter acts on a module's output, so on one that is never called it does
+nothing, and where the model reads its weight all the same (Mamba's `dt_proj`), merging changes what the model computes.
+
+A transformers model is tried once, on a few tokens, or on a picture or a sound; of others nothing is known beforehand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from minipeft.reading import is_pair, placeholder
+from minipeft.targets import Slot, slots
+
+Run = Callable[[], list[torch.Tensor]]
+
+
+def unheard(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """{path: why} for those of the linear layers and embeddings at `paths` on whose output no adapter can act.
+
+    A module that this one try did not need, an expert of a mixture or the part for pictures, is not named: the output
+    must depend on its weight, or the weight must belong to a module that is called.
+    """
+    places = dict(slots(model))
+    weights = {path: places[path, "weight"] for path in paths if (path, "weight") in places}
+    sharing: dict[int, list[str]] = {}
+    for (path, _), parameter in places.items():
+        sharing.setdefault(id(parameter), []).append(path)
+    called: set[str] = set()
+    with _trial(model) as run, contextlib.ExitStack() as watch:
+        for path in {other for weight in weights.values() for other in sharing[id(weight)]} if run else ():
+            watch.callback(model.get_submodule(path).register_forward_hook(lambda *_, at=path: called.add(at)).remove)
+        if not weights or not run or not (before := run()):
+            return {}
+        idle = [path for path in weights if path not in called]
+        found = {path: "the model reads its weight and does not call it" for path in _read(model, idle, run, before)}
+        for path in idle:
+            if other := next((other for other in sharing[id(weights[path])] if other in called), None):
+                found[path] = f"the model calls {other!r} instead, which shares its weight"
+        return found
+
+
+def _read(model: nn.Module, paths: Sequence[str], run: Run, before: list[torch.Tensor]) -> list[str]:
+    """Those of the modules with other weights in which the output is another one; halves are tried while it is."""
+    if not paths:
+        return []
+    kept: dict[Slot, nn.Parameter] = {(path, "weight"): model.get_submodule(path).weight for path in paths}
+    try:
+        for (path, name), weight in kept.items():
+            model.get_submodule(path)._parameters[name] = nn.Parameter(1.5 * weight + 0.1, requires_grad=False)
+        after = run()
+    finally:
+        for (path, name), weight in kept.items():
+            model.get_submodule(path)._parameters[name] = weight
+    if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        return []
+    if len(paths) == 1:
+        return list(paths)
+    half = len(paths) // 2
+    return _read(model, paths[:half], run, before) + _read(model, paths[half:], run, before)
+
+
+@contextlib.contextmanager
+def _trial(model: nn.Module) -> Iterator[Run | None]:
+    """What calls the model and returns its output's tensors, [] where it cannot be called so; None where there is
+    nothing to call. Dropout, generators and the log of transformers are left as they were."""
+    parameter = next(model.parameters(), None)
+    if not hasattr(model, "main_input_name") or parameter is None or type(parameter.data) is not torch.Tensor:
+        yield None
+        return
+    from transformers.utils import logging
+
+    training, loud = [module for module in model.modules() if module.training], logging.get_verbosity()
+
+    def run() -> list[torch.Tensor]:
+        with contextlib.suppress(Exception):  # it may want more than its main input
+            return [value for value in model(**_inputs(model, parameter)).values() if isinstance(value, torch.Tensor)]
+        return []
+
+    try:
+        logging.set_verbosity_error()
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            yield None if parameter.is_meta else run
+    finally:
+        logging.set_verbosity(loud)
+        for module in training:
+            module.training = True
+
+
+def _inputs(model: nn.Module, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    config, name = model.config, model.main_input_name
+    if name == "input_ids":
+        ids = torch.full((1, 6), placeholder(model), device=like.device)
+        return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if is_pair(model) else {})
+    if name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+        shape = (1, getattr(config, "num_channels", 3), *size)
+    elif hasattr(config, "max_source_positions"):  # the bands of a sound's spectrum, over time
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+    else:  # a second of sound
+        shape = (1, 16_000)
+    return {name: torch.linspace(-1, 1, math.prod(shape)).view(shape).to(like.device, like.dtype)}
