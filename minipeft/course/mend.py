@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import warnings
 from copy import deepcopy
 from functools import cache
 
@@ -11,24 +11,51 @@ import nbformat
 
 from minipeft.course import assignments
 
+VALUES, CELLS = 2_000_000, 1_000  # that are read of one file: brackets and commas, and cells
+CELL = {
+    "code": {"cell_type": "code", "outputs": [], "execution_count": None},
+    "markdown": {"cell_type": "markdown"},
+    "raw": {"cell_type": "raw"},
+}
+
 
 @cache
 def source_text(assignment: str) -> str:
     return assignments.sources()[assignment].read_text(encoding="utf-8")
 
 
+@cache
+def source_names(assignment: str) -> set[str]:
+    """The names of an assignment's cells."""
+    return {name for cell in nbformat.reads(source_text(assignment), as_version=4).cells if (name := name_of(cell))}
+
+
 def read(text: str):
-    """A notebook from a stranger's text. ValueError says in one sentence what is wrong with it."""
+    """A notebook of nbformat 4 from a stranger's text of nbformat 3 or 4, without outputs: each cell a kind, a text and
+    a dictionary of metadata. ValueError says in one sentence what is wrong with it."""
+    if (values := sum(map(text.count, "[{,"))) > VALUES:
+        raise ValueError(f"The file is not read: it has {values:,} values, and a notebook no more than {VALUES:,}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ids that stand there twice
-            notebook = nbformat.reads(text, as_version=4)
-        for cell in notebook.cells:
-            if not isinstance(cell.source, str) or cell.cell_type not in ("code", "markdown", "raw"):
-                raise TypeError("a cell has no text")
-    except Exception as error:  # nbformat raises whatever its parsing meets
-        raise ValueError(f"The file is not a notebook ({type(error).__name__}: {str(error)[:120]}).") from error
+        found = json.loads(text)
+        if "worksheets" in found:
+            found = nbformat.convert(nbformat.from_dict(found), 4)
+        cells = [(cell["cell_type"], joined(cell["source"]), cell.get("metadata") or {}) for cell in found["cells"]]
+        if not all(kind in ("code", "markdown", "raw") and isinstance(metadata, dict) for kind, _, metadata in cells):
+            raise TypeError("a cell is of no known kind")
+    except Exception as error:  # whatever the parsers meet
+        said = str(error)[:120].encode("utf-8", "replace").decode()
+        raise ValueError(f"The file is not a notebook ({type(error).__name__}: {said}).") from error
+    if len(cells) > CELLS:
+        raise ValueError(f"The file is not read: it has {len(cells):,} cells, and a notebook no more than {CELLS:,}.")
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.from_dict(CELL[k] | {"source": s, "metadata": m}) for k, s, m in cells]
     return notebook
+
+
+def joined(source: str | list[str]) -> str:
+    """A cell's text with one kind of line end, and without halves of surrogate pairs, which no file can hold."""
+    text = source if isinstance(source, str) else "".join(source)
+    return text.encode("utf-8", "replace").decode().replace("\r\n", "\n").replace("\r", "\n")
 
 
 def mend(submitted, assignment: str):
@@ -44,7 +71,7 @@ def mend(submitted, assignment: str):
     titles |= {cell.source.strip(): name_of(cell) for cell in released.cells if name_of(cell) and locked(cell)}
     plain = {cell.source.strip() for cell in released.cells if not name_of(cell)}
     known = {name_of(cell) for cell in submitted.cells}
-    cells, seen, remarks = [], set(), []
+    cells, seen, remarks = [], [], []
     if not known & set(original):
         remarks.append("The cells have lost their names, and were recognised by what stands in them.")
     for cell in submitted.cells:
@@ -54,13 +81,17 @@ def mend(submitted, assignment: str):
         if name not in original:
             cells.append(fresh(cell))
         elif name not in seen:
-            seen.add(name)
+            seen.append(name)
             cells.append(restored(original[name], cell, released, remarks))
         elif locked(original[name]):
             remarks.append(f"A copy of the cell {name} was taken out.")
         else:
             remarks.append(f"A second cell {name} counts as an added cell.")
             cells.append(fresh(cell))
+    order = [name for name in original if name in seen]
+    if seen != order:
+        first, then = next((a, b) for a, b in zip(seen, order, strict=True) if a != b)
+        remarks.append(f"The cells stand in another order than they were handed out in: {first} comes before {then}.")
     missing = [name for name in original if name not in seen]
     setup = [n for n in missing if locked(original[n]) and not is_test(original[n])]
     later = [n for n in missing if n not in setup]

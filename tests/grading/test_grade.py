@@ -21,7 +21,8 @@ from minipeft.course.assignments import EXERCISES, ROOT, sources
 from minipeft.course.grade import discover, grade
 from minipeft.course.mend import mend, name_of
 from minipeft.course.sandbox import CannotStart, Limits
-from minipeft.course.submission import Submission, report
+from minipeft.course.handed_in import Submission
+from minipeft.course.submission import report
 
 pytest.importorskip("nbgrader", reason="the classroom extra is not installed")
 SOLVED = nbformat.read(sources()["lora"], as_version=4)
@@ -137,7 +138,8 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
     (tmp_path / "in" / "eve").mkdir(parents=True)
     nbformat.write(SOLVED, tmp_path / "secret.ipynb")
     (tmp_path / "in" / "eve" / "lora.ipynb").symlink_to(tmp_path / "secret.ipynb")
-    assert discover(tmp_path / "in", "lora") == [Submission("eve", "lora", None, "No notebook was handed in.")]
+    said = "eve/lora.ipynb is a link and was not opened."
+    assert discover(tmp_path / "in", "lora") == [Submission("eve", "lora", None, "No notebook was handed in.", said)]
 
 
 # The class -----------------------------------------------------------------------------------------------------------

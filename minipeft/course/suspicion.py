@@ -1,0 +1,182 @@
+"""What a teacher may want to look at: lines that reach behind an exercise, and submissions that are nearly the same.
+
+Neither changes a score. Whoever means to can write such a line so that it is not found.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import keyword
+import tokenize
+import zlib
+from collections.abc import Iterator
+
+from minipeft.course.mend import locked, name_of, released_text, source_text
+from minipeft.course.replies import clean
+
+MODULES = {"gc", "ctypes", "inspect", "importlib", "builtins", "pickle", "marshal", "multiprocessing", "subprocess"}
+OF_SYS = {"modules", "_getframe", "_current_frames", "settrace", "setprofile", "meta_path", "path_hooks"}
+ATTRIBUTES = {
+    *("f_back", "f_locals", "f_globals", "f_builtins", "tb_frame", "gi_frame", "cr_frame", "ag_frame"),
+    *("__globals__", "__code__", "__closure__", "__builtins__", "__subclasses__", "__defaults__", "__dict__"),
+}
+CALLS = {"eval", "exec", "compile", "__import__", "globals", "get_ipython", "breakpoint"}
+HARMLESS = ("%matplotlib", "%time", "%config", "%pip")
+SHOWN = 5  # remarks about lines; the rest is counted
+GRAM, ENOUGH, ALIKE = (
+    8,
+    40,
+    0.9,
+)  # tokens of a piece; pieces that a comparison needs; the share that is "nearly the same"
+
+
+def of_the_student(notebook) -> Iterator[tuple[int, str]]:
+    """(the cell's number, its code) of all that the student wrote or may have changed."""
+    for i, cell in enumerate(notebook.cells, 1):
+        if cell.cell_type == "code" and not (name_of(cell) and locked(cell)):
+            yield i, cell.source
+
+
+def python(source: str) -> str:
+    """The cell without IPython's `%` and `!`, line by line as before where it can be."""
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    if source.startswith("%%time"):
+        source = source[source.find("\n") :]
+    return TransformerManager().transform_cell(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+# ---------------------------------------------------------------------------------------------------------------------
+def lines_to_look_at(notebook, assignment: str) -> list[str]:
+    """A remark for each line of the student's that touches what no exercise needs; the course's own lines are known."""
+    ours = {line.strip() for text in (source_text(assignment), released_text(assignment)) for line in lines_in(text)}
+    sources = [(i, source) for i, source in enumerate((c.source for c in notebook.cells if c.cell_type == "code"), 1)]
+    trees = {source: tree for _, source in sources if (tree := parsed(source))}
+    modules = {name: module for tree in trees.values() for name, module in imported(tree)}
+    found = []
+    for i, source in of_the_student(notebook):
+        lines = source.splitlines()
+        numbers = (
+            sorted({node.lineno for node in ast.walk(trees[source]) if reaches(node, modules)})
+            if source in trees
+            else []
+        )
+        for number in numbers:
+            line = lines[number - 1].strip() if number <= len(lines) else ""
+            if line not in ours and not line.startswith(HARMLESS):
+                found.append(f"To look at: cell {i}, line {number}: {clean(line, 100)}")
+    more = [f"To look at: {len(found) - SHOWN} more lines of this kind."] if len(found) > SHOWN else []
+    return found[:SHOWN] + more
+
+
+def lines_in(text: str) -> Iterator[str]:
+    import nbformat
+
+    for cell in nbformat.reads(text, as_version=4).cells:
+        yield from cell.source.splitlines()
+
+
+def parsed(source: str) -> ast.Module | None:
+    """The code's tree; None for what does not even run."""
+    try:
+        return ast.parse(python(source))
+    except Exception:  # a SyntaxError, or what deep nesting and odd characters give
+        return None
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(the name in the notebook, the dotted name that it stands for) of each import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.split(".")[0], alias.name if alias.asname else alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield alias.asname or alias.name, f"{node.module}.{alias.name}"
+
+
+def dotted(node: ast.AST, modules: dict[str, str]) -> str:
+    """`torch.nn.Linear` for a chain of attributes that starts at an import; "" for any other."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    root = modules.get(node.id, "") if isinstance(node, ast.Name) else ""
+    return ".".join([root, *reversed(parts)]) if root else ""
+
+
+def reaches(node: ast.AST, modules: dict[str, str]) -> bool:
+    """Whether this piece of code reaches behind an exercise."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        module = getattr(node, "module", None)
+        names = [f"{module}.{a.name}" if module else a.name for a in node.names]
+        return any(behind(name) for name in names)
+    if isinstance(node, ast.Call):
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        patched = name in ("setattr", "delattr") and node.args and dotted(node.args[0], modules)
+        return bool(name in CALLS or patched)
+    if isinstance(node, ast.Attribute):
+        whole = dotted(node, modules)
+        written = isinstance(node.ctx, ast.Store | ast.Del) and whole
+        return bool(node.attr in ATTRIBUTES or written or behind(whole))
+    return False
+
+
+def behind(name: str) -> bool:
+    """Whether a dotted name belongs to what no exercise needs: the interpreter's inside, or the package's."""
+    top, _, rest = name.partition(".")
+    if name.startswith("minipeft.course.check"):
+        return name.rpartition(".")[2].startswith("_") or name.count(".") > 3
+    return top in MODULES or top == "minipeft" or (top == "sys" and rest.split(".")[0] in OF_SYS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likeness
+# ---------------------------------------------------------------------------------------------------------------------
+def pieces(notebook, assignment: str) -> list[int]:
+    """Numbers of all pieces of GRAM tokens in the student's code, whatever its names, spaces and comments; what was
+    handed out does not count."""
+    import nbformat
+
+    ours = nbformat.reads(released_text(assignment), as_version=4).cells
+    given = {piece for cell in ours if cell.cell_type == "code" for piece in cut_up(cell.source)}
+    return sorted({piece for _, source in of_the_student(notebook) for piece in cut_up(source)} - given)
+
+
+def cut_up(source: str) -> set[int]:
+    tokens = list(words(source))
+    return {zlib.crc32(" ".join(tokens[i : i + GRAM]).encode()) for i in range(len(tokens) - GRAM + 1)}
+
+
+def words(source: str) -> Iterator[str]:
+    """The tokens; names that the code makes itself all read the same, as renaming is the first disguise."""
+    found = []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING):
+                found.append(token)
+    except (tokenize.TokenError, SyntaxError):  # the beginning will do
+        pass
+    tree = parsed(source)
+    own = {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} if tree else set()
+    own |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} if tree else set()
+    for token in found:
+        name = token.type == tokenize.NAME and not keyword.iskeyword(token.string)
+        yield "·" if name and token.string in own else token.string
+
+
+def nearly_the_same(several: dict[str, list[int]]) -> dict[str, list[str]]:
+    """{student: the others whose code is nearly the same}, from each one's `pieces`."""
+    sets = {student: frozenset(found) for student, found in several.items() if len(found) >= ENOUGH}
+    alike: dict[str, list[str]] = {}
+    names = sorted(sets)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            a, b = sets[one], sets[other]
+            if min(len(a), len(b)) >= ALIKE * max(len(a), len(b)) and len(a & b) >= ALIKE * len(a | b):
+                alike.setdefault(one, []).append(other)
+                alike.setdefault(other, []).append(one)
+    return alike
