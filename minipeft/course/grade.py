@@ -198,7 +198,8 @@ def whole_table(rows: list[dict], late: dict[tuple[str, str], tuple[float, float
         for each in of:
             if others := alike.get(each["student"]):
                 more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-                each["remarks"].append(f"To look at: nearly the same code as {', '.join(others[:5])}{more}.")
+                names = ", ".join(clean(other, 40) for other in others[:5])
+                each["remarks"].append(f"To look at: nearly the same code as {names}{more}.")
             seconds, penalty = late.get((each["folder"], assignment), (0, 0))
             if seconds:
                 each["remarks"].append(f"Handed in {timedelta(seconds=round(seconds))} late.")

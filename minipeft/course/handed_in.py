@@ -16,7 +16,7 @@ from minipeft.course.mend import name_of, read, source_names
 LARGEST = 20 * 2**20  # bytes of a submitted file
 NOTEBOOK = re.compile(r"(.*?)\.ipynb(\.txt|\.json|\.download)?", re.IGNORECASE | re.DOTALL)
 TEACHERS = (".txt", ".md", ".csv", ".json", ".log", ".yml", ".yaml", ".toml", ".ini", ".xlsx")  # unless notebooks
-JUNK = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+JUNK = {"Thumbs.db", "desktop.ini", "__MACOSX", ".ipynb_checkpoints", ".git", ".venv"}
 KIND = {b"PK": "a ZIP archive", b"\x1f\x8b": "a gzip archive", b"7z": "a 7z archive", b"Rar!": "a RAR archive",
         b"%PDF": "a PDF", b"<": "a web page"}  # fmt: skip
 
@@ -73,18 +73,18 @@ def counts(entry: Path) -> bool:
     if entry.name in JUNK or entry.name.startswith("._"):
         return False
     if entry.name.startswith("."):
-        return NOTEBOOK.fullmatch(entry.name) is not None
+        return any(NOTEBOOK.fullmatch(file.name) for file in files_below(entry))
     notes = entry.suffix.lower() in TEACHERS and NOTEBOOK.fullmatch(entry.name) is None and not entry.is_dir()
     return not notes or cells_of(entry) is not None
 
 
 def student_of(entry: Path) -> str:
-    """The name as a table can show it; bytes that are no UTF-8 and characters that do not print stand as escapes."""
-    name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+    """The student's name, from that of a file or folder."""
+    name = printable(entry.name)
     if entry.is_symlink() or not entry.is_dir():
         match = re.match(r"(.+?)\.ipynb", name, re.IGNORECASE | re.DOTALL)
         name = match[1] if match else re.sub(r"(?<=.)(\.tar)?\.\w{1,5}$", "", name)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name) or "(no name)"
+    return name
 
 
 def sorted_out(student: str, entries: list[Path], folder: Path, assignment: str | None) -> list[Submission]:
@@ -105,7 +105,7 @@ def sorted_out(student: str, entries: list[Path], folder: Path, assignment: str 
         first = next((f for f in files if f.stem == which), files[0])
         left = [shown(f, folder) for f in files if f != first]
         said = [f"{shown(first, folder)} was graded, and not {', '.join(left)}."] if left else []
-        said += [f"It was handed in as {first.name}."] if first.suffix != ".ipynb" else []
+        said += [f"It was handed in as {printable(first.name)}."] if first.suffix != ".ipynb" else []
         problem = (
             "" if which else f"{shown(first, folder)} does not say which assignment it is; name it or give ASSIGNMENT=."
         )
@@ -173,8 +173,13 @@ def what_is(file: Path) -> str:
 
 
 def shown(file: Path, folder: Path) -> str:
-    name = os.fsencode(file.relative_to(folder)).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return printable(str(file.relative_to(folder)))
+
+
+def printable(name: str) -> str:
+    """A file's name as any table can show it; bytes that are no UTF-8 and what does not print stand as escapes."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def brief(remarks: list[str]) -> str:

@@ -25,9 +25,20 @@ def source_text(assignment: str) -> str:
 
 
 @cache
+def source_of(assignment: str):
+    """The notebook in solutions/; nobody changes it."""
+    return nbformat.reads(source_text(assignment), as_version=4)
+
+
+@cache
+def released_of(assignment: str):
+    """The notebook that is handed out; nobody changes it."""
+    return nbformat.reads(assignments.release(assignments.sources()[assignment]), as_version=4)
+
+
 def source_names(assignment: str) -> set[str]:
     """The names of an assignment's cells."""
-    return {name for cell in nbformat.reads(source_text(assignment), as_version=4).cells if (name := name_of(cell))}
+    return {name for cell in source_of(assignment).cells if (name := name_of(cell))}
 
 
 def read(text: str):
@@ -37,11 +48,8 @@ def read(text: str):
         raise ValueError(f"The file is not read: it has {values:,} values, and a notebook no more than {VALUES:,}.")
     try:
         found = json.loads(text)
-        if "worksheets" in found:
-            found = nbformat.convert(nbformat.from_dict(found), 4)
-        cells = [(cell["cell_type"], joined(cell["source"]), cell.get("metadata") or {}) for cell in found["cells"]]
-        if not all(kind in ("code", "markdown", "raw") and isinstance(metadata, dict) for kind, _, metadata in cells):
-            raise TypeError("a cell is of no known kind")
+        sheets = found["worksheets"] if "worksheets" in found else [found]  # the former in nbformat 3
+        cells = [taken(cell) for sheet in sheets for cell in sheet["cells"]]
     except Exception as error:  # whatever the parsers meet
         said = str(error)[:120].encode("utf-8", "replace").decode()
         raise ValueError(f"The file is not a notebook ({type(error).__name__}: {said}).") from error
@@ -52,9 +60,20 @@ def read(text: str):
     return notebook
 
 
+def taken(cell: dict) -> tuple[str, str, dict]:
+    """(kind, text, metadata) of a cell of nbformat 3 or 4, where code was called input, and headings were cells."""
+    kind = cell["cell_type"] if cell["cell_type"] in CELL else "markdown"
+    metadata = cell.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise TypeError("a cell's metadata is no dictionary")
+    return kind, joined(cell["source"] if "source" in cell else cell["input"]), metadata
+
+
 def joined(source: str | list[str]) -> str:
     """A cell's text with one kind of line end, and without halves of surrogate pairs, which no file can hold."""
-    text = source if isinstance(source, str) else "".join(source)
+    if not isinstance(source, str | list):
+        raise TypeError("a cell has no text")
+    text = "".join(source)
     return text.encode("utf-8", "replace").decode().replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -64,10 +83,9 @@ def mend(submitted, assignment: str):
     Cells that the student may edit keep the student's text, and so do cells that the student added. Every other cell is
     taken from the source, once: changed ones are restored, deleted ones put back, copies taken out.
     """
-    source = nbformat.reads(source_text(assignment), as_version=4)
-    original = {name_of(cell): cell for cell in source.cells if name_of(cell)}
+    original = {name_of(cell): cell for cell in source_of(assignment).cells if name_of(cell)}
     titles = {cell.source.strip(): name for name, cell in original.items() if locked(cell)}
-    released = nbformat.reads(released_text(assignment), as_version=4)
+    released = released_of(assignment)
     titles |= {cell.source.strip(): name_of(cell) for cell in released.cells if name_of(cell) and locked(cell)}
     plain = {cell.source.strip() for cell in released.cells if not name_of(cell)}
     known = {name_of(cell) for cell in submitted.cells}
@@ -100,9 +118,10 @@ def mend(submitted, assignment: str):
     blank = "# No cell with this name was handed in."
     cells[:0] = [deepcopy(original[n]) for n in setup]
     cells += [deepcopy(original[n]) if locked(original[n]) else blanked(original[n], blank) for n in later]
-    source.cells = cells
-    assignments.tidy(source)
-    return source, remarks
+    mended = nbformat.v4.new_notebook()
+    mended.cells = cells
+    assignments.tidy(mended)
+    return mended, remarks
 
 
 def restored(original, cell, released, remarks: list[str]):
@@ -151,11 +170,6 @@ def locked(cell) -> bool:
 
 def is_test(cell) -> bool:
     return bool(cell.metadata.get("nbgrader", {}).get("grade"))
-
-
-@cache
-def released_text(assignment: str) -> str:
-    return assignments.release(assignments.sources()[assignment])
 
 
 def exercise_of(cell) -> str:

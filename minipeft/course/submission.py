@@ -15,7 +15,7 @@ import nbformat
 
 from minipeft.course import pristine, replies, suspicion
 from minipeft.course.exercises import exercises
-from minipeft.course.mend import exercise_of, is_test, locked, mend, name_of, read, source_text
+from minipeft.course.mend import exercise_of, is_test, locked, mend, name_of, read, source_of, source_text
 from minipeft.course.sandbox import CannotStart, Killed, Limits, Sandbox
 from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, NOT_ATTEMPTED, Verdict, examine
 
@@ -62,8 +62,7 @@ def report(
 
 def marks(assignment: str) -> dict[str, int]:
     """{exercise: the most points} of an assignment."""
-    cells = nbformat.reads(source_text(assignment), as_version=4).cells
-    return {exercise_of(cell): cell.metadata.nbgrader.points for cell in cells if is_test(cell)}
+    return {exercise_of(c): c.metadata.nbgrader.points for c in source_of(assignment).cells if is_test(c)}
 
 
 def shortened(verdict: Verdict) -> Verdict:

@@ -11,8 +11,9 @@ import keyword
 import tokenize
 import zlib
 from collections.abc import Iterator
+from functools import cache
 
-from minipeft.course.mend import locked, name_of, released_text, source_text
+from minipeft.course.mend import locked, name_of, released_of, source_of
 from minipeft.course.replies import clean
 
 MODULES = {"gc", "ctypes", "inspect", "importlib", "builtins", "pickle", "marshal", "multiprocessing", "subprocess"}
@@ -39,12 +40,14 @@ def of_the_student(notebook) -> Iterator[tuple[int, str]]:
 
 
 def python(source: str) -> str:
-    """The cell without IPython's `%` and `!`, line by line as before where it can be."""
+    """The cell without IPython's `%` and `!`; the lines keep their numbers."""
     from IPython.core.inputtransformer2 import TransformerManager
 
     if source.startswith("%%time"):
         source = source[source.find("\n") :]
-    return TransformerManager().transform_cell(source)
+    lines = source.splitlines(keepends=True)
+    empty = next((i for i, line in enumerate(lines) if line.strip()), 0)  # IPython leaves these out
+    return "\n" * empty + TransformerManager().transform_cell(source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,7 +55,7 @@ def python(source: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 def lines_to_look_at(notebook, assignment: str) -> list[str]:
     """A remark for each line of the student's that touches what no exercise needs; the course's own lines are known."""
-    ours = {line.strip() for text in (source_text(assignment), released_text(assignment)) for line in lines_in(text)}
+    ours = known_lines(assignment)
     sources = [(i, source) for i, source in enumerate((c.source for c in notebook.cells if c.cell_type == "code"), 1)]
     trees = {source: tree for _, source in sources if (tree := parsed(source))}
     modules = {name: module for tree in trees.values() for name, module in imported(tree)}
@@ -67,16 +70,16 @@ def lines_to_look_at(notebook, assignment: str) -> list[str]:
         for number in numbers:
             line = lines[number - 1].strip() if number <= len(lines) else ""
             if line not in ours and not line.startswith(HARMLESS):
-                found.append(f"To look at: cell {i}, line {number}: {clean(line, 100)}")
+                found.append(f"To look at: cell {i}, line {number}: `{clean(line, 100)}`.")
     more = [f"To look at: {len(found) - SHOWN} more lines of this kind."] if len(found) > SHOWN else []
     return found[:SHOWN] + more
 
 
-def lines_in(text: str) -> Iterator[str]:
-    import nbformat
-
-    for cell in nbformat.reads(text, as_version=4).cells:
-        yield from cell.source.splitlines()
+@cache
+def known_lines(assignment: str) -> set[str]:
+    """The course's own lines of an assignment."""
+    cells = [*source_of(assignment).cells, *released_of(assignment).cells]
+    return {line.strip() for cell in cells for line in cell.source.splitlines()}
 
 
 def parsed(source: str) -> ast.Module | None:
@@ -139,11 +142,13 @@ def behind(name: str) -> bool:
 def pieces(notebook, assignment: str) -> list[int]:
     """Numbers of all pieces of GRAM tokens in the student's code, whatever its names, spaces and comments; what was
     handed out does not count."""
-    import nbformat
+    return sorted({piece for _, source in of_the_student(notebook) for piece in cut_up(source)} - given(assignment))
 
-    ours = nbformat.reads(released_text(assignment), as_version=4).cells
-    given = {piece for cell in ours if cell.cell_type == "code" for piece in cut_up(cell.source)}
-    return sorted({piece for _, source in of_the_student(notebook) for piece in cut_up(source)} - given)
+
+@cache
+def given(assignment: str) -> set[int]:
+    """The pieces of what was handed out."""
+    return {p for cell in released_of(assignment).cells if cell.cell_type == "code" for p in cut_up(cell.source)}
 
 
 def cut_up(source: str) -> set[int]:

@@ -19,9 +19,9 @@ from hostile import FIRST, cell_named
 
 from minipeft.course.assignments import EXERCISES, ROOT, sources
 from minipeft.course.grade import discover, grade
+from minipeft.course.handed_in import Submission
 from minipeft.course.mend import mend, name_of
 from minipeft.course.sandbox import CannotStart, Limits
-from minipeft.course.handed_in import Submission
 from minipeft.course.submission import report
 
 pytest.importorskip("nbgrader", reason="the classroom extra is not installed")
