@@ -11,7 +11,7 @@ import nbformat
 
 from minipeft.course import assignments
 
-VALUES, CELLS = 2_000_000, 1_000  # that are read of one file: brackets and commas, and cells
+VALUES, CELLS = 1_000_000, 1_000  # that are read of one file: brackets and commas, and cells
 CELL = {
     "code": {"cell_type": "code", "outputs": [], "execution_count": None},
     "markdown": {"cell_type": "markdown"},

@@ -13,9 +13,11 @@ import zlib
 from collections.abc import Iterator
 from functools import cache
 
+from minipeft.course.exercises import exercises
 from minipeft.course.mend import locked, name_of, released_of, source_of
 from minipeft.course.replies import clean
 
+CHECK = "minipeft.course.check"
 MODULES = {"gc", "ctypes", "inspect", "importlib", "builtins", "pickle", "marshal", "multiprocessing", "subprocess"}
 OF_SYS = {"modules", "_getframe", "_current_frames", "settrace", "setprofile", "meta_path", "path_hooks"}
 ATTRIBUTES = {
@@ -131,8 +133,9 @@ def reaches(node: ast.AST, modules: dict[str, str]) -> bool:
 def behind(name: str) -> bool:
     """Whether a dotted name belongs to what no exercise needs: the interpreter's inside, or the package's."""
     top, _, rest = name.partition(".")
-    if name.startswith("minipeft.course.check"):
-        return name.rpartition(".")[2].startswith("_") or name.count(".") > 3
+    if name.startswith(CHECK):
+        asked = name.removeprefix(CHECK).removeprefix(".")
+        return asked not in ("", "hint", "progress") and not any(asked in several for several in exercises().values())
     return top in MODULES or top == "minipeft" or (top == "sys" and rest.split(".")[0] in OF_SYS)
 
 
@@ -165,12 +168,21 @@ def words(source: str) -> Iterator[str]:
                 found.append(token)
     except (tokenize.TokenError, SyntaxError):  # the beginning will do
         pass
-    tree = parsed(source)
-    own = {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} if tree else set()
-    own |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} if tree else set()
+    own = set(made_in(parsed(source)))
     for token in found:
         name = token.type == tokenize.NAME and not keyword.iskeyword(token.string)
         yield "·" if name and token.string in own else token.string
+
+
+def made_in(tree: ast.Module | None) -> Iterator[str]:
+    """The names that code gives: to arguments, variables, attributes, functions and classes."""
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
 
 
 def nearly_the_same(several: dict[str, list[int]]) -> dict[str, list[str]]:

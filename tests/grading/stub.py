@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from hostile import cell_named
 
+from minipeft import whole
 from minipeft.course import grade, submission
 from minipeft.course.assignments import sources
 from minipeft.course.exercises import exercises
@@ -90,10 +91,11 @@ class NoGradebook(Gradebook):
 
 
 @contextlib.contextmanager
-def cheap(forged: dict | None = None):
+def cheap(forged: dict | None = None, gradebook: type = NoGradebook):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(submission, "Sandbox", Box)
         patch.setattr(submission, "examine", judged)
-        patch.setattr(grade, "Gradebook", NoGradebook)
+        patch.setattr(grade, "Gradebook", gradebook)
+        patch.setattr(whole.os, "fsync", lambda file: None)  # no power cut is tested here
         patch.setattr(Box, "forged", forged or {})
         yield

@@ -1,6 +1,7 @@
 """What one student hands in neither stops nor harms the others: names, formats, forged replies, a full disk."""
 
 import codecs
+import concurrent.futures
 import errno
 import json
 import os
@@ -251,6 +252,44 @@ def test_new_checks_and_new_limits_give_new_reports_and_a_new_outside_does_not(t
         submission.checks.cache_clear()
         monkeypatch.setattr(submission, "checks", lambda: "a file was mended")
         assert again() == 1
+
+
+def test_only_the_student_who_handed_in_again_is_graded_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(grading, "report", lambda *args: calls.append(args) or submission.report(*args))
+    folder = hand_in(tmp_path / "in", "ada.ipynb", "bob.ipynb", made=notebook({EXERCISES[0]}))
+    with cheap():
+        grade(folder, tmp_path / "out", ASSIGNMENT, progress=False)
+        hand_in(folder, "bob.ipynb")
+        table = grade(folder, tmp_path / "out", ASSIGNMENT, progress=False)
+    assert len(calls) == 3 and table.score.tolist() == [worth({EXERCISES[0]}), worth()]
+
+
+def test_an_executor_that_fails_costs_no_grade(tmp_path):
+    class Broken(concurrent.futures.Executor):
+        def submit(self, function, /, *args, **kwargs):
+            future = concurrent.futures.Future()
+            future.set_exception(concurrent.futures.BrokenExecutor("gone"))
+            return future
+
+    with cheap():
+        table = grade(hand_in(tmp_path / "in", "ada.ipynb"), tmp_path / "out", ASSIGNMENT, Broken(), progress=False)
+    assert table.score[0] == worth()
+
+
+def test_a_file_on_which_the_grader_itself_fails_costs_no_other_a_grade(tmp_path, monkeypatch):
+    def failing(text, *args):
+        if text.count("RuntimeError"):
+            raise RuntimeError("a fault of ours")
+        return submission.report(text, *args)
+
+    made = notebook()
+    made.cells.append(nbformat.v4.new_markdown_cell("RuntimeError"))
+    folder = hand_in(hand_in(tmp_path / "in", "ada.ipynb", made=made), "bob.ipynb")
+    monkeypatch.setattr(grading, "report", failing)
+    with cheap():
+        table = grade(folder, tmp_path / "out", ASSIGNMENT, progress=False)
+    assert table.score.tolist() == [0, worth()] and "a fault of ours): look at it by hand" in table.remarks[0]
 
 
 def test_two_runs_on_one_out_the_second_says_so(tmp_path):
