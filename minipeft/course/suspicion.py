@@ -27,11 +27,9 @@ ATTRIBUTES = {
 CALLS = {"eval", "exec", "compile", "__import__", "globals", "get_ipython", "breakpoint"}
 HARMLESS = ("%matplotlib", "%time", "%config", "%pip")
 SHOWN = 5  # remarks about lines; the rest is counted
-GRAM, ENOUGH, ALIKE = (
-    8,
-    40,
-    0.9,
-)  # tokens of a piece; pieces that a comparison needs; the share that is "nearly the same"
+GRAM = 8  # tokens of a piece
+ENOUGH = 40  # pieces that a comparison needs
+ALIKE = 0.9  # the share of the pieces that makes two "nearly the same"
 
 
 def of_the_student(notebook) -> Iterator[tuple[int, str]]:
@@ -160,18 +158,27 @@ def cut_up(source: str) -> set[int]:
 
 
 def words(source: str) -> Iterator[str]:
-    """The tokens; names that the code makes itself all read the same, as renaming is the first disguise."""
-    found = []
+    """The tokens but docstrings; names that the code makes itself all read the same, as renaming is the first
+    disguise."""
+    found, tree = [], parsed(source)
     try:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING):
                 found.append(token)
     except (tokenize.TokenError, SyntaxError):  # the beginning will do
         pass
-    own = set(made_in(parsed(source)))
+    own, said = set(made_in(tree)), set(docstrings(tree))
     for token in found:
         name = token.type == tokenize.NAME and not keyword.iskeyword(token.string)
-        yield "·" if name and token.string in own else token.string
+        if token.type != tokenize.STRING or token.start[0] not in said:
+            yield "·" if name and token.string in own else token.string
+
+
+def docstrings(tree: ast.Module | None) -> Iterator[int]:
+    """The lines where a text begins that stands alone."""
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno
 
 
 def made_in(tree: ast.Module | None) -> Iterator[str]:

@@ -109,7 +109,8 @@ def box():
 PATCHES = {  # {what is replaced: (how, and how it is put back)}
     "lora.merge": ("import minipeft.course.drives.lora as m; old = m.merge; m.merge = print", "m.merge = old"),
     "drives.perform": (
-        "from minipeft.course.drives import perform as f; old = f.__code__; f.__code__ = (lambda *a: (4.0, a)).__code__",
+        "from minipeft.course.drives import perform as f; old = f.__code__\n"
+        "f.__code__ = (lambda *a: (4.0, a)).__code__",
         "f.__code__ = old",
     ),
     "torch.equal": ("import torch; old = torch.equal; torch.equal = lambda *a: True", "torch.equal = old"),
