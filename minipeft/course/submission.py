@@ -98,7 +98,7 @@ def checks() -> str:
     """A number of the files that decide about an answer."""
     folder = Path(__file__).parent
     alone = ("verdict", "submission", "mend", "replies", "suspicion", "pristine", "sandbox", "worker", "wire")
-    files = [*sorted(folder.glob("exercises/*.py")), *sorted(folder.glob("drives/*.py"))]
+    files = [*sorted(folder.glob("exercises/**/*.py")), *sorted(folder.glob("drives/**/*.py"))]
     texts = [path.read_bytes() for path in (*files, *(folder / f"{name}.py" for name in alone))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
@@ -129,7 +129,7 @@ class Run:
     errors: dict[str, str] = field(default_factory=dict)  # of the cells with answers
     fatal: dict[int, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
-    whole: dict | None = None  # what the functions that measure were when the process started
+    whole: str = ""  # what the functions that measure were when the process started
     room: int = replies.ROOM
     peak: int = 0
 
@@ -141,7 +141,7 @@ class Run:
                 with Sandbox(self.limits, self.stop) as box:
                     box.started = deadline - self.limits.seconds  # the restarts share the submission's time
                     try:
-                        self.whole = box.ask(do="state", whole=False)
+                        self.whole = box.ask(do="state", whole=False)["state"]
                         for i, cell in enumerate(self.notebook.cells):
                             if cell.cell_type == "code":
                                 self.step(box, i, cell)
@@ -204,7 +204,7 @@ class Run:
 
     def untouched(self, box: Sandbox) -> None:
         """Raises Killed if a function that measures has been replaced since the process started."""
-        if box.ask(do="state", whole=False) == self.whole:
+        if box.ask(do="state", whole=False).get("state") == self.whole:
             return
         with Sandbox(self.limits, self.stop) as pristine_box:
             before = pristine_box.ask(do="state", whole=True)["state"]

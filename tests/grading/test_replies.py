@@ -114,7 +114,36 @@ PATCHES = {  # {what is replaced: (how, and how it is put back)}
         "f.__code__ = old",
     ),
     "torch.equal": ("import torch; old = torch.equal; torch.equal = lambda *a: True", "torch.equal = old"),
-    "Tensor.detach": ("import torch; torch.Tensor.detach = lambda self: self", "del torch.Tensor.detach"),
+    "Tensor.detach": (
+        "import torch; old = torch.Tensor.detach; torch.Tensor.detach = lambda self: self",
+        "torch.Tensor.detach = old",
+    ),
+    "Tensor": ("torch.Tensor.shape = property(lambda self: torch.Size([2, 2]))", "del torch.Tensor.shape"),
+    "Module._call_impl": (
+        "M = torch.nn.Module; old = M._call_impl; M._call_impl = lambda *a, **k: old(*a, **k)",
+        "M._call_impl = old",
+    ),
+    "quantisation.torch": (
+        "import minipeft.course.drives.quantisation as m; m.torch = type(m)('torch')",
+        "m.torch = torch",
+    ),
+    "common.descend": (
+        "from minipeft.course.drives.common import descend as f\n"
+        "cell = next(c for c in f.__closure__ if c.cell_contents is f.__wrapped__); old = cell.cell_contents\n"
+        "cell.cell_contents = lambda *a: None",
+        "cell.cell_contents = old",
+    ),
+    "sys.settrace": ("import sys; sys.settrace(lambda *a: None)", "sys.settrace(None)"),
+    "a mode over torch's functions": (
+        "class Mode(torch.overrides.TorchFunctionMode):\n"
+        "    def __torch_function__(self, f, types, args=(), kwargs=None): return f(*args, **(kwargs or {}))\n"
+        "mode = Mode(); mode.__enter__()",
+        "mode.__exit__(None, None, None)",
+    ),
+    "hooks for every module": (
+        "hook = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)",
+        "hook.remove()",
+    ),
     "builtins.id": ("import builtins; old = builtins.id; builtins.id = lambda x: 1", "builtins.id = old"),
     "copy.deepcopy": ("import copy; old = copy.deepcopy; copy.deepcopy = lambda x: x", "copy.deepcopy = old"),
     "lora as a whole": (
