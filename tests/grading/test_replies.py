@@ -140,6 +140,10 @@ PATCHES = {  # {what is replaced: (how, and how it is put back)}
         "mode = Mode(); mode.__enter__()",
         "mode.__exit__(None, None, None)",
     ),
+    "torch.library": (
+        "lib = torch.library.Library('aten', 'IMPL'); lib.impl('trace', lambda x: x[0, 0], 'CPU')",
+        "lib._destroy()",
+    ),
     "hooks for every module": (
         "hook = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)",
         "hook.remove()",
