@@ -8,46 +8,67 @@ from __future__ import annotations
 import ast
 import io
 import keyword
+import re
 import tokenize
 import zlib
 from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 
 from minipeft.course.exercises import exercises
 from minipeft.course.mend import locked, name_of, released_of, source_of
 from minipeft.course.replies import clean
 
 CHECK = "minipeft.course.check"
-MODULES = {"gc", "ctypes", "inspect", "importlib", "builtins", "pickle", "marshal", "multiprocessing", "subprocess"}
+MODULES = {
+    *("gc", "ctypes", "inspect", "importlib", "builtins", "pickle", "marshal", "multiprocessing", "subprocess"),
+    *("atexit", "signal", "threading", "traceback", "types", "weakref", "torch.library", "torch.overrides"),
+}
 OF_SYS = {"modules", "_getframe", "_current_frames", "settrace", "setprofile", "meta_path", "path_hooks"}
 ATTRIBUTES = {
     *("f_back", "f_locals", "f_globals", "f_builtins", "tb_frame", "gi_frame", "cr_frame", "ag_frame"),
     *("__globals__", "__code__", "__closure__", "__builtins__", "__subclasses__", "__defaults__", "__dict__"),
 }
-CALLS = {"eval", "exec", "compile", "__import__", "globals", "get_ipython", "breakpoint"}
-HARMLESS = ("%matplotlib", "%time", "%config", "%pip")
+CALLS = {"eval", "exec", "compile", "__import__", "globals", "vars", "get_ipython", "breakpoint"}
+HARMLESS = ("%matplotlib", "%time", "%%time", "%%capture", "%config", "%pip")
+MAGIC, HELP = re.compile(r"(?m)^([ \t]*+)(?:\w++ *= *)?[%!].*"), re.compile(r"(?m)^([ \t]*+)(?:\?.*|.*\?)$")
+LONGEST = 200_000  # characters of a submission that are looked through; a solution has a tenth of it
 SHOWN = 5  # remarks about lines; the rest is counted
 GRAM = 8  # tokens of a piece
+MOST = 2_000  # pieces that are kept of a submission: the smallest numbers, a fair sample
 ENOUGH = 40  # pieces that a comparison needs
 ALIKE = 0.9  # the share of the pieces that makes two "nearly the same"
 
 
-def of_the_student(notebook) -> Iterator[tuple[int, str]]:
-    """(the cell's number, its code) of all that the student wrote or may have changed."""
-    for i, cell in enumerate(notebook.cells, 1):
-        if cell.cell_type == "code" and not (name_of(cell) and locked(cell)):
-            yield i, cell.source
+def of_the_student(notebook) -> dict[int, str]:
+    """{the cell's number: its code} of all that the student wrote or may have changed."""
+    cells = ((i, cell) for i, cell in enumerate(notebook.cells, 1) if cell.cell_type == "code")
+    return {i: cell.source for i, cell in cells if not (name_of(cell) and locked(cell))}
+
+
+def looked_through(notebook) -> dict[int, str]:
+    """As much of it as is looked through."""
+    sources = of_the_student(notebook)
+    sizes = accumulate(map(len, sources.values()))
+    return {i: source for (i, source), size in zip(sources.items(), sizes, strict=True) if size <= LONGEST}
 
 
 def python(source: str) -> str:
-    """The cell without IPython's `%` and `!`; the lines keep their numbers."""
-    from IPython.core.inputtransformer2 import TransformerManager
+    """The cell without IPython's `%`, `!` and `?`, where it says so in their place; the lines keep their numbers."""
+    before, first, rest = re.fullmatch(r"(\s*)([^\n]*)(.*)", source, re.DOTALL).groups()
+    if first.startswith("%%") and not first.startswith(HARMLESS):
+        return f"{before}get_ipython()"  # what follows is another language's
+    return before + re.sub(MAGIC, r"\1get_ipython()", re.sub(HELP, r"\1pass", first + rest))
 
-    if source.startswith("%%time"):
-        source = source[source.find("\n") :]
-    lines = source.splitlines(keepends=True)
-    empty = next((i for i, line in enumerate(lines) if line.strip()), 0)  # IPython leaves these out
-    return "\n" * empty + TransformerManager().transform_cell(source)
+
+def parsed(source: str) -> ast.Module | None:
+    """The code's tree; None for what does not even run."""
+    for text in (source, python(source)):
+        try:
+            return ast.parse(text)
+        except Exception:  # a SyntaxError, or what deep nesting and odd characters give
+            continue
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,24 +76,21 @@ def python(source: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 def lines_to_look_at(notebook, assignment: str) -> list[str]:
     """A remark for each line of the student's that touches what no exercise needs; the course's own lines are known."""
-    ours = known_lines(assignment)
-    sources = [(i, source) for i, source in enumerate((c.source for c in notebook.cells if c.cell_type == "code"), 1)]
-    trees = {source: tree for _, source in sources if (tree := parsed(source))}
-    modules = {name: module for tree in trees.values() for name, module in imported(tree)}
+    ours, theirs, read = known_lines(assignment), of_the_student(notebook), looked_through(notebook)
+    locked_ones = [c.source for i, c in enumerate(notebook.cells, 1) if c.cell_type == "code" and i not in theirs]
+    trees = {i: tree for i, source in read.items() if (tree := parsed(source))}
+    around = [tree for source in locked_ones if (tree := parsed(source))]
+    modules = {name: module for tree in (*around, *trees.values()) for name, module in imported(tree)}
     found = []
-    for i, source in of_the_student(notebook):
-        lines = source.splitlines()
-        numbers = (
-            sorted({node.lineno for node in ast.walk(trees[source]) if reaches(node, modules)})
-            if source in trees
-            else []
-        )
-        for number in numbers:
+    for i, tree in trees.items():
+        lines = read[i].split("\n")
+        for number in sorted({node.lineno for node in ast.walk(tree) if reaches(node, modules)}):
             line = lines[number - 1].strip() if number <= len(lines) else ""
             if line not in ours and not line.startswith(HARMLESS):
                 found.append(f"To look at: cell {i}, line {number}: `{clean(line, 100)}`.")
     more = [f"To look at: {len(found) - SHOWN} more lines of this kind."] if len(found) > SHOWN else []
-    return found[:SHOWN] + more
+    unread = [f"To look at: cell {i} is too long to be looked through." for i in theirs if i not in read]
+    return found[:SHOWN] + more + unread[:1]
 
 
 @cache
@@ -80,14 +98,6 @@ def known_lines(assignment: str) -> set[str]:
     """The course's own lines of an assignment."""
     cells = [*source_of(assignment).cells, *released_of(assignment).cells]
     return {line.strip() for cell in cells for line in cell.source.splitlines()}
-
-
-def parsed(source: str) -> ast.Module | None:
-    """The code's tree; None for what does not even run."""
-    try:
-        return ast.parse(python(source))
-    except Exception:  # a SyntaxError, or what deep nesting and odd characters give
-        return None
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -119,8 +129,11 @@ def reaches(node: ast.AST, modules: dict[str, str]) -> bool:
         return any(behind(name) for name in names)
     if isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else ""
-        patched = name in ("setattr", "delattr") and node.args and dotted(node.args[0], modules)
-        return bool(name in CALLS or patched)
+        if name in ("getattr", "setattr", "delattr") and len(node.args) > 1:
+            attribute = str(getattr(node.args[1], "value", "?"))
+            of = dotted(ast.Attribute(node.args[0], attribute, ast.Load()), modules)
+            return bool(of and name != "getattr" or behind(of) or attribute in ATTRIBUTES)
+        return name in CALLS
     if isinstance(node, ast.Attribute):
         whole = dotted(node, modules)
         written = isinstance(node.ctx, ast.Store | ast.Del) and whole
@@ -134,7 +147,8 @@ def behind(name: str) -> bool:
     if name.startswith(CHECK):
         asked = name.removeprefix(CHECK).removeprefix(".")
         return asked not in ("", "hint", "progress") and not any(asked in several for several in exercises().values())
-    return top in MODULES or top == "minipeft" or (top == "sys" and rest.split(".")[0] in OF_SYS)
+    within = name in MODULES or any(name.startswith(f"{module}.") for module in MODULES)
+    return within or top == "minipeft" or (top == "sys" and rest.split(".")[0] in OF_SYS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +157,8 @@ def behind(name: str) -> bool:
 def pieces(notebook, assignment: str) -> list[int]:
     """Numbers of all pieces of GRAM tokens in the student's code, whatever its names, spaces and comments; what was
     handed out does not count."""
-    return sorted({piece for _, source in of_the_student(notebook) for piece in cut_up(source)} - given(assignment))
+    found = {piece for source in looked_through(notebook).values() for piece in cut_up(source)} - given(assignment)
+    return sorted(found)[:MOST]
 
 
 @cache

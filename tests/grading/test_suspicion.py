@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 
 import nbformat
 import pytest
@@ -13,10 +14,14 @@ from minipeft.course.assignments import sources
 SOLVED = nbformat.read(sources()["lora"], as_version=4)
 
 
-def looked_at(code: str) -> list[str]:
+def submitted(code: str):
     made = copy.deepcopy(SOLVED)
     cell_named(made, "lora_scale").source = code
-    return suspicion.lines_to_look_at(mend.mend(made, "lora")[0], "lora")
+    return made
+
+
+def looked_at(code: str) -> list[str]:
+    return suspicion.lines_to_look_at(mend.mend(submitted(code), "lora")[0], "lora")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,8 @@ def looked_at(code: str) -> list[str]:
         ),
         *("import minipeft.methods.lora", "from minipeft.methods.lora import LoRA", "import minipeft; minipeft.attach"),
         *("eval('1')", "__import__('gc')", "object.__subclasses__()", "!ls", "import builtins", "import ctypes"),
+        *("import sys; getattr(sys, 'modules')", "getattr(print, '__self__').__dict__", "vars(torch)['equal'] = print"),
+        *("getattr(check.grade, '__globals__')", "torch.library.Library('aten', 'IMPL')", "import threading"),
         *("from minipeft.course.check import exercises", "check.exercise.__globals__"),
     ],
 )
@@ -46,7 +53,7 @@ def test_a_line_that_reaches_behind_an_exercise_is_named(line):
         *("import numpy as np", "np = torch", "for m in nn.Linear(1, 1).modules(): pass", "nn.Linear(1, 1).eval()"),
         *("%matplotlib inline", "%timeit 1 + 1", "torch.compile(print)", "check.lora_scale(print)", "def ("),
         *("x = nn.Linear(1, 1); x.weight = nn.Parameter(x.weight)", "check.progress()", "import sys; sys.version"),
-        "check.hint('merge', 1)",
+        *("check.hint('merge', 1)", "getattr(nn, 'Linear')(1, 1)", "getattr(nn.Linear(1, 1), 'bias')"),
     ],
 )
 def test_what_a_learner_does_is_not(line):
@@ -61,6 +68,38 @@ def test_no_solution_and_no_handout_has_such_a_line():
 
 def test_many_such_lines_are_counted():
     assert looked_at("\n".join(["import gc"] * 40))[5:] == ["To look at: 35 more lines of this kind."]
+
+
+@pytest.mark.parametrize("code", ["%%bash\nls -l", "x = !ls", "def f():\n    %run other.py", "%%writefile a.py\nx = 1"])
+def test_what_is_no_python_is_looked_at_too(code):
+    assert looked_at(code)
+
+
+@pytest.mark.parametrize("code", ["%%time\nx = 1", "print?", "?print", "x = (5\n     % 2)", '"""\n%run\n!ls\n"""'])
+def test_what_asks_for_help_or_the_time_is_not(code):
+    assert looked_at(code) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *("x = 1," * 10**6, "(" * 10**5, "x" + ".y" * 10**5, "-" * 10**5 + "1", " " * 10**5, "%x\n" * 40_000),
+        *(
+            "'" * 10**5,
+            "x\n" * 90_000 + "?",
+            "\\" * 10**5,
+            "getattr(torch, 5)",
+            "\x0c\x1c\u2028\nimport os",
+            "f'{" * 99,
+        ),
+    ],
+    ids=range(12),
+)
+def test_code_that_nobody_can_read_holds_nobody_up(code):
+    started = time.process_time()
+    assert all(len(said) < 200 for said in looked_at(code))
+    suspicion.pieces(mend.mend(submitted(code), "lora")[0], "lora")
+    assert time.process_time() - started < 8
 
 
 def test_renamed_and_commented_code_is_nearly_the_same_and_another_answer_is_not():
