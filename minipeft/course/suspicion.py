@@ -89,8 +89,9 @@ def lines_to_look_at(notebook, assignment: str) -> list[str]:
             if line not in ours and not line.startswith(HARMLESS):
                 found.append(f"To look at: cell {i}, line {number}: `{clean(line, 100)}`.")
     more = [f"To look at: {len(found) - SHOWN} more lines of this kind."] if len(found) > SHOWN else []
-    unread = [f"To look at: cell {i} is too long to be looked through." for i in theirs if i not in read]
-    return found[:SHOWN] + more + unread[:1]
+    left = next((i for i in theirs if i not in read), None)
+    unread = [f"To look at: from cell {left} on, the code is too long to be looked through."] if left else []
+    return found[:SHOWN] + more + unread
 
 
 @cache

@@ -83,10 +83,10 @@ def test_what_asks_for_help_or_the_time_is_not(code):
 @pytest.mark.parametrize(
     "code",
     [
-        *("x = 1," * 10**6, "(" * 10**5, "x" + ".y" * 10**5, "-" * 10**5 + "1", " " * 10**5, "%x\n" * 40_000),
+        *("x = 1," * 10**6, "(" * 10**5, "x" + ".y" * 10**5, "-" * 10**5 + "1", " " * 10**5, "%x\n" * 20_000),
         *(
             "'" * 10**5,
-            "x\n" * 90_000 + "?",
+            "x\n" * 30_000 + "?",
             "\\" * 10**5,
             "getattr(torch, 5)",
             "\x0c\x1c\u2028\nimport os",
@@ -99,7 +99,12 @@ def test_code_that_nobody_can_read_holds_nobody_up(code):
     started = time.process_time()
     assert all(len(said) < 200 for said in looked_at(code))
     suspicion.pieces(mend.mend(submitted(code), "lora")[0], "lora")
-    assert time.process_time() - started < 8
+    assert time.process_time() - started < 5
+
+
+def test_what_is_too_long_is_said():
+    (said,) = looked_at("import gc\n" + "x = 1\n" * 40_000)
+    assert said == "To look at: from cell 2 on, the code is too long to be looked through."
 
 
 def test_renamed_and_commented_code_is_nearly_the_same_and_another_answer_is_not():
