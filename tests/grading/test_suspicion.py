@@ -70,7 +70,9 @@ def test_many_such_lines_are_counted():
     assert looked_at("\n".join(["import gc"] * 40))[5:] == ["To look at: 35 more lines of this kind."]
 
 
-@pytest.mark.parametrize("code", ["%%bash\nls -l", "x = !ls", "def f():\n    %run other.py", "%%writefile a.py\nx = 1"])
+@pytest.mark.parametrize(
+    "code", ["%%bash\ncat /etc/passwd", "x = !ls", "def f():\n    %run other.py", "%%writefile a.py\nx = 1"]
+)
 def test_what_is_no_python_is_looked_at_too(code):
     assert looked_at(code)
 
@@ -83,7 +85,14 @@ def test_what_asks_for_help_or_the_time_is_not(code):
 @pytest.mark.parametrize(
     "code",
     [
-        *("x = 1," * 10**6, "(" * 10**5, "x" + ".y" * 10**5, "-" * 10**5 + "1", " " * 10**5, "%x\n" * 20_000),
+        *(
+            "x = 1," * 10**6,
+            "(" * 10**5,
+            "x" + ".y" * 10**5,
+            "-" * 10**5 + "1",
+            "def (\n" + " " * 10**5 + "x",
+            "%x\n" * 20_000,
+        ),
         *(
             "'" * 10**5,
             "x\n" * 30_000 + "?",
