@@ -8,6 +8,7 @@ SUBMISSIONS ?=
 ASSIGNMENT ?=
 OUT ?= graded
 REVEAL ?=
+UNSANDBOXED ?=
 export PYTHON PORT SUBMISSIONS ASSIGNMENT OUT
 export TOKENIZERS_PARALLELISM = false
 
@@ -17,6 +18,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Options: PYTHON=/path/to/python3.11, PORT=8890, LABFLAGS=--no-browser;"
 	@echo "for make grade: SUBMISSIONS=folder ASSIGNMENT=lora OUT=graded REVEAL=1 (show the hidden tests in the feedback)"
+	@echo "  UNSANDBOXED=1 (grade although bubblewrap is not there)"
 
 # JupyterLab refuses to run as root, the only user that many containers have, unless it is told to.
 lab: ## open the course in JupyterLab
@@ -51,7 +53,7 @@ grade: ## grade a class: make grade SUBMISSIONS=folder
 	@bash tools/setup.sh real,classroom
 	@[ -n "$$SUBMISSIONS" ] || { echo "Say which folder holds the submissions: make grade SUBMISSIONS=folder" >&2; exit 2; }
 	.venv/bin/python -m minipeft.course.grade "$$SUBMISSIONS" --out "$$OUT" \
-		$${ASSIGNMENT:+--assignment "$$ASSIGNMENT"} $(if $(REVEAL),--reveal)
+		$${ASSIGNMENT:+--assignment "$$ASSIGNMENT"} $(if $(REVEAL),--reveal) $(if $(UNSANDBOXED),--unsandboxed)
 
 grade-audit: ## try the graders on answers whose worth is known
 	@bash tools/setup.sh real,test,classroom

@@ -12,71 +12,29 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 
-from minipeft.course import assignments
 from minipeft.course.gradebook import Gradebook
-from minipeft.course.sandbox import CannotStart, Limits, isolation
-from minipeft.course.submission import LIMITS, Submission, digest, report
+from minipeft.course.handed_in import Submission, discover, submitted_text
+from minipeft.course.replies import clean
+from minipeft.course.sandbox import CannotStart, Limits, bubblewrap, isolation
+from minipeft.course.submission import LIMITS, digest, report
+from minipeft.course.suspicion import nearly_the_same
 from minipeft.course.verdict import CORRECT
 from minipeft.whole import write_whole
 
-LARGEST = 20 * 2**20  # bytes of a submitted file
-
-
-def discover(folder: Path, assignment: str | None = None) -> list[Submission]:
-    """What was handed in: <student>.ipynb, <student>/<any>.ipynb or nbgrader's <student>/<assignment>/<any>.ipynb.
-
-    Without `assignment`, the file's or folder's name says which it is. ValueError when there is nothing.
-    """
-    known = list(assignments.sources())
-    if assignment is not None and assignment not in known:
-        raise ValueError(f"There is no assignment {assignment!r}; there is {', '.join(known)}.")
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {str(folder)!r} with submissions.")
-    found: dict[tuple[str, str], Submission] = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or not (entry.is_dir() or entry.suffix == ".ipynb"):
-            continue
-        student = entry.stem if entry.is_file() else entry.name
-        files = [entry] if entry.is_file() else sorted(entry.rglob("*.ipynb"))
-        files = [file for file in files if ".ipynb_checkpoints" not in file.parts and not file.is_symlink()]
-        for file in files:
-            parts = [*file.relative_to(folder).parts[1:-1], file.stem]
-            which = (
-                next((p for p in parts if p in known), None) or assignment or (known[0] if len(known) == 1 else None)
-            )
-            if which is None or (assignment is not None and which != assignment):
-                if which is None:
-                    print(
-                        f"{file}: it does not say which assignment it is; name it, or give ASSIGNMENT=", file=sys.stderr
-                    )
-                continue
-            first = found.setdefault((student, which), Submission(student, which, file))
-            if first.path != file and file.stem == which and first.path.stem != which:
-                found[student, which] = Submission(student, which, file)  # the file with the right name counts
-        if not files and assignment is not None:
-            found[student, assignment] = Submission(student, assignment, None, "No notebook was handed in.")
-    if not found:
-        raise ValueError(f"There is no notebook in {str(folder)!r}, neither <student>.ipynb nor <student>/….ipynb.")
-    return [found[key] for key in sorted(found)]
-
-
-def submitted_text(submission: Submission) -> str:
-    """The file's text; an empty one, which grades as no notebook, when it cannot be read."""
-    try:
-        if submission.path is None or submission.path.stat().st_size > LARGEST:
-            return ""
-        return submission.path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+AHEAD = 32  # submissions that are given to an executor and not back yet
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would run
 
 
 def grade(
@@ -94,92 +52,167 @@ def grade(
     `reveal`: whether feedback shows the code of the hidden tests. Called again, it grades only what is new or changed.
 
     In `out`: reports/ (one JSON a submission), gradebook.db, submitted/, autograded/ and feedback/ (nbgrader's),
-    gradescope/ (one JSON a submission), grades.csv.
+    gradescope/ (one JSON a submission), grades.csv. ValueError when there is nothing to grade, or `out` is in use.
     """
     from tqdm.auto import tqdm
 
     out = Path(out).resolve()
     found = discover(Path(submissions), assignment)
-    out.mkdir(parents=True, exist_ok=True)
-    book = Gradebook(out, reveal)
-    texts = {each: submitted_text(each) for each in found}
-    book.start({each.assignment for each in found})
-    unrecorded: dict[Submission, str] = {}
-    with tqdm(total=len(found), disable=not progress, unit="submission") as bar:
-        for each, result in reports_of(texts, out, executor, limits):
-            try:
-                book.record(each, result)
-            except RuntimeError as error:  # the class goes on; grades.csv has the grade all the same
-                unrecorded[each] = str(error)
-            bar.update()
-    rows = []
-    for each in found:
-        result = stored(out, each, texts[each])
-        book.gradescope(each, result)
-        rows.append(row(each, result, unrecorded.get(each, "")))
-    table = pd.DataFrame(rows)
-    write_whole(out / "grades.csv", table.to_csv(index=False))
+    with alone_in(out):
+        book = Gradebook(out, reveal)
+        book.start({each.assignment for each in found} - {""})
+        rows: dict[Submission, dict] = {}
+        with tqdm(total=len(found), disable=not progress, unit="submission") as bar:
+            for each, result in reports_of(found, out, executor, limits):
+                rows[each] = row(each, result, noted(book, each, result))
+                bar.update()
+        table = whole_table([rows[each] for each in found], book.penalty())
+        write_whole(out / "grades.csv", harmless(table).to_csv(index=False))
     return table
 
 
-def reports_of(texts: dict[Submission, str], out: Path, executor, limits: Limits) -> Iterator[tuple[Submission, dict]]:
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """ValueError if another run is writing to `out`; the lock goes with the process that holds it."""
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(out / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise ValueError(f"Another run is grading into {out}: wait for it, or give another OUT=.") from None
+    with lock:
+        yield
+
+
+def noted(book: Gradebook, each: Submission, result: dict) -> str:
+    """Enters a report everywhere; a remark when something could not be entered, as the class goes on."""
+    if not each.assignment:
+        return ""
+    book.gradescope(each, result)
+    try:
+        return book.record(each, result)
+    except OSError:
+        raise
+    except Exception as error:  # grades.csv has the grade all the same
+        return clean(str(error), 1500)
+
+
+def reports_of(found: list[Submission], out: Path, executor, limits: Limits) -> Iterator[tuple[Submission, dict]]:
     """Reports as they come, each on disk before it is given out; those that were there already first."""
     todo = []
-    for each, text in texts.items():
-        known = stored(out, each, text)
-        if known is None:
-            todo.append(each)
-        else:
+    for each in found:
+        text, problem = content_of(each)
+        if not each.assignment:
+            yield each, {"points": {}, "most": {}, "verdicts": {}, "remarks": [problem], "seconds": 0, "peak_memory": 0}
+        elif (known := stored(out, each, digest(text, each.assignment, limits, problem))) is not None:
             yield each, known
+        else:
+            todo.append(each)
+    stop = threading.Event()
     own = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 2) if executor is None else None
-    pool = own or executor
+    waiting: dict[concurrent.futures.Future, tuple[Submission, tuple]] = {}
     try:
-        waiting = {pool.submit(report, texts[each], each.assignment, limits): each for each in todo}
-        while waiting:
+        while todo or waiting:
+            while todo and len(waiting) < AHEAD:  # texts of that many are in memory at once
+                each = todo.pop(0)
+                text, problem = content_of(each)
+                of = (text, each.assignment, limits, problem)
+                waiting[own.submit(report, *of, stop) if own else executor.submit(report, *of)] = each, of
             done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                each = waiting.pop(future)
-                try:
-                    result = future.result()
-                except Exception:  # the executor lost it; grading itself raises nothing
-                    result = report(texts[each], each.assignment, limits)
+                each, of = waiting.pop(future)
+                result = result_of(future, *of)
                 write_whole(report_path(out, each), json.dumps(result))
                 yield each, result
     finally:
+        stop.set()
         if own:
             own.shutdown(wait=True, cancel_futures=True)
 
 
+def content_of(each: Submission) -> tuple[str, str]:
+    """(the text that was handed in, why there is none)."""
+    try:
+        return submitted_text(each), ""
+    except ValueError as error:
+        return "", str(error)
+
+
+def result_of(future: concurrent.futures.Future, text: str, assignment: str, limits: Limits, problem: str) -> dict:
+    """The report; made here if the executor lost it, and without marks where the grader itself fails on this file."""
+    for attempt in (future.result, lambda: report(text, assignment, limits, problem)):
+        try:
+            return attempt()
+        except (CannotStart, OSError):
+            if attempt != future.result:
+                raise  # no student's fault
+        except Exception as error:
+            said = f"The grader failed on this file ({type(error).__name__}: {str(error)[:200]}): look at it by hand."
+    return report("", assignment, limits, said) | {"digest": digest(text, assignment, limits, problem)}
+
+
 def report_path(out: Path, each: Submission) -> Path:
-    return out / "reports" / each.assignment / f"{each.student}.json"
+    return out / "reports" / each.assignment / f"{each.folder}.json"
 
 
-def stored(out: Path, each: Submission, text: str) -> dict | None:
-    """The report on disk, if it is about this very text and this source."""
+def stored(out: Path, each: Submission, digest: str) -> dict | None:
+    """The report on disk, if it is about this very submission, its checks and its limits."""
     try:
         found = json.loads(report_path(out, each).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if found.get("digest") == digest(text, each.assignment) else None
+    return found if isinstance(found, dict) and found.get("digest") == digest else None
 
 
-def row(each: Submission, found: dict, unrecorded: str) -> dict:
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+def row(each: Submission, found: dict, noted: str) -> dict:
     lost: dict[str, list[str]] = {}
     for name, verdict in found["verdicts"].items():
         if verdict["outcome"] != CORRECT:
             lost.setdefault(verdict["outcome"], []).append(name)
-    points = {name: found["points"][name] for name in found["most"]}
+    called = f"Its files are called {each.folder}." if each.folder != each.student else ""
     return {
         "student": each.student,
         "assignment": each.assignment,
-        "score": sum(points.values()),
+        "score": sum(found["points"].values()),
         "most": sum(found["most"].values()),
-        **points,
+        "late penalty": 0,
+        **{name: found["points"][name] for name in found["most"]},
         "lost": "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in lost.items()),
-        "remarks": " ".join(filter(None, [*found["remarks"], each.problem, unrecorded])),
+        "remarks": [*found["remarks"], each.remark, called, noted],
         "seconds": found["seconds"],
         "memory in MiB": round(found["peak_memory"] / 2**20),
+        "pieces": found.get("pieces", []),
+        "folder": each.folder,
     }
+
+
+def whole_table(rows: list[dict], late: dict[tuple[str, str], tuple[float, float]]) -> pd.DataFrame:
+    """The rows with what only the whole class tells: late penalties, and whose code is nearly the same."""
+    for assignment in {each["assignment"] for each in rows}:
+        of = [each for each in rows if each["assignment"] == assignment]
+        alike = nearly_the_same({each["student"]: each["pieces"] for each in of})
+        for each in of:
+            if others := alike.get(each["student"]):
+                more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+                names = ", ".join(clean(other, 40) for other in others[:5])
+                each["remarks"].append(f"To look at: nearly the same code as {names}{more}.")
+            seconds, penalty = late.get((each["folder"], assignment), (0, 0))
+            if seconds:
+                each["remarks"].append(f"Handed in {timedelta(seconds=round(seconds))} late.")
+                each["late penalty"], each["score"] = penalty, max(0, each["score"] - penalty)
+    for each in rows:
+        each["remarks"] = " ".join(filter(None, each["remarks"]))
+        del each["pieces"], each["folder"]
+    return pd.DataFrame(rows)
+
+
+def harmless(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with an apostrophe before whatever a spreadsheet would take for a formula."""
+    return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell)
 
 
 def main() -> int:
@@ -188,15 +221,34 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("graded"))
     parser.add_argument("--assignment")
     parser.add_argument("--reveal", action="store_true", help="show the hidden tests in the feedback")
+    parser.add_argument("--unsandboxed", action="store_true", help="grade although bubblewrap is not there")
     asked = parser.parse_args()
     print("Isolation in force:", *(f"  {what:<10} {how}" for what, how in isolation().items()), sep="\n")
+    if bubblewrap() is None and not asked.unsandboxed:
+        print(
+            "bubblewrap is not on this machine, so a submission could read and change your files and use the network: "
+            "install it (apt install bubblewrap), or give --unsandboxed in a container that holds nothing else.",
+            file=sys.stderr,
+        )
+        return 2
     started = time.perf_counter()
     try:
         table = grade(asked.submissions, asked.out, asked.assignment, reveal=asked.reveal)
     except (ValueError, CannotStart) as error:
         print(error, file=sys.stderr)
         return 2
-    print(table[["student", "assignment", "score", "most", "lost", "remarks"]].to_string(index=False, max_colwidth=60))
+    except KeyboardInterrupt:
+        print(f"Stopped. What was graded is in {asked.out}/, and the same command goes on.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(
+            f"{error.strerror or error}: {error.filename or asked.out} cannot be written or read. "
+            "When that is mended, the same command goes on.",
+            file=sys.stderr,
+        )
+        return 2
+    shown = table[["student", "assignment", "score", "most", "lost", "remarks"]]
+    print(shown.to_string(index=False, max_colwidth=60))
     peak = table["memory in MiB"].max()
     print(
         f"{len(table)} submissions in {time.perf_counter() - started:.0f} s, at most {peak} MiB each; see {asked.out}/."

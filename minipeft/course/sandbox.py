@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +84,17 @@ def isolation(limits: Limits = LIMITS) -> dict[str, str]:
     }
 
 
-class Sandbox:
-    """`with Sandbox() as box: box.ask(do="cell", source="1 + 1")`. Raises Killed when the process ends or must end."""
+class Stopped(RuntimeError):
+    """Somebody asked the grader to stop."""
 
-    def __init__(self, limits: Limits = LIMITS):
+
+class Sandbox:
+    """`with Sandbox() as box: box.ask(do="cell", source="1 + 1")`. Raises Killed when the process ends or must end, and
+    Stopped when `stop` is set."""
+
+    def __init__(self, limits: Limits = LIMITS, stop: threading.Event | None = None):
         self.limits = limits
+        self.stop = stop
         self.peak = 0
         self.started = time.monotonic()
 
@@ -126,7 +134,7 @@ class Sandbox:
         self.watched = psutil.Process(self.process.pid)
         self.looked = 0.0
         try:
-            if self._receive(60) != "ready":
+            if self._exchange(None, 60) != {"ready": True}:
                 raise Killed("it did not start")
         except Killed as killed:
             self.__exit__()
@@ -154,21 +162,23 @@ class Sandbox:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def ask(self, **message):
-        """Sends a message and waits for the reply."""
+        """Sends a message and waits for the reply, which must bear the message's number: none can be sent ahead."""
         left = self.limits.seconds - (time.monotonic() - self.started)
         if left <= 0:
             raise Killed(f"the submission took longer than {self.limits.seconds} s")
-        try:
-            wire.send(self.write, message)
-        except wire.Broken as error:
-            raise Killed("its process ended") from error
-        return self._receive(self.limits.each + 3, left)
+        number = secrets.token_hex(8)
+        reply = self._exchange(message | {"number": number}, min(self.limits.each + 3, left))
+        if not isinstance(reply, dict) or reply.pop("number", None) != number:
+            raise Killed("it sent a malformed reply")
+        return reply
 
-    def _receive(self, seconds: float, left: float = float("inf")):
+    def _exchange(self, message: dict | None, seconds: float):
         try:
-            return wire.receive(self.read, min(seconds, left), self._watch)
+            if message is not None:
+                wire.send(self.write, message, seconds, self._watch)
+            return wire.receive(self.read, seconds, self._watch)
         except TimeoutError as error:
-            if left < seconds:
+            if time.monotonic() - self.started >= self.limits.seconds:
                 raise Killed(f"the submission took longer than {self.limits.seconds} s") from error
             raise Killed("it took too long and did not let itself be interrupted") from error
         except wire.Broken as error:
@@ -178,6 +188,8 @@ class Sandbox:
         if time.monotonic() - self.looked < 0.05:
             return
         self.looked = time.monotonic()
+        if self.stop is not None and self.stop.is_set():
+            raise Stopped("The grader was stopped.")
         family, used = [self.watched], 0
         with contextlib.suppress(psutil.Error):
             family += self.watched.children(recursive=True)

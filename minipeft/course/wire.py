@@ -14,7 +14,8 @@ import time
 
 import torch
 
-LIMIT = 64 * 2**20  # bytes of one message
+TEXT, TENSORS = 4 * 2**20, 16 * 2**20  # bytes of one message; honest replies have a twentieth of it
+VALUES = 200_000  # brackets and commas of a message: Python takes a hundred times as much for [] as JSON does
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -62,52 +63,73 @@ def unpack(tree, tensors: dict[str, torch.Tensor]):
 
 
 def encode(value) -> bytes:
+    """The message. TypeError names what cannot travel, ValueError says that it is too large."""
     from safetensors.torch import save
 
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(pack(value, tensors)).encode()
     blob = save(tensors) if tensors else b""
+    check(len(text), len(blob), text, ValueError)
     return struct.pack(">QQ", len(text), len(blob)) + text + blob
 
 
-def send(fd: int, value) -> None:
-    """Write one message to a file descriptor. Raises Broken when nobody reads it any more."""
-    view = memoryview(encode(value))
-    try:
-        while view:
-            view = view[os.write(fd, view) :]
-    except OSError as error:
-        raise Broken("its process ended") from error
+def check(text_size: int, blob_size: int, text: bytes, kind: type[Exception]) -> None:
+    if text_size > TEXT or blob_size > TENSORS:
+        raise kind(f"it sent more than {TEXT >> 20} MiB of text or {TENSORS >> 20} MiB of tensors at once")
+    if sum(text.count(sign) for sign in b"[{,") > VALUES:
+        raise kind(f"it sent more than {VALUES:,} values at once")
+
+
+def send(fd: int, value, seconds: float | None = None, watch=None) -> None:
+    """Write one message to a file descriptor. Raises Broken when nobody reads it any more, TimeoutError after `seconds`
+    in which nobody does; `watch()` is called while waiting, and may raise."""
+    write(fd, encode(value), seconds, watch)
+
+
+def write(fd: int, message: bytes, seconds: float | None = None, watch=None) -> None:
+    deadline = None if seconds is None else time.monotonic() + seconds
+    view = memoryview(message)
+    while view:
+        if not _ready([], [fd], deadline, watch):
+            continue
+        try:
+            view = view[os.write(fd, view[: select.PIPE_BUF]) :]  # as much as surely fits
+        except OSError as error:
+            raise Broken("its process ended") from error
 
 
 def receive(fd: int, seconds: float | None = None, watch=None):
     """Read one message. TimeoutError after `seconds`; `watch()` is called while waiting, and may raise."""
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     deadline = None if seconds is None else time.monotonic() + seconds
     sizes = struct.unpack(">QQ", _read(fd, 16, deadline, watch))
-    if sum(sizes) > LIMIT:
-        raise Broken(f"it sent more than {LIMIT >> 20} MiB at once")
+    check(*sizes, b"", Broken)
     text, blob = _read(fd, sizes[0], deadline, watch), _read(fd, sizes[1], deadline, watch)
+    check(0, 0, text, Broken)
     try:
         return unpack(json.loads(text), load(blob) if blob else {})
-    except (ValueError, RecursionError, SafetensorError, KeyError) as error:
+    except Exception as error:  # whatever the parsers meet in bytes that a stranger chose
         raise Broken("it sent a malformed message") from error
 
 
 def _read(fd: int, count: int, deadline: float | None, watch) -> bytes:
     found = bytearray()
     while len(found) < count:
-        if watch is not None:
-            watch()
-        wait = 0.05 if watch is not None or deadline is not None else None
-        if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError
-        if not select.select([fd], [], [], wait)[0]:
+        if not _ready([fd], [], deadline, watch):
             continue
         chunk = os.read(fd, min(count - len(found), 2**20))
         if not chunk:
             raise Broken("its process ended")
         found += chunk
     return bytes(found)
+
+
+def _ready(read: list[int], write: list[int], deadline: float | None, watch) -> bool:
+    """Waits a moment for a file descriptor. TimeoutError after the deadline."""
+    if watch is not None:
+        watch()
+    if deadline is not None and time.monotonic() > deadline:
+        raise TimeoutError
+    wait = 0.05 if watch is not None or deadline is not None else None
+    return any(select.select(read, write, [], wait)[:2])

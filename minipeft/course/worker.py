@@ -11,9 +11,10 @@ import signal
 import sys
 import types
 
-from minipeft.course import wire
+from minipeft.course import pristine, wire
 
 TEXT = 20_000  # characters that are kept of one output
+PICTURES = 2 * 2**20  # and of all pictures of a cell
 
 
 def restrict(memory: int, disk: int, processes: int, seconds: int) -> None:
@@ -51,6 +52,7 @@ class Worker:
         from IPython.core.interactiveshell import InteractiveShell
 
         self.seconds = seconds
+        self.watch = pristine.Watch(type(self))
         self.shell = InteractiveShell.instance(colors="nocolor" if _new_ipython() else "NoColor")
         self.shell.history_manager.enabled = False
 
@@ -61,22 +63,24 @@ class Worker:
         with capture_output() as captured:
             result = self.shell.run_cell(source)
         error = result.error_before_exec or result.error_in_exec
-        outputs = []
+        outputs, room = [], PICTURES
         streams = {"stdout": "" if error else captured.stdout, "stderr": captured.stderr}
         for name, text in streams.items():
             if text:
                 outputs.append({"output_type": "stream", "name": name, "text": cut(text)})
         for rich in captured.outputs[:20]:
-            data = {
-                k: v for k, v in rich.data.items() if k in ("text/plain", "image/png") and isinstance(v, str | bytes)
-            }
-            data = {k: cut(v) if isinstance(v, str) else base64(v) for k, v in data.items()}
+            text, picture = rich.data.get("text/plain"), rich.data.get("image/png")
+            data = {"text/plain": cut(text)} if isinstance(text, str) else {}
+            picture = base64(picture) if isinstance(picture, bytes) else picture
+            if isinstance(picture, str) and len(picture) <= room:
+                room -= len(picture)
+                data["image/png"] = picture
             if data:
                 outputs.append({"output_type": "display_data", "metadata": {}, "data": data})
         if error:
-            said = [cut(captured.stdout)] if captured.stdout else []
+            printed = [cut(captured.stdout)] if captured.stdout else []
             kind = type(error).__name__
-            outputs.append({"output_type": "error", "ename": kind, "evalue": cut(str(error)), "traceback": said})
+            outputs.append({"output_type": "error", "ename": kind, "evalue": said(error), "traceback": printed})
         return {"outputs": outputs}
 
     def call(self, objects: list, drive: str, args: tuple) -> dict:
@@ -90,22 +94,27 @@ class Worker:
             got, after = perform(drive, tuple(self.shell.user_ns[name] for name in objects), args)
         return {"got": as_data(got), "after": after}
 
+    def state(self, whole: bool) -> dict:
+        """What the functions that measure are made of (see `pristine`): a number for all, or each by name."""
+        found = self.watch.state()
+        return {"state": found if whole else pristine.digest(found)}
+
     def serve(self, read: int, write: int) -> None:
         signal.signal(signal.SIGALRM, out_of_time)
         while True:
             message = wire.receive(read)
+            number = message.pop("number")
             signal.setitimer(signal.ITIMER_REAL, self.seconds)
             try:
                 try:
-                    reply = getattr(self, message.pop("do"))(**message)
-                    wire.encode(reply)
+                    reply = wire.encode(getattr(self, message.pop("do"))(**message) | {"number": number})
                 except TypeError as error:
-                    reply = failed("TypeError", f"it returned {error}, which a grader cannot look at")
-                except (Exception, KeyboardInterrupt, SystemExit) as error:
-                    reply = failed(type(error).__name__, str(error))
+                    reply = failed("TypeError", f"it returned {said(error)}, which a grader cannot look at", number)
+                except BaseException as error:
+                    reply = failed(type(error).__name__, said(error), number)
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            wire.send(write, reply)
+            wire.write(write, reply)
 
 
 def as_data(got):
@@ -114,9 +123,18 @@ def as_data(got):
     return {"raised": [list(got.kinds), got.text, got.where]} if isinstance(got, Raised) else {"value": got}
 
 
-def failed(kind: str, text: str) -> dict:
-    error = {"output_type": "error", "ename": kind, "evalue": cut(text), "traceback": [f"{kind}: {cut(text)}"]}
-    return {"got": {"raised": [[kind], cut(text), ""]}, "after": (), "outputs": [error]}
+def failed(kind: str, text: str, number: str) -> bytes:
+    error = {"output_type": "error", "ename": kind, "evalue": text, "traceback": [f"{kind}: {text}"]}
+    reply = {"got": {"raised": [[kind], text, ""]}, "after": (), "outputs": [error], "number": number}
+    return wire.encode(reply)
+
+
+def said(error: BaseException) -> str:
+    """The text of a stranger's exception, which may itself raise one."""
+    try:
+        return cut(str(error))
+    except Exception:
+        return "(its text cannot be shown)"
 
 
 def cut(text: str) -> str:
@@ -126,7 +144,7 @@ def cut(text: str) -> str:
 def base64(data: bytes) -> str:
     import base64
 
-    return base64.b64encode(data[: 2**20]).decode()
+    return base64.b64encode(data).decode()
 
 
 def _new_ipython() -> bool:
@@ -149,7 +167,7 @@ def main(arguments: list[str]) -> None:
     silent = Silent("minipeft.course.check")
     sys.modules["minipeft.course.check"] = minipeft.course.check = silent
     worker = Worker(each)
-    wire.send(write, "ready")
+    wire.send(write, {"ready": True})
     try:
         worker.serve(read, write)
     except wire.Broken:
