@@ -13,7 +13,7 @@ import peft
 import torch
 
 import minipeft as mp
-from minipeft.learn.fit import collate, encode
+from minipeft.learn.rows import collate, encode
 from minipeft.world.base import build_model
 
 ROUNDS = 40

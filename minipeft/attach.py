@@ -214,6 +214,11 @@ class Tuned(nn.Module):
         return [layer for name in self.active for layer in self.adapters[name].values()]
 
     @property
+    def in_front(self) -> int:
+        """How many vectors the active adapters put before the tokens of a text, for which it has fewer positions."""
+        return 0 if self._front is None else self._front.count()
+
+    @property
     def originals(self) -> list[nn.Parameter]:
         """The base's own parameters for which a trained copy or a merged weight stands in."""
         return list(self._originals.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -31,9 +32,9 @@ def unheard(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     for (path, _), parameter in places.items():
         sharing.setdefault(id(parameter), []).append(path)
     called: set[str] = set()
-    with _trial(model) as run, contextlib.ExitStack() as watch:
+    with _trial(model) as run:
         for path in {other for weight in weights.values() for other in sharing[id(weight)]} if run else ():
-            watch.callback(model.get_submodule(path).register_forward_hook(lambda *_, at=path: called.add(at)).remove)
+            model.get_submodule(path).register_forward_hook(lambda *_, at=path: called.add(at))
         if not weights or not run or not (before := run()):
             return {}
         idle = [path for path in weights if path not in called]
@@ -67,7 +68,7 @@ def _read(model: nn.Module, paths: Sequence[str], run: Run, before: list[torch.T
 @contextlib.contextmanager
 def _trial(model: nn.Module) -> Iterator[Run | None]:
     """What calls the model and returns its output's tensors, [] where it cannot be called so; None where there is
-    nothing to call. Dropout, generators and the log of transformers are left as they were."""
+    nothing to call. Hooks, modes, generators and the log are left as they were."""
     parameter = next(model.parameters(), None)
     if not hasattr(model, "main_input_name") or parameter is None or type(parameter.data) is not torch.Tensor:
         yield None
@@ -75,6 +76,7 @@ def _trial(model: nn.Module) -> Iterator[Run | None]:
     from transformers.utils import logging
 
     training, loud = [module for module in model.modules() if module.training], logging.get_verbosity()
+    hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
 
     def run() -> list[torch.Tensor]:
         with contextlib.suppress(Exception):  # it may want more than its main input
@@ -83,6 +85,8 @@ def _trial(model: nn.Module) -> Iterator[Run | None]:
 
     try:
         logging.set_verbosity_error()
+        for module, *_ in hooks:  # whoever listens to the model does not hear of it
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
         model.eval()
         with torch.no_grad(), torch.random.fork_rng():
             yield None if parameter.is_meta else run
@@ -90,6 +94,8 @@ def _trial(model: nn.Module) -> Iterator[Run | None]:
         logging.set_verbosity(loud)
         for module in training:
             module.training = True
+        for module, after, before in hooks:
+            module._forward_hooks, module._forward_pre_hooks = after, before
 
 
 def _inputs(model: nn.Module, like: torch.Tensor) -> dict[str, torch.Tensor]:

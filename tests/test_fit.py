@@ -9,9 +9,10 @@ from sklearn.metrics import precision_recall_fscore_support
 from tiny import small
 
 import minipeft as mp
-from minipeft.learn.fit import IGNORE, _order, collate, encode, evaluate, fit, report, training
+from minipeft.learn.fit import IGNORE, evaluate, fit, report, training
 from minipeft.learn.peak import PeakMemory
 from minipeft.learn.plan import Plan
+from minipeft.learn.rows import collate, encode, order
 from minipeft.world import tasks
 from minipeft.world.base import build_model, build_tokenizer, held_out_loss
 
@@ -202,14 +203,14 @@ def test_models_and_tokenizers_that_do_not_fit_are_refused():
 
 def test_batches_use_every_row_once_an_epoch_and_hold_similar_lengths():
     lengths = [(7 * i) % 50 + 1 for i in range(128)]
-    order = _order(lengths, 4, seed=0)
-    epoch = [next(order) for _ in range(32)]
+    rows = order(lengths, 4, seed=0)
+    epoch = [next(rows) for _ in range(32)]
     assert sorted(sum(epoch, [])) == list(range(128))
     padding = sum(max(lengths[i] for i in batch) * 4 - sum(lengths[i] for i in batch) for batch in epoch)
     assert padding < 0.15 * sum(lengths)
-    again = _order(lengths, 4, seed=0)
+    again = order(lengths, 4, seed=0)
     assert [next(again) for _ in range(32)] == epoch
-    few = _order([3, 1], 16, seed=0)
+    few = order([3, 1], 16, seed=0)
     assert sorted(set(next(few))) == [0, 1]
 
 

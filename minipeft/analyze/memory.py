@@ -24,6 +24,7 @@ from minipeft.attach import Tuned, attach
 from minipeft.layer import Method
 from minipeft.learn.peak import PeakMemory, kept
 from minipeft.methods.qlora import quantize
+from minipeft.reading import longest
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _inputs(model: nn.Module, batch: int, length: int) -> dict[str, torch.Tensor
         raise ValueError(
             f"{type(model).__name__} is no transformers model of text, so it is not known what to feed it."
         )
-    context = getattr(config, "max_position_embeddings", None) or length
+    context = longest(model) or length
     if not 0 < length <= context or batch < 1:
         raise ValueError(f"Batches of {batch} × {length} tokens do not fit: the model reads 1 to {context} tokens.")
     device = next(model.parameters()).device

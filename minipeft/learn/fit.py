@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,7 +22,20 @@ from minipeft.front import IGNORE
 from minipeft.layer import Layer
 from minipeft.learn.peak import PeakMemory, kept
 from minipeft.learn.plan import Plan
+from minipeft.learn.rows import (
+    as_task,
+    collate,
+    encode,  # noqa: F401  a name that this file had
+    order,
+    padding,
+    read,
+    warn_of_unknown,
+)
+from minipeft.reading import is_pair
 from minipeft.world.tasks import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 
 @dataclass
@@ -67,7 +81,7 @@ class Score:
 
 def fit(
     model: nn.Module,
-    task: Task,
+    task: Task | Dataset | DatasetDict | list[str],
     steps: int = 60,
     lr: float = 1e-2,
     batch: int = 16,
@@ -84,6 +98,8 @@ def fit(
     the run. Interrupting the kernel stops it too; model and history stay usable either way.
 
     Args:
+        task: a `Task`, or what `as_task` makes one of: texts, or a data set with `text`, `prompt` and `completion`, or
+            `text` and `label`. An encoder–decoder reads the prompt and writes the completion.
         lr: the learning rate; constant, or with `schedule="linear"` rising over the first tenth of the steps and then
             falling to 0.
         tokenizer: the default is the one that `load` put on the model.
@@ -93,7 +109,7 @@ def fit(
     """
     from tqdm.auto import tqdm
 
-    history = History()
+    history, task = History(), as_task(task)
     run = training(model, task, history, Plan(steps, lr, batch, seed, schedule), tokenizer)
     with tqdm(total=steps, disable=not progress, leave=False, desc=task.name) as bar:
         try:
@@ -114,8 +130,8 @@ def training(model: nn.Module, task: Task, history: History, plan: Plan, tokeniz
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if isinstance(model, Tuned):
         model.check_acting("fit")
-    rows = _check(model, task, tokenizer)
-    encoded = encode(task.kind, rows, tokenizer, _context(model))
+    encoded = read(model, task, task.data["train"], tokenizer)
+    warn_of_unknown(encoded, tokenizer)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of the model requires a gradient: attach a method first, e.g. mp.LoRA(rank=8).")
     return _train(model, task.kind, encoded, tokenizer, history, plan)
@@ -123,14 +139,15 @@ def training(model: nn.Module, task: Task, history: History, plan: Plan, tokeniz
 
 def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: History, plan: Plan) -> Iterator[int]:
     optimizer = torch.optim.AdamW(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
-    order = _order([len(ids) for ids, _ in encoded], plan.batch, plan.seed)
+    rows = order([len(ids) for ids, _ in encoded], plan.batch, plan.seed)
+    pad = padding(model, tokenizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)
     device = next(p for p in model.parameters() if p.requires_grad).device
     started = time.perf_counter()
     model.train()
     try:
         for step in range(plan.steps):
-            inputs = collate(kind, [encoded[i] for i in next(order)], tokenizer, device)
+            inputs = collate(kind, [encoded[i] for i in next(rows)], tokenizer, device, pad)
             memory = PeakMemory(chain(*kept(model, optimizer).values())) if step == 1 else None  # step 0 makes moments
             with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
                 torch.manual_seed(plan.seed * 1_000_003 + step)
@@ -198,97 +215,49 @@ def _warn_of_idle(layers: list[Layer]) -> None:
         )
 
 
-BLOCK = 8  # batches that are drawn together, so that each can hold rows of similar length: little padding, little waste
-
-
-def _order(lengths: list[int], batch: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers: a new permutation each epoch, sorted by length within blocks of BLOCK batches."""
-    generator, waiting = torch.Generator().manual_seed(seed), []
-    batches = max(1, min(BLOCK, len(lengths) // batch))  # at most an epoch, or sorting would gather copies of a row
-    while True:
-        while len(waiting) < batches * batch:
-            waiting += torch.randperm(len(lengths), generator=generator).tolist()
-        block, waiting = sorted(waiting[: batches * batch], key=lengths.__getitem__), waiting[batches * batch :]
-        for i in torch.randperm(batches, generator=generator).tolist():
-            yield block[i * batch : (i + 1) * batch]
-
-
-def batches(model: nn.Module, task: Task, n: int, size: int = 16, seed: int = 0, tokenizer=None) -> Iterator[dict]:
+def batches(model: nn.Module, task, n: int, size: int = 16, seed: int = 0, tokenizer=None) -> Iterator[dict]:
     """`n` batches of training rows as `fit` draws them with this `seed`, each what the model is called with."""
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    task = as_task(task)
     Plan(n, batch=size)  # says which of the two is no number of steps, or of rows
-    rows = _check(model, task, tokenizer)
-    encoded = encode(task.kind, rows, tokenizer, _context(model))
-    order, device = _order([len(ids) for ids, _ in encoded], size, seed), next(model.parameters()).device
+    encoded = read(model, task, task.data["train"], tokenizer)
+    rows, device = order([len(ids) for ids, _ in encoded], size, seed), next(model.parameters()).device
     for _ in range(n):
-        yield collate(task.kind, [encoded[i] for i in next(order)], tokenizer, device)
-
-
-def encode(kind: str, rows, tokenizer, context: int | None) -> list[tuple[list[int], list[int] | int]]:
-    """Rows as (token ids, labels): labels are the ids with IGNORE where no loss is taken, or the class of the row.
-
-    Raises:
-        ValueError: naming the first row that is longer than the model's context.
-    """
-    end = tokenizer.eos_token_id
-    if kind == "class":
-        ids = tokenizer(list(rows["text"])).input_ids if len(rows) else []
-        found = list(zip(ids, rows["label"], strict=True))
-    elif kind == "text":
-        found = []
-        for ids in tokenizer(list(rows["text"])).input_ids:
-            ids = ids if ids[-1:] == [end] else [*ids, end]
-            found.append((ids, ids))
-    else:
-        prompts = tokenizer(list(rows["prompt"])).input_ids
-        answers = tokenizer([f" {text}" for text in rows["completion"]], add_special_tokens=False).input_ids
-        found = [(p + a + [end], [IGNORE] * len(p) + a + [end]) for p, a in zip(prompts, answers, strict=True)]
-    for i, (ids, _) in enumerate(found):
-        if context is not None and len(ids) > context:
-            raise ValueError(
-                f"Row {i} has {len(ids)} tokens but the model reads at most {context}: shorten or drop it."
-            )
-    return found
-
-
-def collate(kind: str, encoded, tokenizer, device) -> dict[str, torch.Tensor]:
-    """A batch for the model: input_ids, attention_mask (batch, longest) padded on the right, and labels."""
-    width = max(len(ids) for ids, _ in encoded)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in encoded])
-    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in encoded])
-    if kind == "class":
-        labels = torch.tensor([label for _, label in encoded])
-    else:
-        labels = torch.tensor([labels + [IGNORE] * (width - len(labels)) for _, labels in encoded])
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+        chosen = [encoded[i] for i in next(rows)]
+        yield collate(task.kind, chosen, tokenizer, device, padding(model, tokenizer))
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, split: str = "test", n: int | None = None, tokenizer=None) -> Score:
+def evaluate(
+    model: nn.Module,
+    task: Task | Dataset | DatasetDict | list[str],
+    split: str = "test",
+    n: int | None = None,
+    tokenizer=None,
+) -> Score:
     """Score `model` on (the first `n` rows of) a split of `task`.
 
     loss = Σ −log p(token | before) / Σ tokens, over all words, over the completion, or over the class; accuracy as
     `Task` explains. The model's mode is put back afterwards.
     """
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    task = as_task(task)
     if split not in task.data:
         raise ValueError(f"Task {task.name!r} has no split {split!r}: it has {', '.join(task.data)}.")
     rows = task.data[split]
     rows = rows if n is None else rows.select(range(min(n, len(rows))))
-    _check(model, task, tokenizer, rows)
-    encoded = encode(task.kind, rows, tokenizer, _context(model))
+    encoded = read(model, task, rows, tokenizer)
     device = next(model.parameters()).device
-    was_training = model.training
+    was_training, pair = model.training, is_pair(model)
     model.eval()
     total, count, right, predictions = 0.0, 0, 0.0, [0] * len(encoded)
     shortest_first = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))  # little padding, so little waste
     for start in range(0, len(encoded), 64):
         chosen = shortest_first[start : start + 64]
-        inputs = collate(task.kind, [encoded[i] for i in chosen], tokenizer, device)
-        labels = inputs.pop("labels")
+        inputs = collate(task.kind, [encoded[i] for i in chosen], tokenizer, device, padding(model, tokenizer))
+        labels = inputs["labels"] if pair else inputs.pop("labels")  # of which a decoder's input is made
         logits = model(**inputs).logits.float()
-        if task.kind != "class":
+        if task.kind != "class" and not pair:
             logits, labels = logits[:, :-1], labels[:, 1:]
         kept = labels != IGNORE
         total += nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
@@ -334,41 +303,3 @@ def report(score: Score, task: Task):
     )
     table.pop("accuracy", None)
     return pd.DataFrame(table).T.astype({"support": int}).round(3)
-
-
-def _context(model) -> int | None:
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
-
-
-def _check(model: nn.Module, task: Task, tokenizer, rows=None):
-    """Raise ValueError with one sentence for anything that cannot be trained on; return the training rows."""
-    rows = task.data["train"] if rows is None else rows
-    if len(rows) == 0:
-        raise ValueError(f"Task {task.name!r} has no rows to read: its data set is empty.")
-    if tokenizer is None:
-        raise ValueError("This model came without a tokenizer: pass tokenizer=…, or load the model with mp.load.")
-    devices = {p.device.type for p in model.parameters()}
-    if "meta" in devices:
-        raise ValueError("The model is on the meta device, which has shapes but no numbers: load it with its weights.")
-    if len(devices) > 1:
-        raise ValueError(
-            f"The model's parameters are spread over {sorted(devices)}: move it to one device with .to(…)."
-        )
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if table is not None and len(tokenizer) > table.num_embeddings:
-        raise ValueError(
-            f"The tokenizer knows {len(tokenizer):,} tokens but the model has embeddings for {table.num_embeddings:,}: "
-            f"use the tokenizer that came with the model."
-        )
-    writes = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
-    if task.kind == "class":
-        if writes:
-            raise ValueError(f"Task {task.name!r} asks for a class but the model predicts words: load it with labels=…")
-        classes, have = max(rows["label"]) + 1, getattr(model.config, "num_labels", None)
-        if have is not None and classes > have:
-            raise ValueError(
-                f"Task {task.name!r} has {classes} classes but the model only {have}: load it with labels=…"
-            )
-    elif not writes:
-        raise ValueError(f"Task {task.name!r} asks for words but the model predicts classes: load it without labels.")
-    return rows
