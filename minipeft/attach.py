@@ -19,11 +19,12 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
+from minipeft.build import ELSEWHERE, Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.calls import unheard
 from minipeft.front import Front, front
 from minipeft.hook import Seat, State, check_rows, remove_hooks, seat_on
@@ -55,20 +56,6 @@ def wrap(model: nn.Module, name: str, methods: tuple[Method, ...], layers: dict[
     return tuned
 
 
-ELSEWHERE = {  # what transformers calls otherwise
-    "save_pretrained": "use tuned.save(path), or detach() after merge() and save what that returns",
-    "push_to_hub": "use tuned.save(path) and upload the folder",
-    "add_adapter": "use tuned.add(name, method)",
-    "load_adapter": "use mp.load_adapter(tuned, path, name)",
-    "set_adapter": "use tuned.use(name)",
-    "enable_adapters": "leave tuned.disabled(), or use tuned.use(name)",
-    "disable_adapters": "use the context tuned.disabled(), or tuned.use() without a name",
-    "delete_adapter": "use tuned.detach(), and attach what should stay",
-    "active_adapters": "use tuned.active",
-    "active_adapter": "use tuned.active",
-}
-
-
 class Tuned(nn.Module):
     """A frozen base with one or more named adapters; it behaves like the base (attributes fall through to it).
 
@@ -89,6 +76,7 @@ class Tuned(nn.Module):
         self._disabled = False
         self._required = {slot: p.requires_grad for slot, p in slots(base)}
         self.training = base.training
+        self.register_load_state_dict_post_hook(_without_base)
         base.requires_grad_(False)
         base._tuned = True
 
@@ -151,6 +139,20 @@ class Tuned(nn.Module):
         )
         self._refresh()
         return result
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """What a module around this one calls, such as `nn.Sequential` or `torch.compile`."""
+        self.check_open("load_state_dict")
+        self._prefix = prefix
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def train(self, mode: bool = True) -> Tuned:
+        """Training or not; the base's batch norms keep the statistics that they have, for the base is frozen."""
+        super().train(mode)
+        for module in self.base.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+                module.eval()
+        return self
 
     # -- adapters -----------------------------------------------------------------------------------------------------
     def add(self, name: str, method: Method | Sequence[Method], seed: int = 0) -> None:
@@ -414,6 +416,13 @@ class Tuned(nn.Module):
         finally:
             state.rows = None
             self._refresh()
+
+
+def _without_base(tuned: Tuned, keys: NamedTuple) -> None:
+    """After loading: the base was not in the file, and is not missed."""
+    start = f"{tuned._prefix}base."
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(start)]
+    tuned._refresh()
 
 
 @functools.cache

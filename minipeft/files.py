@@ -157,8 +157,8 @@ def check_complete(base: nn.Module, config: dict, present: set[str], needs: str)
     else:
         suffixes = tuple(f".{target}" for target in targets)
         matches = lambda p: f".{p}".endswith(suffixes)  # noqa: E731
-    saved = tuple(f".{module}" for module in config.get("modules_to_save") or ())
-    matrices = [p for p, m in base.named_modules() if is_matrix(m) and not (saved and f".{p}".endswith(saved))]
+    saved = [f".{module}." for module in config.get("modules_to_save") or ()]  # whole, with all that is inside
+    matrices = [p for p, m in base.named_modules() if is_matrix(m) and not any(s in f".{p}." for s in saved)]
     if missing := [p for p in matrices if matches(p) and p not in present]:
         raise ValueError(
             f"it has no {needs} for {len(missing)} of its targets, such as {missing[0]!r}; "

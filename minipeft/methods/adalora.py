@@ -126,6 +126,11 @@ class AdaLoRA(Method):
     @torch.no_grad()
     def stepped(self, layers: Sequence[Layer], step: int) -> None:
         mine, last = self.own(layers), self.steps - self.final
+        before, latest = mine[0].run
+        before += latest if step <= latest else 0  # another run goes on where the one before it stopped
+        for layer in mine:
+            layer.run = before, step
+        step += before
         if step < last:
             for layer in mine:
                 layer.observe()
@@ -158,6 +163,7 @@ class AdaLoRALayer(WeightLayer):
         self.P = nn.Parameter(torch.zeros(target.d_out, r, **self.place(target)))
         self.lam = nn.Parameter(torch.zeros(r, 1, **self.place(target)))
         self.Q = nn.Parameter(torch.zeros(r, target.d_in, **self.place(target)))
+        self.run = 0, 0  # optimizer steps of the runs before this one, and of this one
         self.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=self.P.device))
         for name, p in list(self.named_parameters()):
             self.register_buffer(f"sensitivity_{name}", torch.zeros_like(p), persistent=False)

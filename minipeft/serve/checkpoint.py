@@ -191,6 +191,7 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> list[Method]:
     """The methods that build what the files hold."""
+    rename(base, tensors)
     layout = None if config.get("peft_type") == SELECT else layout_for(config)
     check_config(config, layout)
     for key in [key for key in tensors if key.endswith(".base_layer.weight")]:
@@ -203,6 +204,19 @@ def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -
     if not methods and not names:
         raise ValueError("it holds no numbers of any method; it was saved incompletely.")
     return methods + ([Full(targets=tuple(names))] if names else [])
+
+
+def rename(base: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Takes out of the keys what training put around the model: the names of an adapter and of wrappers, and PEFT's
+    "base_layer" before a bias that was trained along."""
+    paths = {part for path, _ in base.named_modules() for part in path.split(".")}
+    around = {"default", "_orig_mod", "module"} - paths
+    for key in list(tensors):
+        name = key.removesuffix(".base_layer.bias") + ".bias" if key.endswith(".base_layer.bias") else key
+        name = ".".join(part for part in name.split(".") if part not in around)
+        if name != key and name in tensors:
+            raise ValueError(f"{key!r} and {name!r} stand for the same numbers; keep one of them.")
+        tensors[name] = tensors.pop(key)
 
 
 def check_config(config: dict, layout: Layout | None) -> None:
@@ -245,6 +259,12 @@ def drop_if_equal(base: nn.Module, key: str, tensors: dict[str, torch.Tensor]) -
 def fill(layers: list[Layer], config: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Copies the file's numbers into built layers, each into its own place."""
     places = expected(layers, config)
+    for layer in split(layers)[0]:  # a tied parameter may be in the file under each of its names
+        names = [PREFIX + parameter_name(slot) for slot in layer.slots]
+        own = next((name for name in names if name in places), None)
+        for name in names if own else ():
+            if name in tensors and name != own and torch.equal(tensors[name], tensors.get(own, tensors[name])):
+                tensors[own] = tensors.pop(name)
     for what, keys in (("lacks", places.keys() - tensors.keys()), ("has", tensors.keys() - places.keys())):
         if keys:
             use = "which this model needs" if what == "lacks" else "for which this model has no place"
