@@ -293,7 +293,8 @@ def holds_tensors(values) -> bool:
 
 
 def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.contiguous().reshape(-1).view(torch.uint8).equal(b.contiguous().reshape(-1).view(torch.uint8))
+    flat = (torch.empty(each.shape, dtype=each.dtype).copy_(each).view(-1).view(torch.uint8) for each in (a, b))
+    return torch.equal(*flat)
 
 
 def written(number: numbers.Number) -> str:

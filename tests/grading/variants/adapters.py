@@ -80,7 +80,7 @@ def bottleneck(x, down_w, down_b, up_w, up_b):
     return x + torch.einsum("...m,dm->...d", hidden * (hidden > 0), up_w) + up_b
 
 
-# %% bottleneck right: layers of torch
+# %% bottleneck wrong: layers of torch that the numbers are copied into
 def bottleneck(x, down_w, down_b, up_w, up_b):
     m, d = down_w.shape
     net = nn.Sequential(nn.Linear(d, m), nn.ReLU(inplace=True), nn.Linear(m, d)).to(x.dtype)
@@ -88,6 +88,14 @@ def bottleneck(x, down_w, down_b, up_w, up_b):
         for parameter, value in zip(net.parameters(), (down_w, down_b, up_w, up_b), strict=True):
             parameter.copy_(value)
         return net(x) + x
+
+
+# %% bottleneck right: layers of torch, called with these weights
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    m, d = down_w.shape
+    net = nn.Sequential(nn.Linear(d, m), nn.ReLU(inplace=True), nn.Linear(m, d))
+    parts = {"0.weight": down_w, "0.bias": down_b, "2.weight": up_w, "2.bias": up_b}
+    return torch.func.functional_call(net, parts, (x,)) + x
 
 
 # %% count_adapters wrong: no biases
@@ -689,7 +697,7 @@ class RepairedAdapter(nn.Module):
     def __init__(self, linear, bottleneck):
         super().__init__()
         self.register_buffer("W", linear.weight.detach())
-        self.register_buffer("b", linear.bias.detach())
+        self.register_buffer("b", None if linear.bias is None else linear.bias.detach())
         self.down = nn.Linear(len(self.W), bottleneck)
         self.up = nn.Linear(bottleneck, len(self.W))
         self.up.weight = nn.Parameter(torch.zeros_like(self.up.weight))

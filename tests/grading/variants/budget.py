@@ -348,7 +348,7 @@ def count_trainable(method, shapes, size):
 def count_trainable(method, shapes, size):
     if method not in {"lora", "adalora", "dora", "vera", "adapter"}:
         raise ValueError(f"{method} is no method")
-    i, o = torch.tensor(shapes).sum(0)
+    i, o = torch.tensor(shapes).view(-1, 2).sum(0)
     n = len(shapes)
     if method == "vera":
         return o + n * size
@@ -500,7 +500,7 @@ def training_bytes(base, own, added, width, moments=2):
 def training_bytes(base, own, added, width, moments=2):
     kinds = (  # how many, bytes of weight, master, gradient, moments
         (base - own, width, 0, 0, 0),
-        (own, width, 4 * (width == 2), width, 4 * moments),
+        (own, width, 4 * (width < 4), width, 4 * moments),
         (added, 4, 0, 4, 4 * moments),
     )
     total = [sum(n * sizes[i] for n, *sizes in kinds) for i in range(4)]
@@ -511,7 +511,7 @@ def training_bytes(base, own, added, width, moments=2):
 def training_bytes(base, own, added, width, moments=2):
     trained = float(own + added)
     result = {"moments": trained * moments * 4.0, "gradients": own * float(width) + added * 4.0}
-    result["master"] = own * 4.0 if width != 4 else 0.0
+    result["master"] = own * 4.0 if width in (1, 2, 3) else 0.0
     result["weights"] = base * float(width) + added * 4.0
     return result
 
@@ -1058,7 +1058,7 @@ def repaired_memory(model):
         if p.requires_grad:
             found["gradients"] += n * width
             found["moments"] += n * 4 + n * 4
-            found["master"] += n * 4 if p.dtype != torch.float32 else 0
+            found["master"] += n * 4 if width < 4 else 0
     found["weights"] += sum(b.numel() * b.element_size() for b in model.buffers())
     return found
 
@@ -1069,6 +1069,6 @@ def repaired_memory(model):
     sizes = torch.tensor(
         [[p.numel(), p.nbytes, 4 * p.numel() * (p.itemsize < 4)] for p in trained], dtype=torch.float64
     )
-    numbers, gradients, master = sizes.sum(0)
+    numbers, gradients, master = sizes.view(-1, 3).sum(0)
     weights = sum(map(lambda t: t.nbytes, [*model.parameters(), *model.buffers()]))
     return {"weights": float(weights), "master": master, "gradients": gradients, "moments": 8 * numbers.item()}

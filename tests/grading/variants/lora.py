@@ -413,7 +413,7 @@ def unmerge(layer, receipt):
 
 # %% unmerge right: copies the numbers back
 def unmerge(layer, receipt):
-    layer.weight = nn.Parameter(receipt.detach().clone())
+    layer.weight = nn.Parameter(receipt.detach().clone(), requires_grad=receipt.requires_grad)
 
 
 # %% unmerge right: setattr
@@ -593,9 +593,9 @@ class NoMatch(ValueError):
 
 def find_targets(names, patterns):
     expressions = {p: re.compile(r"(.*\.)?" + re.escape(p)) for p in patterns}
-    for pattern, expression in expressions.items():
-        if not any(expression.fullmatch(n) for n in names):
-            raise NoMatch(f"{pattern} matches no module")
+    missed = [p for p, expression in expressions.items() if not any(expression.fullmatch(n) for n in names)]
+    if missed:
+        raise NoMatch(f"no module matches {' or '.join(missed)}")
     if not expressions:
         raise NoMatch("no pattern")
     return tuple(n for n in names if any(e.fullmatch(n) for e in expressions.values()))
@@ -738,7 +738,7 @@ class RepairedLoRA(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.register_buffer("W", linear.weight.detach())
-        self.register_buffer("b", linear.bias.detach())
+        self.b = linear.bias if linear.bias is None else linear.bias.detach()
         self.A = nn.Parameter(torch.nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features)))
         self.B = nn.Parameter(self.A.new_zeros(linear.out_features, rank))
         self.gamma = alpha / rank

@@ -378,7 +378,7 @@ def attend(q, k, v, prefix_k, prefix_v, mask):
     allowed = places[None] <= torch.arange(length)[:, None] + n
     allowed = allowed[None] & ((places < n) | F.pad(mask, (n, 0)).bool())[:, None]
     scores = (q.double() @ K.mT) / math.sqrt(q.shape[-1])
-    scores = torch.where(allowed[:, None], scores, -math.inf)
+    scores = torch.where(allowed[:, None], scores, -1e300)
     e = (scores - scores.amax(-1, keepdim=True).detach()).exp()
     return (e @ V / e.sum(-1, keepdim=True)).to(q.dtype)
 

@@ -800,7 +800,7 @@ def repaired_comparison(M, N, k):
 def repaired_comparison(M, N, k):
     U, s, _ = np.linalg.svd(M.numpy())
     W = np.linalg.svd(N.numpy())[0]
-    p = s / np.sum(s)
+    p = s[s > 0] / np.sum(s)
     return {
         "chance": k / len(M),
         "shared": np.linalg.norm(U[:, :k].T @ W[:, :k], "fro") ** 2 / k,

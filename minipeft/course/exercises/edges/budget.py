@@ -51,7 +51,6 @@ def count_edges(rng: Random):
         yield Case(
             f"raise a ValueError for the method {method!r}", (method, [(3, 4)], 2), Raises("ValueError", (method,))
         )
-    yield "raise a ValueError for an unknown method, even without layers", ("prefix", [], 2)
 
 
 def training_bytes(base, own, added, width, moments=2):

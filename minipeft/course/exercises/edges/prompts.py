@@ -100,7 +100,7 @@ def nearest_edges(rng: Random):
     def spread(words, d):
         return normal(rng, words, d, dtype=torch.float64)
 
-    for scale in (1e-9, 1e-3, 1e6):
+    for scale in (1e-7, 1e-3, 1e6):
         table = spread(9, 4)
         table[::2] *= scale
         yield f"compare embeddings that are {scale:g} times as long as others", (spread(3, 4), table, 3)
@@ -159,6 +159,9 @@ EDGES = {
     "repaired_prompt": {
         "reference": (repaired_prompt,),
         "edges": repair_edges,
-        "without": {"types": "all arguments come from one model in one type, and 16 bits round its attention"},
+        "without": {
+            "types": "all arguments come from one model in one type, and 16 bits round its attention",
+            "gradient": "its drive looks at the prompt's gradient; the model's own weights see padding too",
+        },
     },
 }

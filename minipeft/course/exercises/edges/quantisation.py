@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.course.exercises.draw import normal
+from minipeft.course.exercises.draw import holds, normal
+from minipeft.course.verdict import Case, differ
 
 
 def bits_per_parameter(block, second_block=None):
@@ -130,7 +131,16 @@ def layer_edges(rng: Random):
         W = normal(rng, d_out, d_in)
         W[1:2] *= 0.0 if zero else 1.0
         b = normal(rng, d_out) if bias else None
-        yield f"serve {what}", (W, b, code, block, normal(rng, *batch, d_in), normal(rng, *batch, d_out))
+        x, g = normal(rng, *batch, d_in), normal(rng, *batch, d_out)
+        indices, scales = quantise_blocks(W, code, block)
+        stored = dequantise(indices, code, scales, block, W.shape)
+        wanted = {"output": F.linear(x, stored, b), "gradient": g @ stored}
+
+        def judge(seen, wanted=wanted):
+            lines = differ({name: seen[name] for name in wanted}, wanted)
+            return " ".join(lines) or holds(seen)
+
+        yield Case(f"serve {what}", (W, b, code, block, x, g), judge=judge)
 
 
 FROZEN = "a quantised weight is frozen: no gradient is asked for"
