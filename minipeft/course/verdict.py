@@ -112,7 +112,7 @@ def examine(exercise: Exercise, run: Callable[..., tuple[object, tuple]], seed: 
     for done, case in enumerate(exercise.cases(random.Random(seed)), 1):
         promises = exercise.promises() if case.promises is None else case.promises
         got, after = run(list(promises), case.args, dict(case.keywords))
-        if isinstance(got, Raised) and got.kinds[0] == "NotImplementedError":
+        if isinstance(got, Raised) and got.kinds[0] == "NotImplementedError" and unwritten(got.text, exercise):
             return Verdict(exercise.name, NOT_ATTEMPTED, (f"{got.text or exercise.name} is still to be written.",))
         if (
             isinstance(got, Raised)
@@ -132,6 +132,11 @@ def examine(exercise: Exercise, run: Callable[..., tuple[object, tuple]], seed: 
     return Verdict(exercise.name, CORRECT, (f"{done} cases with random sizes and types.",))
 
 
+def unwritten(text: str, exercise: Exercise) -> bool:
+    """Whether a NotImplementedError is the stub's own; torch has some of another kind."""
+    return text in ("", exercise.name, *exercise.objects)
+
+
 def ordinal(number: int) -> str:
     ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number // 10 % 10 != 1 else "th"
     return ORDINALS[number - 1] if number <= len(ORDINALS) else f"{number}{ending}"
@@ -142,7 +147,7 @@ def fault(case: Case, got, after) -> tuple[str, ...]:
     if isinstance(got, Raised) and got.kinds[0] == "NotKept":
         return (got.text,)
     if isinstance(got, Raised) and got.kinds[0] == "TimeoutError":
-        return ("It took too long and was stopped: is there a loop that never ends?",)
+        return ("It took too long and was stopped. Is there a loop that never ends?",)
     if case.judge is not None:
         lines = (said,) if (said := case.judge(got)) else ()
     elif lines := differ(got, case.expect, case.exact):

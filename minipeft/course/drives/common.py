@@ -11,7 +11,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from minipeft.course.drives.promises import same, weights
+from minipeft.course.drives.promises import listed, same, weights
 
 
 def call(function, *args, **keywords):
@@ -92,8 +92,8 @@ def draws(function: Callable, sizes: tuple, seed: int) -> dict:
     }
     seen: dict = {}
     for name, each in plans.items():
-        made = function(*sizes, each)
-        made = [made] if isinstance(made, torch.Tensor) else list(made)
+        made = listed(function(*sizes, each))
+        made = [made] if isinstance(made, torch.Tensor) else made
         seen[name] = [tensor.detach().clone() for tensor in made]
         crowded = any(step == 0 and size > 1 for t in made for step, size in zip(t.stride(), t.shape, strict=True))
         seen["own memory"] = seen.get("own memory", True) and not crowded

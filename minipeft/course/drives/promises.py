@@ -13,9 +13,12 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import nn
+
+from minipeft.course.drives.plain import MANY, plain
 
 
 class NotKept(Exception):
@@ -30,7 +33,7 @@ def look(act: Callable, objects: tuple, asked: list[str], given: tuple, keywords
         return slopes(act, objects, given)
     fresh = copy.deepcopy((given, keywords))
     modes = state_of_torch()
-    value = listed(act(*objects, *given, **keywords))
+    value = plain(listed(act(*objects, *given, **keywords)))
     if "modes" in asked:
         for what, before, after in zip(MODES, modes, state_of_torch(), strict=True):
             if not same(before, after):
@@ -40,15 +43,15 @@ def look(act: Callable, objects: tuple, asked: list[str], given: tuple, keywords
         owned(value, given)
     if "again" in asked:
         kept = replaced(value, lambda tensor: tensor.detach().clone())
-        if not same(listed(act(*objects, *fresh[0], **fresh[1])), kept):
+        if not same(plain(listed(act(*objects, *fresh[0], **fresh[1]))), kept):
             raise NotKept("A second call with the same arguments gives something else: does it remember the first?")
         return kept
     return value
 
 
 def listed(value):
-    """Generators run dry, so they are read once."""
-    return list(value) if isinstance(value, Iterator) else value
+    """Generators run dry, so they are read once, and not without end."""
+    return list(islice(value, MANY + 1)) if isinstance(value, Iterator | range) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

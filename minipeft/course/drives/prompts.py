@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from minipeft.course.drives.common import gradient, leaf
+from minipeft.course.drives.plain import plain
 from minipeft.course.drives.promises import keeping
 
 
@@ -36,7 +37,7 @@ def draw_rows(function, table, n: int, seed: int) -> dict:
 
 def name_rows(function, prompt, table, k: int):
     """Indices, whatever their whole-number type."""
-    found = function(prompt, table, k)
+    found = plain(function(prompt, table, k))
     whole = isinstance(found, torch.Tensor) and found.dtype in (torch.int32, torch.int16, torch.uint8)
     return found.long() if whole else found
 

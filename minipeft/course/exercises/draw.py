@@ -30,7 +30,7 @@ def holds(seen: dict) -> str | None:
 def uniform(name: str, bound: float, seen: dict) -> str | None:
     """Whether the first tensor of `drives.common.draws` looks drawn from U(−bound, bound), each number by itself."""
     A = seen["first"][0].double()
-    largest, spread, wanted = A.abs().max().item(), A.std().item(), bound / math.sqrt(3)
+    largest, spread, wanted = A.abs().max().item(), A.std(correction=0).item(), bound / math.sqrt(3)
     if other := {str(t.dtype) for t in seen["first"]} - {"torch.float32"}:
         return f"The numbers are {', '.join(sorted(other))}; they should be torch.float32."
     if not seen["own memory"]:
