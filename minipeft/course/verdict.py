@@ -257,9 +257,8 @@ def _differ_tensors(got, want: torch.Tensor, exact: bool, place: str) -> tuple[s
         wrong = int((got != want).sum())
         if not wrong:
             return ()
-        return (
-            f"{wrong} of {want.numel()} entries differ{place} (shape {tuple(want.shape)}); {first(got, want, got != want)}.",
-        )
+        where = first(got, want, got != want)
+        return (f"{wrong} of {want.numel()} entries differ{place} (shape {tuple(want.shape)}); {where}.",)
     if _bits(got, want):
         return ()
     difference = (got.double() - want.double()).abs()

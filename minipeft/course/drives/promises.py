@@ -57,7 +57,12 @@ def listed(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # The state of torch
 # ---------------------------------------------------------------------------------------------------------------------
-MODES = ("the grad mode", "the default type", "the seed of torch's random numbers", "the state of Python's random numbers")
+MODES = (
+    "the grad mode",
+    "the default type",
+    "the seed of torch's random numbers",
+    "the state of Python's random numbers",
+)
 
 
 def state_of_torch() -> tuple:
@@ -178,7 +183,7 @@ def same(a, b) -> bool:
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
 def keeping(function: Callable, model: nn.Module, *rest, gradients: bool = True):
-    """`function(model, …)`, after which the model is as it was: numbers, flags, gradients, mode. NotKept says what is not."""
+    """`function(model, …)`, after which the model is as it was: numbers, flags, mode. NotKept says what is not."""
     before = portrait(model, gradients)
     value = listed(function(model, *rest))
     after = portrait(model, gradients)

@@ -20,8 +20,11 @@ def quantise(function, weight, code, block: int) -> dict:
 
 
 def held_bytes(value) -> int:
-    """The bytes of the numbers that an object holds in tensors, arrays, texts and lists, found as Python's own garbage
-    collector finds them: through attributes, closures, partials and whatever else; each storage once."""
+    """The bytes of the numbers that an object holds in tensors, arrays, texts and lists, each storage once.
+
+    They are found as Python's own garbage collector finds them, through attributes, closures, partials and whatever
+    else, and in autograd's graph.
+    """
     seen, total, waiting = set(), 0, [value]
     while waiting:
         each = waiting.pop()
@@ -33,12 +36,16 @@ def held_bytes(value) -> int:
         seen.add(key)
         if isinstance(each, torch.Tensor):
             total += each.untyped_storage().nbytes()
+            waiting.append(each.grad_fn)
         elif type(each).__module__ == "numpy" and hasattr(each, "nbytes"):
             total += each.nbytes
             waiting.append(getattr(each, "base", None))
         elif isinstance(each, float | bytes | bytearray | memoryview | array.array):
             total += 8 if isinstance(each, float) else sys.getsizeof(each)
-        if isinstance(each, types.FunctionType):
+        if isinstance(each, torch.autograd.graph.Node):
+            waiting += [getattr(each, name) for name in dir(each) if name.startswith("_saved_")]
+            waiting += [getattr(each, "variable", None), *(deeper for deeper, _ in each.next_functions)]
+        elif isinstance(each, types.FunctionType):
             waiting += [*(each.__closure__ or ()), *(each.__defaults__ or ()), each.__dict__]
         elif not isinstance(each, str | int | bytes):
             waiting += gc.get_referents(each)

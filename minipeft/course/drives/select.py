@@ -31,7 +31,7 @@ class Gate(nn.Module):
 
 
 def network(kind: str, width: int, seed: int) -> nn.Module:
-    """ "biases": linear, Conv1D and LayerNorm with biases, and decoys; "frozen": the same, frozen; "none": without biases."""
+    """ "biases": linear, Conv1D and LayerNorm with biases, and decoys; "frozen": the same, frozen; "none": no bias."""
     rng = random.Random(seed)
     model = nn.Module()
     for i in range(rng.randint(2, 3)):

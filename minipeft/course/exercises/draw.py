@@ -36,7 +36,8 @@ def uniform(name: str, bound: float, seen: dict) -> str | None:
     if not seen["own memory"]:
         return "Several numbers share one place in memory (expand), so they cannot be trained apart."
     if A.any() and A.unique().numel() < 0.99 * A.numel():
-        return f"Numbers of {name} repeat, {A.unique().numel()} different ones of {A.numel()}: rows that are equal stay equal."
+        different = f"{A.unique().numel()} different ones of {A.numel()}"
+        return f"Numbers of {name} repeat, {different}: rows that are equal stay equal."
     if largest > bound * (1 + 1e-6) or not A.any():
         return f"The largest |{name}| is {largest:.4f}; the bound 1/√d_in is {bound:.4f} here."
     if A.numel() > 1000:

@@ -85,7 +85,8 @@ def gradient(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
             for want, have, label in zip(wanted.values(), got.values(), labels, strict=False):
                 if lines := differ(have, want):
                     if want.any() and not have.any():
-                        return f"No gradient reaches {label}: `no_grad`, `detach`, `.data`, `.item()` and numpy cut it off."
+                        cut = "`no_grad`, `detach`, `.data`, `.item()` and numpy cut it off"
+                        return f"No gradient reaches {label}: {cut}."
                     if have.any() and not want.any():
                         return f"A gradient reaches {label}, which should have none: detach the result."
                     return f"The gradient of {label} is not that of the formula. {' '.join(lines)}"

@@ -57,6 +57,7 @@ def stable_edges(rng: Random):
     yield "be the size of an identity", (torch.eye(5),)
     yield "take float32", (M.float(),)
     yield "be 0 for a single zero", (torch.zeros(1, 1),)
+    yield "take a matrix of low rank, whose other σ are 0", (torch.diag(torch.tensor([3.0, 2.0, 0.0])),)
 
 
 def factor_spectrum(B, A):

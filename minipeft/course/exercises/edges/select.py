@@ -49,9 +49,8 @@ def mask_edges(rng: Random):
     for shapes in (((7,),), ((3, 5), (2, 2, 3), (4,)), ((1,), (1, 1)), ((6, 6),)):
         for share in (0.5, 0.37, 0.64, 0.01):
             total = sum(torch.Size(s).numel() for s in shapes)
-            yield f"mark round({share}·{total}) = {round(share * total)} entries of tensors {', '.join(map(str, shapes))}", (
-                drawn(*shapes), share,
-            )  # fmt: skip
+            which = f"{round(share * total)} entries of tensors {', '.join(map(str, shapes))}"
+            yield f"mark round({share}·{total}) = {which}", (drawn(*shapes), share)
     equal = {"b": torch.tensor([[1.0, -2.0, 2.0, 2.0]]), "a": torch.tensor([2.0, -1.0, 0.0, -2.0])}
     for share, count in ((0.25, 2), (0.375, 3), (0.75, 6), (0.875, 7)):
 
