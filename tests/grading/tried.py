@@ -38,7 +38,7 @@ def main() -> int:
         mine = {name: each for name, each in known.items() if each[1] == assignment}
         namespace, _ = mutants.workshop(assignment)
         files = {}
-        for i, (kind, _, exercise, code) in enumerate(mine.values()):
+        for i, (_, _, exercise, code) in enumerate(mine.values()):
             notebook = copy.deepcopy(audit.solved(assignment))
             cell_named(notebook, exercise).source = code
             files[f"a{i:03d}"] = nbformat.writes(notebook)

@@ -710,3 +710,39 @@ class RepairedAdapter(nn.Module):
 
     def trainable(self):
         return list(self.parameters())
+
+
+# %% bottleneck wrong: the residual is cut off
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x.detach() + F.linear(F.relu(F.linear(x, down_w, down_b)), up_w, up_b)
+
+
+# %% init_adapter wrong: one column for all
+def init_adapter(width, bottleneck, generator):
+    bound = 1 / math.sqrt(width)
+    column = torch.empty(bottleneck, 1).uniform_(-bound, bound, generator=generator)
+    return column.repeat(1, width), torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% RepairedAdapter wrong: two layers share their halves
+class Shared:
+    down = up = None
+
+
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        if Shared.down is None or Shared.down.weight.shape != (bottleneck, linear.out_features):
+            Shared.down = nn.Linear(linear.out_features, bottleneck)
+            Shared.up = nn.Linear(bottleneck, linear.out_features)
+        self.down, self.up = Shared.down, Shared.up
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]

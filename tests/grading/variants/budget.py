@@ -1072,3 +1072,30 @@ def repaired_memory(model):
     numbers, gradients, master = sizes.view(-1, 3).sum(0)
     weights = sum(map(lambda t: t.nbytes, [*model.parameters(), *model.buffers()]))
     return {"weights": float(weights), "master": master, "gradients": gradients, "moments": 8 * numbers.item()}
+
+
+# %% step_multiply_adds wrong: equal layers once
+def step_multiply_adds(shapes, rank, tokens):
+    if rank is None:
+        return tokens * sum(3 * a * b for a, b in set(shapes))
+    return tokens * sum(2 * a * b + 3 * rank * (a + b) for a, b in set(shapes))
+
+
+# %% kept_bytes wrong: gradients that do not exist are made
+def kept_bytes(model, optimizer):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None and p.requires_grad else p.grad
+    state = [value for each in optimizer.state.values() for value in each.values()]
+    return {
+        "weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "optimizer": sum(value.nbytes for value in state if isinstance(value, torch.Tensor)),
+    }
+
+
+# %% target_shapes right: a generator
+def target_shapes(model, targets):
+    for name, layer in model.named_modules():
+        if name.split(".")[-1] in targets and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
+            shape = tuple(layer.weight.shape)
+            yield shape[::-1] if isinstance(layer, nn.Linear) else shape

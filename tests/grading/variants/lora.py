@@ -748,3 +748,43 @@ class RepairedLoRA(nn.Module):
 
     def trainable(self):
         return list(self.parameters())
+
+
+# %% lora_forward wrong: a detached result
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(x, W, b) + gamma * F.linear(F.linear(x, A), B).detach()
+
+
+# %% init_lora wrong: the seed of the generator, not its stream
+def init_lora(d_out, d_in, rank, generator):
+    own = torch.Generator().manual_seed(generator.initial_seed())
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=own), torch.zeros(d_out, rank)
+
+
+# %% count_lora wrong: equal shapes once
+def count_lora(shapes, rank):
+    return sum(rank * (d_out + d_in) for d_out, d_in in set(shapes))
+
+
+# %% find_targets right: a generator
+def find_targets(names, patterns):
+    missed = [p for p in patterns if not any(("." + n).endswith("." + p) for n in names)]
+    if missed or not patterns:
+        raise ValueError(f"no match: {missed}")
+    return (n for n in names if any(("." + n).endswith("." + p) for p in patterns))
+
+
+# %% RepairedLoRA wrong: fails without a bias
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return x @ self.linear.weight.T + self.linear.bias + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [self.A, self.B]

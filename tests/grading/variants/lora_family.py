@@ -631,3 +631,25 @@ class RepairedDoRA(nn.Module):
         with torch.no_grad():
             norm = torch.linalg.vector_norm(V, dim=1, keepdim=True)
         return x @ (V * (self.m / norm)).mT + self.b
+
+
+# %% vera_delta wrong: no gradient for d
+def vera_delta(A, B, d, b):
+    return b[:, None] * (B @ (d.detach()[:, None] * A))
+
+
+# %% dora_weight wrong: the norm is a constant
+def dora_weight(W, A, B, m, gamma):
+    V = W + gamma * (B @ A)
+    return (m / V.detach().norm(dim=1))[:, None] * V
+
+
+# %% adalora_budget right: a fraction
+def adalora_budget(step, total, start, final, first, target):
+    from fractions import Fraction
+
+    if step <= start:
+        return first
+    if step >= total - final:
+        return target
+    return target + (first - target) * (1 - Fraction(step - start, total - final - start)) ** 3

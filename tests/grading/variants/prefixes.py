@@ -762,3 +762,19 @@ def repaired_prefix(model, prefix, ids, mask, positions):
         )
         found.append(model(ids[row : row + 1], positions[row : row + 1].add(n), seen, past))
     return torch.cat(found)
+
+
+# %% count_prefix wrong: heads of a rounded width
+def count_prefix(n, layers, width, heads, kv_heads):
+    return n * layers * 2 * width if kv_heads == 1 == heads else max(n, 1) * layers * 2 * kv_heads * (width // heads)
+
+
+# %% prefix_share wrong: an average over texts
+def prefix_share(attention, n, mask):
+    share = attention[..., :n].sum(-1) * mask[:, None]
+    return (share.sum(-1) / mask.sum(-1)[:, None]).mean(0)
+
+
+# %% fold_prefix wrong: float32 always
+def fold_prefix(E, W1, b1, W2, b2):
+    return {"prompt_embeddings": F.linear(F.linear(E, W1, b1).tanh(), W2, b2).detach().float()}

@@ -563,3 +563,23 @@ class RepairedQuantisedLinear(nn.Module):
 
     def forward(self, x):
         return Product.apply(x, self)
+
+
+# %% unpack_nibbles wrong: a view of the bytes where none was added
+def unpack_nibbles(packed, n):
+    if n == 0:
+        raise ValueError("nothing")
+    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]
+
+
+# %% dequantise wrong: float32 always
+def dequantise(indices, code, scales, block, shape):
+    return (code[indices.long()].float() * scales.repeat_interleave(block)[: len(indices)].float()).view(shape)
+
+
+# %% bits_per_parameter right: a fraction
+def bits_per_parameter(block, second_block=None):
+    from fractions import Fraction
+
+    scale = Fraction(32) if second_block is None else 8 + Fraction(32, second_block)
+    return 4 + scale / block

@@ -604,3 +604,26 @@ def layer_range(names, first, last):
     if len(chosen) == 0:
         raise ValueError
     return list(chosen)
+
+
+# %% tune_softmax wrong: the grad mode is left off
+def tune_softmax(model):
+    torch.set_grad_enabled(False)
+    added = 0
+    if model.head.weight is model.embed.weight:
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+        added = model.head.weight.numel()
+    model.requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    return added
+
+
+# %% layer_range wrong: sorted by number
+def layer_range(names, first, last):
+    def number(name):
+        return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+    found = sorted((name for name in names if first <= number(name) <= last), key=number)
+    if not found:
+        raise ValueError("none")
+    return found
