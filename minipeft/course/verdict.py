@@ -303,6 +303,8 @@ def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def written(number: numbers.Number) -> str:
     """A count with all its digits, anything else with seven."""
+    if isinstance(number, bool):
+        return str(number)
     return f"{number:,}" if isinstance(number, int) else f"{number:,.7g}"
 
 

@@ -1,7 +1,7 @@
 """What is asked of every answer beside its result: each promise is looked at in every case that does not do without.
 
 "again"     a second call with the same arguments gives the same
-"modes"     the grad mode, the default type and the seeds of random numbers stay as they were (a new layer may draw)
+"modes"     the grad mode, the default type and the seed stay as they were (a new layer may draw from it)
 "memory"    no number of the result lies in an argument's memory, or stands for several
 "gradient"  what comes out is the gradient that reaches each tensor, instead of the result
 "strided"   the tensors are not contiguous
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -57,17 +56,12 @@ def listed(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # The state of torch
 # ---------------------------------------------------------------------------------------------------------------------
-MODES = (
-    "the grad mode",
-    "the default type",
-    "the seed of torch's random numbers",
-    "the state of Python's random numbers",
-)
+MODES = ("the grad mode", "the default type", "the seed of torch's random numbers")
 
 
 def state_of_torch() -> tuple:
     grad = torch.is_grad_enabled()
-    return grad, torch.get_default_dtype(), torch.initial_seed(), random.getstate()
+    return grad, torch.get_default_dtype(), torch.initial_seed()
 
 
 def restore(modes: tuple) -> None:

@@ -27,7 +27,7 @@ LENSES = {
     "edges": "hold at the edges: sizes of 1 and 0, ties, boundaries, odd names and texts",
     "memory": "return numbers that lie in memory of their own",
     "again": "give the same in a second call",
-    "modes": "leave torch's modes and seeds as they were",
+    "modes": "leave torch's modes and seed as they were",
 }
 FIRST = 3  # of an exercise's own inputs are looked at through each lens
 LOOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
