@@ -58,3 +58,4 @@ grade: ## grade a class: make grade SUBMISSIONS=folder
 grade-audit: ## try the graders on answers whose worth is known
 	@bash tools/setup.sh real,test,classroom
 	.venv/bin/python tests/grading/audit.py
+	.venv/bin/python tests/grading/mutants.py

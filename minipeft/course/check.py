@@ -3,21 +3,29 @@
 
 A check calls the learner's code on random inputs, compares with a slow and obvious reference, and shows one of four
 outcomes: correct, wrong (with the first property that fails and what that usually means), not attempted, could not run.
+A call that takes longer than `SECONDS` is stopped, and the kernel lives on: by a signal, which Python runs in the main
+thread between two of its steps. Elsewhere (Windows, another thread, one endless step of a library) there is no limit,
+and the notebook's stop button ends the call.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from minipeft.course.drives import perform
 from minipeft.course.exercises import exercise, exercises
-from minipeft.course.verdict import CORRECT, NOT_ATTEMPTED, Verdict, examine
+from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, NOT_ATTEMPTED, Verdict, examine, raised
 from minipeft.whole import write_whole
 
 SEED = 0  # of the visible checks: the same failing case comes again until it is mended
+SECONDS = 10  # that one call may take
 
 
 def verdict(name: str, *objects, seed: int = SEED) -> Verdict:
@@ -28,7 +36,35 @@ def verdict(name: str, *objects, seed: int = SEED) -> Verdict:
     it = exercise(name)
     if len(objects) != len(it.objects):
         raise ValueError(f"check.{name} needs {', '.join(it.objects)}, but got {len(objects)} objects.")
-    return examine(it, lambda *args: perform(it.drive, objects, args), seed)
+    return examine(it, lambda *args: in_time(it.drive, objects, args), seed)
+
+
+def in_time(drive: str, objects: tuple, args: tuple) -> tuple[object, tuple]:
+    """`perform`, where the main thread stops it after `SECONDS`."""
+    try:
+        with alarm(SECONDS):
+            return perform(drive, objects, args)
+    except TimeoutError as error:
+        return raised(error), args
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """TimeoutError after `seconds`, and every second from then on, in case that the code goes on after the first."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def out_of_time(signum, frame):
+        raise TimeoutError("it took too long")
+
+    before = signal.signal(signal.SIGALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def grade(name: str, *objects) -> None:
@@ -42,7 +78,10 @@ def show(name: str, *objects) -> None:
     """Shows the verdict, and remembers it for `progress`."""
     from IPython.display import display
 
-    found = verdict(name, *objects)
+    try:
+        found = verdict(name, *objects)
+    except ValueError as error:
+        found = Verdict(name, COULD_NOT_RUN, (str(error),))
     remember(name, found.outcome)
     display(found)
 

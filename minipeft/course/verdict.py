@@ -7,9 +7,11 @@ should come out, and what would come out under well-known misconceptions. `exami
 from __future__ import annotations
 
 import html
+import inspect
 import math
 import numbers
 import random
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,10 +46,11 @@ class Raises:
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `claim` completes the sentence "Your answer …".
+    """One call. `claim` completes the sentence "Your answer should …".
 
     `expect` is the value (or Raises) that should come out; or `judge(value)` returns None or says what is wrong.
-    `wrong`: {misconception: a function that gives what comes out under it}. `keeps`: arguments must not be changed.
+    `wrong`: {misconception: a function that gives what comes out under it}. `lenses` says whether the lenses use its
+    arguments again; `promises` are looked at while it is called (see `drives.promises`), by default the exercise's.
     """
 
     claim: str
@@ -55,14 +58,20 @@ class Case:
     expect: object = None
     judge: Callable[[object], str | None] | None = None
     wrong: Mapping[str, Callable[[], object]] = field(default_factory=dict)
-    keeps: bool = True
     exact: bool = False
+    keywords: Mapping[str, object] = field(default_factory=dict)
+    promises: tuple[str, ...] | None = None
+    lenses: bool = True
 
 
 @dataclass(frozen=True)
 class Exercise:
     """`cases(rng)` yields cases from a `random.Random`; `objects` are the names that the learner defines;
-    `drive` names the function of `minipeft.course.drives` that calls them."""
+    `drive` names the function of `minipeft.course.drives` that calls them.
+
+    `reference` are right objects in the place of the learner's, which `lenses` compares with, and `edges(rng)` yields
+    (claim, arguments) or (claim, arguments, keywords) where answers break. `without`: {lens or promise: why it is off}.
+    """
 
     name: str
     title: str
@@ -70,6 +79,12 @@ class Exercise:
     hints: tuple[str, str]
     objects: tuple[str, ...]
     drive: str = "common.call"
+    reference: tuple = ()
+    edges: Callable[[random.Random], Iterator[tuple]] = lambda rng: iter(())
+    without: Mapping[str, str] = field(default_factory=dict)
+
+    def promises(self) -> tuple[str, ...]:
+        return tuple(each for each in ("modes", "again", "memory") if each not in self.without)
 
 
 @dataclass(frozen=True)
@@ -92,38 +107,105 @@ class Verdict:
 
 
 def examine(exercise: Exercise, run: Callable[..., tuple[object, tuple]], seed: int) -> Verdict:
-    """Tries the cases in order. `run(*args)` returns (what came out, the arguments afterwards)."""
+    """Tries the cases in order. `run(promises, args, keywords)` returns (what came out, the same three afterwards)."""
     done = 0
     for done, case in enumerate(exercise.cases(random.Random(seed)), 1):
-        got, after = run(*case.args)
-        if isinstance(got, Raised) and got.kinds[0] == "NotImplementedError":
+        promises = exercise.promises() if case.promises is None else case.promises
+        got, after = run(list(promises), case.args, dict(case.keywords))
+        if isinstance(got, Raised) and got.kinds[0] == "NotImplementedError" and unwritten(got.text, exercise):
             return Verdict(exercise.name, NOT_ATTEMPTED, (f"{got.text or exercise.name} is still to be written.",))
-        if isinstance(got, Raised) and not isinstance(case.expect, Raises):
-            return Verdict(exercise.name, COULD_NOT_RUN, (str(got), f"It was asked for the claim “{case.claim}”."))
+        if (
+            isinstance(got, Raised)
+            and got.kinds[0] not in ("NotKept", "TimeoutError")
+            and not isinstance(case.expect, Raises)
+        ):
+            lines = (str(got), f"It was asked for the claim “{case.claim}”.", *axes(got, exercise, case))
+            return Verdict(exercise.name, COULD_NOT_RUN, (*lines, *called(exercise, case)))
         try:
             lines = fault(case, got, after)
         except Exception as error:  # a value of a kind that no case foresaw
             said = f"It returned {short(got)}, which cannot be compared ({type(error).__name__}: {str(error)[:200]})."
             return Verdict(exercise.name, COULD_NOT_RUN, (said,))
         if lines:
-            where = f"Fails the {ORDINALS[done - 1] if done <= 10 else f'{done}th'} case: your answer should"
-            return Verdict(exercise.name, WRONG, (f"{where} {case.claim}.", *lines))
+            where = f"Fails the {ordinal(done)} case: your answer should"
+            return Verdict(exercise.name, WRONG, (f"{where} {case.claim}.", *lines, *called(exercise, case)))
     return Verdict(exercise.name, CORRECT, (f"{done} cases with random sizes and types.",))
+
+
+def unwritten(text: str, exercise: Exercise) -> bool:
+    """Whether a NotImplementedError is the stub's own; torch has some of another kind."""
+    return text in ("", exercise.name, *exercise.objects)
+
+
+def ordinal(number: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number // 10 % 10 != 1 else "th"
+    return ORDINALS[number - 1] if number <= len(ORDINALS) else f"{number}{ending}"
 
 
 def fault(case: Case, got, after) -> tuple[str, ...]:
     """What is wrong about this outcome, in lines; () for nothing."""
+    if isinstance(got, Raised) and got.kinds[0] == "NotKept":
+        return (got.text,)
+    if isinstance(got, Raised) and got.kinds[0] == "TimeoutError":
+        return ("It took too long and was stopped. Is there a loop that never ends?",)
     if case.judge is not None:
-        said = case.judge(got)
-        return (said,) if said else ()
-    if lines := differ(got, case.expect, case.exact):
+        lines = (said,) if (said := case.judge(got)) else ()
+    elif lines := differ(got, case.expect, case.exact):
         for misconception, value in case.wrong.items():
             if not differ(got, value(), case.exact):
                 return (f"It looks as if {misconception}.", *lines)
-        return lines
-    if case.keeps and any(differ(a, b, exact=True) for a, b in zip(after, case.args, strict=True)):
+    if not lines and differ(after[1], case.args, exact=True):
         return ("The result is right, but it changes its arguments; work on a copy, or out of place.",)
-    return ()
+    return lines
+
+
+def called(exercise: Exercise, case: Case) -> tuple[str, ...]:
+    """The call in a line that can be pasted; () when it is too long to be read."""
+    if exercise.drive != "common.call":
+        return ()
+    words = [written_out(each) for each in case.args] + [f"{k}={written_out(v)}" for k, v in case.keywords.items()]
+    text = f"{exercise.name}({', '.join(words)})"
+    return (f"Called as {text}",) if len(text) <= 240 else ()
+
+
+def written_out(value) -> str:
+    """The expression that makes this argument."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {written_out(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple) and holds_tensors(value):
+        inside = ", ".join(map(written_out, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside},)"
+    if isinstance(value, torch.Tensor):
+        numbers_ = [float(f"{v:.4g}") if isinstance(v, float) else v for v in value.flatten()[:17].tolist()]
+        if value.ndim < 2 and value.numel() <= 16:
+            return f"torch.tensor({numbers_ if value.ndim else numbers_[0]}, dtype={value.dtype})"
+        if value.numel() <= 16:
+            return f"torch.tensor({numbers_}, dtype={value.dtype}).view{tuple(value.shape)}"
+        return f"torch.randn{tuple(value.shape)}"
+    return repr(value)
+
+
+def axes(got: Raised, exercise: Exercise, case: Case) -> tuple[str, ...]:
+    """Where shapes did not fit: the shapes of all arguments, by name."""
+    if not re.search(r"shape|size|dimension|broadcast|einsum|singleton", got.text) or exercise.drive.endswith("layer"):
+        return ()
+    named = zip(names_of(exercise), case.args, strict=False)
+    shapes = [f"{name} {tuple(each.shape)}" for name, each in named if isinstance(each, torch.Tensor)]
+    if len(shapes) < 2:
+        return ()
+    inner = re.search(r"\((\d+)x(\d+) and (\d+)x(\d+)\)", got.text)
+    rule = (
+        f" A product of {inner[1]}×{inner[2]} with {inner[3]}×{inner[4]} needs {inner[2]} = {inner[3]}:"
+        if inner
+        else ""
+    )
+    return (f"It got {', '.join(shapes)}.{rule}{' is a transpose (.T) missing, or one too many?' if inner else ''}",)
+
+
+def names_of(exercise: Exercise) -> list[str]:
+    """The names of the arguments."""
+    made = exercise.reference[-1] if exercise.reference else None
+    return list(inspect.signature(made).parameters) if callable(made) else []
 
 
 def differ(got, want, exact: bool = False, at: str = "") -> tuple[str, ...]:
@@ -151,11 +233,15 @@ def differ(got, want, exact: bool = False, at: str = "") -> tuple[str, ...]:
         if not isinstance(got, dict) or set(got) != set(want):
             keys = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else short(got)
             return (f"Expected the keys {sorted(map(str, want))}{place}, got {keys}.",)
+        broken = [key for key in want if want[key] is True and got[key] is False and " " in str(key)]
+        if broken:
+            return (f"This does not hold: {broken[0]}.",)
         pairs = [(f"{at}[{key!r}]", got[key], want[key]) for key in want]
     else:
+        got = got.tolist() if isinstance(got, torch.Tensor) and got.ndim and not holds_tensors(want) else got
         if not isinstance(got, list | tuple) or len(got) != len(want):
             what = f"{len(got)} values: {short(got)}" if isinstance(got, list | tuple) else short(got)
-            return (f"Expected {len(want)} values {short(want)}{place}, got {what}.",)
+            return (f"Expected {len(want)} values {short(want)}{place}, got {what}.", *between(got, want))
         pairs = [(f"{at}[{i}]", g, w) for i, (g, w) in enumerate(zip(got, want, strict=True))]
     return next((lines for where, g, w in pairs if (lines := differ(g, w, exact, where))), ())
 
@@ -167,9 +253,12 @@ def _differ_tensors(got, want: torch.Tensor, exact: bool, place: str) -> tuple[s
         return (f"Shape{place}: expected {tuple(want.shape)}, got {tuple(got.shape)}.",)
     if got.dtype != want.dtype:
         return (f"Type{place}: expected {want.dtype}, got {got.dtype}.",)
-    if want.dtype in (torch.bool, torch.int64, torch.int32):
+    if want.dtype not in TOLERANCE:
         wrong = int((got != want).sum())
-        return (f"{wrong} of {want.numel()} entries differ{place} (shape {tuple(want.shape)}).",) if wrong else ()
+        if not wrong:
+            return ()
+        where = first(got, want, got != want)
+        return (f"{wrong} of {want.numel()} entries differ{place} (shape {tuple(want.shape)}); {where}.",)
     if _bits(got, want):
         return ()
     difference = (got.double() - want.double()).abs()
@@ -181,16 +270,41 @@ def _differ_tensors(got, want: torch.Tensor, exact: bool, place: str) -> tuple[s
     kind = "bit for bit" if bound == 0.0 else f"within {bound:.1e}"
     return (
         f"Shapes agree{place}: {tuple(want.shape)}. Equal {kind}: no; roughly (1e-3): {'yes' if loose else 'no'}; "
-        f"largest difference {largest:.3g}.",
+        f"largest difference {largest:.3g}; {first(got, want, ~(difference <= bound))}.",
+    )
+
+
+def first(got: torch.Tensor, want: torch.Tensor, wrong: torch.Tensor) -> str:
+    """Where two tensors differ first."""
+    at = tuple(wrong.nonzero()[0].tolist())
+    return f"at {list(at)} expected {written(want[at].item())}, got {written(got[at].item())}"
+
+
+def between(got, want) -> tuple[str, ...]:
+    """What one list has and the other has not."""
+    if not isinstance(got, list | tuple) or holds_tensors(want) or holds_tensors(got):
+        return ()
+    missing, more = [v for v in want if v not in got], [v for v in got if v not in want]
+    said = [f"missing: {short(missing)}"] * bool(missing) + [f"too many: {short(more)}"] * bool(more)
+    return (f"{'; '.join(said).capitalize()}.",) if said else ()
+
+
+def holds_tensors(values) -> bool:
+    return any(
+        isinstance(v, torch.Tensor | list | tuple | dict) and (isinstance(v, torch.Tensor) or holds_tensors(v))
+        for v in (values.values() if isinstance(values, dict) else values)
     )
 
 
 def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.contiguous().reshape(-1).view(torch.uint8).equal(b.contiguous().reshape(-1).view(torch.uint8))
+    flat = (torch.empty(each.shape, dtype=each.dtype).copy_(each).view(-1).view(torch.uint8) for each in (a, b))
+    return torch.equal(*flat)
 
 
 def written(number: numbers.Number) -> str:
     """A count with all its digits, anything else with seven."""
+    if isinstance(number, bool):
+        return str(number)
     return f"{number:,}" if isinstance(number, int) else f"{number:,.7g}"
 
 
@@ -209,6 +323,10 @@ def short(value) -> str:
 def raised(error: BaseException) -> Raised:
     """An exception as data, with the last line of the learner's own code that it went through."""
     kinds = tuple(c.__name__ for c in type(error).__mro__ if c is not object)
+    try:
+        text = str(error)[:500]
+    except BaseException as worse:
+        text = f"(its text cannot be read: {type(worse).__name__})"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "ipykernel" in f.filename or "<" in f.filename]
     where = f"line {frames[-1].lineno} of the cell: {frames[-1].line}" if frames and frames[-1].line else ""
-    return Raised(kinds, str(error)[:500], where)
+    return Raised(kinds, text, where)

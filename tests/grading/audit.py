@@ -185,6 +185,10 @@ def main() -> int:
         tables.append(table)
         faults += wrong
         print(f"\n{name}\n{table.to_string()}")
+        for each in exercises()[name].values():
+            print(
+                *(f"{each.name} does without {lens!r}: {why}.\n" for lens, why in each.without.items()), sep="", end=""
+            )
     table = pd.concat(tables)
     rate = table.killed.sum() / table.wrong.sum()
     print(f"\nwrong answers found: {table.killed.sum()} of {table.wrong.sum()} ({rate:.1%})")

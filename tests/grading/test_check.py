@@ -1,12 +1,19 @@
 """What a learner sees: the four outcomes, why, the hints, and where they stand."""
 
+import itertools
 import json
+import re
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 
 import matplotlib
 import nbformat
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,6 +21,7 @@ from torch.nn import functional as F
 from minipeft.course import check, worker
 from minipeft.course.assignments import EXERCISES, ROOT, outdated, sources
 from minipeft.course.exercises import ASSIGNMENTS, exercises
+from minipeft.course.submission import digest, report
 from minipeft.course.verdict import COULD_NOT_RUN, NOT_ATTEMPTED, WRONG
 
 ALL = [exercise for several in exercises().values() for exercise in several.values()]
@@ -70,6 +78,124 @@ def test_a_forgotten_return_is_named():
 @pytest.mark.parametrize("exercise", [e for e in ALL if e.drive == "common.call"], ids=lambda e: e.name)
 def test_no_value_breaks_a_check(exercise, value):
     assert check.verdict(exercise.name, lambda *args: value).outcome in (WRONG, COULD_NOT_RUN)
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise Mute
+
+
+class Shy(list):
+    def __repr__(self):
+        raise ValueError
+
+
+def fails(*args):
+    raise Mute
+
+
+def leaves(*args):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("answer", [fails, leaves, lambda: 1, None, Mute], ids=lambda a: getattr(a, "__name__", "None"))
+@pytest.mark.parametrize("name", ["lora_scale", "target_shapes", "init_lora", "RepairedLoRA"])
+def test_whatever_an_answer_raises_is_a_verdict(name, answer):
+    found = check.verdict(name, answer)
+    assert found.outcome == COULD_NOT_RUN and found.lines[0] and found._repr_html_()
+
+
+VALUES = [
+    *(Shy(), [Shy([1])], 10**6000, Fraction(1, 7), Decimal("NaN"), range(10**9), itertools.count(), b"x", [[[]]]),
+    *(np.array(["a"]), torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(2) * 1j, Mute(), Mute),
+]
+
+
+@pytest.mark.parametrize("name", ["lora_scale", "lora_delta", "adalora_keep", "target_shapes", "init_lora"])
+def test_whatever_an_answer_returns_is_a_verdict(name):
+    for value in VALUES:
+        found = check.verdict(name, lambda *args, value=value: value)
+        assert found.outcome in (WRONG, COULD_NOT_RUN) and found.lines[0] and found._repr_html_()
+
+
+def test_a_loop_that_never_ends_is_stopped_with_a_sentence(monkeypatch):
+    def loop(*args):
+        while True:
+            try:
+                time.sleep(0.01)
+            except KeyError:
+                pass
+
+    monkeypatch.setattr(check, "SECONDS", 0.2)
+    found = check.verdict("lora_scale", loop)
+    assert found.outcome == WRONG and "stopped" in repr(found) and "loop" in repr(found)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_check_in_another_thread_has_no_limit_and_the_same_verdict():
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(check.verdict, "lora_scale", lambda alpha, rank, rank_stabilized=False: alpha).result()
+    assert found == check.verdict("lora_scale", lambda alpha, rank, rank_stabilized=False: alpha)
+
+
+def test_a_call_with_other_objects_is_shown_and_the_notebook_goes_on(capsys):
+    check.unmerge(len)
+    assert "needs merge, unmerge" in capsys.readouterr().out
+
+
+SEVERAL = {
+    "lora": """
+import numpy as np
+from fractions import Fraction
+def lora_scale(alpha, rank, rank_stabilized=False):
+    return np.float32(alpha) / np.float64(rank) ** 0.5 if rank_stabilized else Fraction(alpha) / rank
+def lora_delta(A, B, gamma):
+    return np.asarray(gamma, dtype=A.numpy().dtype) * (B.numpy() @ A.numpy())
+def lora_forward(x, W, b, A, B, gamma):
+    return (x @ W.T + (0 if b is None else b) + gamma * (x @ A.T @ B.T)).numpy()
+def count_lora(shapes, rank):
+    return Fraction(sum(rank * (a + b) for a, b in shapes))
+def find_targets(names, patterns):
+    missed = [p for p in patterns if not any(("." + n).endswith("." + p) for n in names)]
+    if missed or not patterns:
+        raise ValueError(f"{missed}")
+    return (n for n in names if any(("." + n).endswith("." + p) for p in patterns))
+""",
+    "prompts": """
+def nearest_words(prompt, table, k):
+    return (F.normalize(prompt) @ F.normalize(table).T).topk(k).indices.int()
+def score_verbalizer(log_probs, verbalizer):
+    return np.zeros((len(log_probs), len(verbalizer)))
+""",
+}
+
+# numpy has no gradient, and the merge of the solution adds lora_delta's array to a tensor
+REFUSED = {"lora": {"lora_forward", "merge", "unmerge"}, "prompts": {"score_verbalizer"}}
+
+
+@pytest.mark.parametrize("assignment", SEVERAL)
+def test_check_and_grade_say_the_same_of_values_of_other_kinds(assignment):
+    """Fractions, numpy's numbers and arrays, generators, int32: both take them, or both refuse with one sentence."""
+    notebook = nbformat.read(sources()[assignment], as_version=4)
+    answers = {}
+    for source in re.split(r"(?=^def )", SEVERAL[assignment], flags=re.MULTILINE)[1:]:
+        name = source[4 : source.index("(")]
+        cell = next(c for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == name)
+        cell.source = f"import numpy as np\nfrom fractions import Fraction\n{source}"
+        namespace = {"torch": torch, "F": F}
+        exec(cell.source, namespace)
+        answers[name] = namespace[name]
+    notebook.cells = [
+        c for c in notebook.cells if not c.metadata.get("nbgrader", {}).get("grade_id", "").startswith("my_")
+    ]
+    text = nbformat.writes(notebook)
+    verdicts = report(text, assignment)["verdicts"]
+    seed = int(digest(text, assignment)[:8], 16)
+    for name, answer in answers.items():
+        here, there = check.verdict(name, answer, seed=seed), verdicts[name]
+        told = [re.sub(r" \(line \d+ of the cell: .*\)$", "", line) for line in there["lines"]]
+        assert (here.outcome, list(here.lines)) == (there["outcome"], told)
+    assert {name for name, found in verdicts.items() if found["outcome"] != "correct"} == REFUSED[assignment]
 
 
 def test_the_verdict_is_shown_and_remembered(capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from minipeft.course.drives.common import call
+from minipeft.course.drives.promises import keeping
 
 
 def owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -34,7 +34,7 @@ def list_shapes(function, layers: list, targets: list) -> object:
         for name, kind, d_in, d_out in layers:
             module, last = owner(model, name)
             module.add_module(last, make[kind](d_in, d_out) if kind in make else model.get_submodule(kind))
-    return call(function, model, targets)
+    return keeping(function, model, targets)
 
 
 def holding(parameters: list, ties: list, buffers: list) -> nn.Module:
@@ -55,7 +55,7 @@ def holding(parameters: list, ties: list, buffers: list) -> nn.Module:
 
 
 def bytes_before_training(function, parameters: list, ties: list, buffers: list) -> object:
-    return function(holding(parameters, ties, buffers))
+    return keeping(function, holding(parameters, ties, buffers))
 
 
 def bytes_after_a_step(function, parameters: list, ties: list, buffers: list, optimizer: str, settings: dict) -> object:
@@ -65,4 +65,4 @@ def bytes_after_a_step(function, parameters: list, ties: list, buffers: list, op
     steps = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], **settings)
     sum(p.float().square().sum() for p in used).backward()
     steps.step()
-    return function(model, steps)
+    return keeping(function, model, steps)

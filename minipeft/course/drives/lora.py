@@ -5,36 +5,51 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from minipeft.course.drives.common import descend, layer
+from minipeft.course.drives.common import draws, layer, life, seeded
 
 
 def initialise(function, d_out: int, d_in: int, rank: int, seed: int) -> dict:
-    """Draws three times: with a seed, with the same one, with another."""
-    draws = []
-    before = torch.random.get_rng_state()
-    for each in (seed, seed, seed + 1):
-        A, B = function(d_out, d_in, rank, torch.Generator().manual_seed(each))
-        draws.append((A.detach().clone(), B.detach().clone()))
-    untouched = torch.equal(before, torch.random.get_rng_state())
-    return {"A": draws[0][0], "B": draws[0][1], "again": draws[1][0], "other": draws[2][0], "global": untouched}
+    return draws(function, (d_out, d_in, rank), seed)
 
 
 def merge(function, weight, bias, A, B, gamma: float, conv1d: bool) -> dict:
     linear = layer(weight, bias, conv1d)
-    old = linear.weight
+    old, kept = linear.weight, linear.bias
     function(linear, A, B, gamma)
-    return {"merged": linear.weight.detach().clone(), "old weight": old.detach().clone()}
+    return {
+        "merged": linear.weight.detach().clone(),
+        "old weight": old.detach().clone(),
+        "the bias stays as it was": linear.bias is kept and torch.equal(kept.detach(), bias),
+        "the new weight is an nn.Parameter of its own": isinstance(linear.weight, nn.Parameter)
+        and linear.weight is not old,
+        "the layer has the same parameters": {name for name, _ in linear.named_parameters()} == {"weight", "bias"},
+    }
 
 
 def unmerge(merge, unmerge, weight, bias, A, B, gamma: float, conv1d: bool) -> dict:
-    """Twice there and back, as someone does who compares two adapters."""
-    linear = layer(weight, bias, conv1d)
+    """Twice there and back, as someone does who compares two adapters; then two layers, and two adapters on one."""
+    linear, frozen = layer(weight, bias, conv1d), layer(weight.flip(0), bias, conv1d).requires_grad_(False)
     seen = {}
     for i in (1, 2):
         receipt = merge(linear, A, B, gamma)
         seen[f"merged {i}"] = linear.weight.detach().clone()
         unmerge(linear, receipt)
         seen[f"restored {i}"] = linear.weight.detach().clone()
+    receipts = [merge(each, A, B, gamma) for each in (linear, frozen)]
+    for each, receipt in zip((linear, frozen), receipts, strict=True):
+        unmerge(each, receipt)
+    seen["two layers that are merged side by side get back their own weights"] = torch.equal(
+        linear.weight.detach(), weight
+    ) and torch.equal(frozen.weight.detach(), weight.flip(0))
+    receipts = [merge(linear, A, B, scale) for scale in (gamma, 2 * gamma)]
+    unmerge(linear, receipts[1])
+    unmerge(linear, receipts[0])
+    seen["two adapters on one layer come off again, the last one first"] = torch.equal(linear.weight.detach(), weight)
+    seen["a weight that trained before trains again, and a frozen one stays frozen"] = (
+        linear.weight.requires_grad and not frozen.weight.requires_grad
+    )
+    seen["the weight is an nn.Parameter again"] = isinstance(linear.weight, nn.Parameter)
+    seen["the bias stays as it was"] = linear.bias is not None and torch.equal(linear.bias.detach(), bias)
     return seen
 
 
@@ -56,30 +71,25 @@ def freeze(function, names: list[str], trainable: list[bool]) -> dict:
     model = tree(names)
     for parameter, flag in zip(model.parameters(), trainable, strict=True):
         parameter.requires_grad_(flag)
+    before = {name: id(p) for name, p in model.named_parameters()}
     returned = function(model)
     return {
         "returned": returned,
         "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
         "values kept": all(bool((p == p.detach().flatten()[0]).all()) for p in model.parameters()),
+        "the parameters are the same objects": {name: id(p) for name, p in model.named_parameters()} == before,
     }
 
 
 def adapted_layer(cls, weight, bias, x, rank: int, alpha: float, A, B, seed: int) -> dict:
     """A LoRA layer from birth to use: untrained, with given A and B, and after a step of SGD."""
-    torch.manual_seed(seed)
-    linear = layer(weight, bias, conv1d=False)
-    lora = cls(linear, rank, alpha)
-    seen = {"at first": lora(x).detach().clone(), "shape of A": tuple(lora.A.shape), "shape of B": tuple(lora.B.shape)}
-    seen["A is random"] = bool(lora.A.detach().abs().sum() > 0)
-    with torch.no_grad():
-        lora.A.copy_(A)
-        lora.B.copy_(B)
-    seen["in use"] = lora(x).detach().clone()
-    trained = [p for p in lora.trainable()]
+    linear = layer(weight, bias)
+    with seeded(seed):
+        lora = cls(linear, rank, alpha)
+    seen: dict = {"shape of A": tuple(lora.A.shape), "shape of B": tuple(lora.B.shape)}
+    if seen["shape of A"] != tuple(A.shape) or seen["shape of B"] != tuple(B.shape):
+        return seen
+    trained = list(lora.trainable())
     seen["numbers trained"] = sum(p.numel() for p in trained)
     seen["A and B train"] = {id(p) for p in trained} == {id(lora.A), id(lora.B)}
-    loss = lora(x).square().mean()
-    loss.backward()
-    descend(lora, 0.1)
-    seen["base after a step"] = linear.weight.detach().clone()
-    return seen
+    return seen | life(lambda: cls(linear, rank, alpha), linear, {"A": A, "B": B}, "A", x, seed)

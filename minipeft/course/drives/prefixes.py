@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from minipeft.course.drives.common import gradient
+from minipeft.course.drives.common import gradient, leaf
+from minipeft.course.drives.promises import NotKept, keeping
 
 
 def split(function, flat, layers: int, kv_heads: int, rows: int, weights: dict) -> dict:
     """K and V of each layer, and the gradient that reaches the flat prefix from Σ weights · (K, V)."""
-    flat = flat.clone().requires_grad_()
+    flat = leaf(flat)
     states = {}
     for i, (K, V) in enumerate(function(flat, layers, kv_heads, rows)):
         states |= {f"K of layer {i}": K, f"V of layer {i}": V}
-    found = {name: each.detach().clone() for name, each in states.items()} | {"gradient": None}
+    found = dict(states) | {"gradient": None}
     if {name: each.shape for name, each in states.items()} == {name: each.shape for name, each in weights.items()}:
         loss = sum((states[name].double() * each).sum() for name, each in weights.items())
         found["gradient"] = gradient(loss, flat)
@@ -23,12 +24,16 @@ def split(function, flat, layers: int, kv_heads: int, rows: int, weights: dict) 
 
 def look_back(function, q, k, v, prefix_k, prefix_v, mask, weights) -> dict:
     """What real tokens get, and the gradient that reaches (prefix_k, prefix_v) from Σ weights · output."""
-    prefix = torch.stack([prefix_k, prefix_v]).requires_grad_()
+    prefix = leaf(torch.stack([prefix_k, prefix_v]))
     output = function(q, k, v, *prefix, mask)
-    found = {"output": output.detach().clone(), "gradient": None}
+    found = {"output": output, "gradient": None}
     if output.shape == q.shape:
+        if not output.isfinite().all():
+            raise NotKept(
+                "The output has NaN or ∞ in it; where a token sees nothing at all, any finite number will do."
+            )
         output = output.masked_fill(~mask.bool()[:, None, :, None], 0.0)
-        found = {"output": output.detach().clone(), "gradient": gradient((output.double() * weights).sum(), prefix)}
+        found = {"output": output, "gradient": gradient((output.double() * weights).sum(), prefix)}
     return found
 
 
@@ -69,10 +74,10 @@ class Decoder(nn.Module):
 
 def read_behind_prefix(function, embed, places, maps, head_dim: int, prefix, ids, mask, positions, weights) -> dict:
     """The logits of real tokens, and the gradient that reaches the prefix from Σ weights · logits."""
-    prefix = prefix.clone().requires_grad_()
-    logits = function(Decoder(embed, places, maps, head_dim), prefix, ids, mask, positions)
-    found = {"logits": logits.detach().clone(), "gradient": None}
+    prefix = leaf(prefix)
+    logits = keeping(function, Decoder(embed, places, maps, head_dim), prefix, ids, mask, positions)
+    found = {"logits": logits, "gradient": None}
     if logits.shape == weights.shape:
         logits = logits.masked_fill(~mask.bool()[..., None], 0.0)
-        found = {"logits": logits.detach().clone(), "gradient": gradient((logits * weights).sum(), prefix)}
+        found = {"logits": logits, "gradient": gradient((logits * weights).sum(), prefix)}
     return found

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import gc
+import sys
+import types
+
 import torch
 
-from minipeft.course.drives.common import layer
+from minipeft.course.drives.common import layer, leaf
 
 
 def quantise(function, weight, code, block: int) -> dict:
@@ -14,29 +19,49 @@ def quantise(function, weight, code, block: int) -> dict:
     return {"indices": indices, "scales": scales, "arguments kept": kept}
 
 
-def held_bytes(value, seen: set) -> int:
-    """The bytes of all tensors that an object holds, through attributes, lists and dictionaries; each storage once."""
-    if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()
-        key, size, inside = ("storage", storage.data_ptr()), storage.nbytes(), []
-    else:
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-        if not inside and hasattr(value, "__dict__") and not isinstance(value, type) and not hasattr(value, "__code__"):
-            inside = vars(value).values()
-        key, size = id(value), 0
-    if key in seen:
-        return 0
-    seen.add(key)
-    return size + sum(held_bytes(each, seen) for each in inside)
+def held_bytes(value) -> int:
+    """The bytes of the numbers that an object holds in tensors, arrays, texts and lists, each storage once.
+
+    They are found as Python's own garbage collector finds them, through attributes, closures, partials and whatever
+    else, and in autograd's graph.
+    """
+    seen, total, waiting = set(), 0, [value]
+    while waiting:
+        each = waiting.pop()
+        key = id(each)
+        if isinstance(each, torch.Tensor):
+            key = each.untyped_storage().data_ptr()
+        if key in seen or isinstance(each, PASSED):
+            continue
+        seen.add(key)
+        if isinstance(each, torch.Tensor):
+            total += each.untyped_storage().nbytes()
+            waiting.append(each.grad_fn)
+        elif type(each).__module__ == "numpy" and hasattr(each, "nbytes"):
+            total += each.nbytes
+            waiting.append(getattr(each, "base", None))
+        elif isinstance(each, float | bytes | bytearray | memoryview | array.array):
+            total += 8 if isinstance(each, float) else sys.getsizeof(each)
+        if isinstance(each, torch.autograd.graph.Node):
+            waiting += [getattr(each, name) for name in dir(each) if name.startswith("_saved_")]
+            waiting += [getattr(each, "variable", None), *(deeper for deeper, _ in each.next_functions)]
+        elif isinstance(each, types.FunctionType):
+            waiting += [*(each.__closure__ or ()), *(each.__defaults__ or ()), each.__dict__]
+        elif not isinstance(each, str | int | bytes):
+            waiting += gc.get_referents(each)
+    return total
+
+
+PASSED = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.FrameType)
 
 
 def quantised_layer(cls, weight, bias, code, block: int, x, g) -> dict:
     """A quantised layer: what it holds, its output, and the gradient of x when that of the output is g."""
-    made = cls(layer(weight, bias, conv1d=False), code, block)
-    seen = {"bytes": held_bytes(made, set())}
-    x = x.clone().requires_grad_()
+    linear = layer(weight, bias)
+    made = cls(linear, code, block)
+    seen = {"bytes": held_bytes(made)}
+    x = leaf(x)
     y = made(x)
-    seen["output"] = y.detach().clone()
-    if y.requires_grad:
-        y.backward(g)
-    return seen | {"gradient": x.grad}
+    seen["output"] = y
+    slope = torch.autograd.grad(y, x, g, allow_unused=True, retain_graph=True)[0] if y.requires_grad else None
+    return seen | {"gradient": slope, "a second call gives the same": torch.equal(made(x), y)}

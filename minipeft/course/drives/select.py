@@ -7,7 +7,8 @@ import random
 import torch
 from torch import nn
 
-from minipeft.course.drives.common import Conv1D, descend
+from minipeft.course.drives.common import descend, flipped_layer, seeded
+from minipeft.course.drives.promises import keeping
 
 
 class RMSNorm(nn.Module):
@@ -16,38 +17,43 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.register_parameter("bias", None)
 
 
 class Gate(nn.Module):
-    """Neither linear nor a norm, but it has a parameter called bias."""
+    """Neither linear nor a norm, but it has a parameter called bias, and perhaps one called weight."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, weight: bool = False):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
+        if weight:
+            self.weight = nn.Parameter(torch.ones(width))
 
 
 def network(kind: str, width: int, seed: int) -> nn.Module:
-    """ "biases": linear, Conv1D and LayerNorm with biases, and decoys; "none": a model without biases."""
+    """ "biases": linear, Conv1D and LayerNorm with biases, and decoys; "frozen": the same, frozen; "none": no bias."""
     rng = random.Random(seed)
     model = nn.Module()
     for i in range(rng.randint(2, 3)):
         block = nn.Module()
-        if kind == "biases":
+        if kind != "none":
             block.bias_proj = nn.Linear(width, 2 * width, bias=rng.random() < 0.5)
-            block.c_fc = Conv1D(torch.zeros(width, 3), torch.zeros(3))
+            block.c_fc = flipped_layer(width, 3)
             block.norm = nn.LayerNorm(width)
-            block.gate = Gate(width)
+            block.gate, block.scale, block.patch = Gate(width), Gate(width, True), nn.Conv1d(width, 2, 1)
             block.relative_attention_bias = nn.Embedding(4, width)
         else:
             block.proj = nn.Linear(width, width, bias=False)
             block.norm = RMSNorm(width)
             block.gate = Gate(width)
         model.add_module(f"block{i}", block)
-    return model
+    return model.requires_grad_(kind != "frozen")
 
 
 def name_biases(function, kind: str, width: int, seed: int) -> list:
-    return sorted(function(network(kind, width, seed)))
+    with seeded(seed):
+        model = network(kind, width, seed)
+    return sorted(keeping(function, model))
 
 
 class LanguageModel(nn.Module):
@@ -63,18 +69,23 @@ class LanguageModel(nn.Module):
         return self.head(self.body(self.embed(ids)).tanh())
 
 
-def tune_softmax(function, table, head, ids, seed: int) -> dict:
+def tune_softmax(function, table, head, ids, seed: int, frozen: bool = False) -> dict:
     """Prepares the model, then trains one step of SGD on all that requires a gradient."""
-    torch.manual_seed(seed)
-    model = LanguageModel(table, head)
+    with seeded(seed):
+        model = LanguageModel(table, head)
+    model.requires_grad_(not frozen)
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     before = model(ids).detach().clone()
     added = function(model)
     after = model(ids)
     seen = {"added": added, "trainable": sorted(n for n, p in model.named_parameters() if p.requires_grad)}
     seen["same output at first"] = torch.equal(before, after)
+    seen["the head is an nn.Parameter"] = isinstance(model.head.weight, nn.Parameter)
+    seen["the model has the same parts"] = [n for n, _ in model.named_parameters(remove_duplicate=False)] == names
     body = model.body.weight.detach().clone()
     start = model.head.weight.detach().clone()
-    nn.functional.cross_entropy(after, ids).backward()
+    if after.requires_grad:
+        nn.functional.cross_entropy(after, ids).backward()
     descend(model, 1.0)
     seen["embedding kept"] = torch.equal(model.embed.weight.detach(), table)
     seen["body kept"] = torch.equal(model.body.weight.detach(), body)
@@ -83,16 +94,19 @@ def tune_softmax(function, table, head, ids, seed: int) -> dict:
 
 
 def classifier(weights: list[torch.Tensor]) -> nn.Module:
-    first, second = (nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype) for w in weights)
+    with seeded(0):
+        first, second = (nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype) for w in weights)
     first.weight, second.weight = nn.Parameter(weights[0].clone()), nn.Parameter(weights[1].clone())
     return nn.Sequential(first, nn.Tanh(), second)
 
 
 def importance(function, weights: list, inputs, labels) -> dict:
+    """With gradients of an earlier batch on the parameters, which must not count."""
     model = classifier(weights)
-    found = function(model, inputs, labels)
-    kept = all(torch.equal(p.detach(), w) for p, w in zip(model.parameters(), weights, strict=True))
-    return {"importance": dict(found), "weights kept": kept}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    found = dict(keeping(function, model, inputs, labels, gradients=False))
+    return {"importance": found, "weights kept": not any(each.requires_grad for each in found.values())}
 
 
 def optimise(cls, values: list, masks: list, gradients: list, settings: dict) -> list:

@@ -1,13 +1,18 @@
 """What the assignments ask for, one file each: for every exercise its cases with reference values, and two hints.
 
+`edges/` has the inputs where answers break, and right objects to compare with; `lenses` looks at every exercise through
+the properties that all of them share.
+
 These files hold the answers' behaviour, so the process that runs a submission does not see them.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
+from minipeft.course.exercises.lenses import through_lenses
 from minipeft.course.verdict import Exercise
 
 ASSIGNMENTS = ("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "budget", "rank")
@@ -16,8 +21,12 @@ ASSIGNMENTS = ("lora", "select", "quantisation", "adapters", "lora_family", "pro
 @cache
 def exercises() -> dict[str, dict[str, Exercise]]:
     """{assignment: {exercise: Exercise}}, in the order of the course."""
-    modules = {name: import_module(f"minipeft.course.exercises.{name}") for name in ASSIGNMENTS}
-    return {name: {each.name: each for each in module.EXERCISES} for name, module in modules.items()}
+    found: dict[str, dict[str, Exercise]] = {}
+    for name in ASSIGNMENTS:
+        edges = import_module(f"minipeft.course.exercises.edges.{name}").EDGES
+        listed = import_module(f"minipeft.course.exercises.{name}").EXERCISES
+        found[name] = {each.name: through_lenses(replace(each, **edges[each.name])) for each in listed}
+    return found
 
 
 def exercise(name: str) -> Exercise:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from random import Random
 
 import torch
 
-from minipeft.course.exercises.draw import normal
+from minipeft.course.exercises.draw import holds, normal, stream, uniform
 from minipeft.course.verdict import Case, Exercise
 
 
@@ -39,7 +40,6 @@ def bottleneck_cases(rng: Random):
         ((2, 3), torch.float64),
         ((), torch.float64),
         ((2, 1, 5), torch.float32),
-        ((0,), torch.float32),
     ):
         width, m = sizes(rng)
         down_w, down_b, up_w, up_b = halves(rng, width, m, dtype)
@@ -138,17 +138,15 @@ PARTS = ("down_w", "down_b", "up_w", "up_b")
 
 
 def init_cases(rng: Random):
-    for width, m in ((210, 60), (rng.randint(130, 300), rng.randint(40, 64))):
+    for width, m in ((210, 60), (rng.randint(130, 300), rng.randint(40, 64)), (5, 1), (1, 1), (60, 60)):
         args, bound = (width, m, rng.randrange(10**6)), 1 / math.sqrt(width)
 
         def shapes(seen, width=width, m=m):
             found = [tuple(t.shape) for t in seen["first"]]
             if found != [(m, width), (m,), (width, m), (width,)]:
                 swapped = " Did the two halves change places?" if found[0] == (width, m) else ""
-                said = ", ".join(f"{n} {s}" for n, s in zip(PARTS, found, strict=True))
+                said = ", ".join(f"{n} {s}" for n, s in zip(PARTS, found, strict=False))
                 return f"For width {width} and bottleneck {m} the shapes are {said}.{swapped}"
-            if types := {str(t.dtype) for t in seen["first"]} - {"torch.float32"}:
-                return f"The numbers are {', '.join(sorted(types))}; they should be torch.float32."
 
         def identity(seen, rng_seed=args[2]):
             down_w, down_b, up_w, up_b = (t.double() for t in seen["first"])
@@ -165,28 +163,11 @@ def init_cases(rng: Random):
             if down_b.any():
                 return "down_b is not zero."
 
-        def uniform(seen, bound=bound):
-            A = seen["first"][0].double()
-            largest, spread = A.abs().max().item(), A.std().item()
-            if not 0.97 * bound < largest <= bound * (1 + 1e-6):
-                return f"The largest |down_w| is {largest:.4f}; the bound 1/√width is {bound:.4f} here."
-            if abs(A.mean().item()) > 0.1 * bound or abs(spread / (bound / math.sqrt(3)) - 1) > 0.05:
-                wanted = bound / math.sqrt(3)
-                return f"The mean is {A.mean().item():.4f} and the spread {spread:.4f}; uniform has 0 and {wanted:.4f}."
-
-        def seeded(seen):
-            if not torch.equal(seen["first"][0], seen["again"]):
-                return "The same seed gave two different down_w: draw from `generator`, not from the global one."
-            if torch.equal(seen["first"][0], seen["other"]):
-                return "Two different seeds gave the same down_w: draw from `generator`."
-            if not seen["global"]:
-                return "It moves the global generator of random numbers: draw from `generator` only."
-
         yield Case("return down_w (m, d), down_b (m,), up_w (d, m) and up_b (d,)", args, judge=shapes)
         yield Case("be the identity before training", args, judge=identity)
         yield Case("be able to learn: down_w random, down_b zero", args, judge=alive)
-        yield Case("draw down_w from U(−1/√width, 1/√width)", args, judge=uniform)
-        yield Case("take its random numbers from `generator`", args, judge=seeded)
+        yield Case("draw down_w from U(−1/√width, 1/√width)", args, judge=partial(uniform, "down_w", bound))
+        yield Case("take its random numbers from `generator`", args, judge=partial(stream, "down_w"))
 
 
 # router --------------------------------------------------------------------------------------------------------------
@@ -261,10 +242,10 @@ def route_cases(rng: Random):
                 "the softmax runs over the tokens, not over the experts": columns,
             },
         )
-    for shape in ((3,), (2, 2)):
+    for shape, level in (((3,), 0.0), ((2, 2), 0.0), ((3,), -1e12)):
         E = rng.randint(5, 8)
         k = rng.randint(2, E - 2)
-        logits = torch.zeros(*shape, E)
+        logits = torch.full((*shape, E), level)
         if shape != (3,):  # two levels: 1 for k + 1 experts at least, so that the border runs through equal ones
             for row in logits.view(-1, E):
                 row[torch.tensor(rng.sample(range(E), rng.randint(k + 1, E)))] = 1.0
@@ -283,7 +264,8 @@ def route_cases(rng: Random):
                 if max(abs(g - p) for g, p in zip(gate, exps(row, chosen), strict=True)) > 1e-5:
                     return f"For the logits {row} the gates are {[round(g, 4) for g in gate]}."
 
-        yield Case(f"choose exactly {k} of {E} experts where logits are equal, whichever", (logits, k), judge=judge)
+        claim = f"choose exactly {k} of {E} experts where logits are equal, whichever"
+        yield Case(claim, (logits, k), judge=judge, lenses=False)
 
 
 # find the bug --------------------------------------------------------------------------------------------------------
@@ -312,8 +294,6 @@ def repair_cases(rng: Random):
             if not torch.allclose(first, h, atol=1e-5):
                 missing = " It is zero: is the residual missing?" if not first.any() else ""
                 return f"Before any training the output is off by {(first - h).abs().max().item():.2g}.{missing}"
-            if not seen["down is random"]:
-                return "The down projection is not random, so the up projection gets no gradient, or m equal ones."
 
         def use(seen, h=h, up=up, low=low, parts=parts):
             right, got = h + up, seen["in use"]
@@ -332,26 +312,12 @@ def repair_cases(rng: Random):
         def train(seen, size=2 * d * m + m + d):
             if not seen["the halves train"] or seen["numbers trained"] != size:
                 return f"trainable() gives {seen['numbers trained']} numbers; down and up have {size}."
-            if not seen["gradients on"]:
-                return "Some of what trainable() gives does not require a gradient."
-
-        def frozen(seen, W=W, b=b):
-            weight, bias = seen["base after a step"]
-            if not torch.equal(weight, W) or not torch.equal(bias, b):
-                return (
-                    f"A step of training moved the base's {'bias' if torch.equal(weight, W) else 'weight'}: freeze it."
-                )
-
-        def below(seen):
-            if not seen["gradient below"]:
-                return "No gradient reaches x: with `no_grad` or `detach` the adapters of the layers below never learn."
 
         yield Case("have down and up as linear layers d → m and m → d, d being the output's width", args, judge=shapes)
         yield Case("leave the layer's output as it was before training", args, judge=start)
         yield Case("be h + up(ReLU(down(h))), h being the layer's output", args, judge=use)
         yield Case("give the parameters of down and up from trainable(), and nothing else", args, judge=train)
-        yield Case("keep the base frozen, its bias too", args, judge=frozen)
-        yield Case("let the gradient through to the layers below", args, judge=below)
+        yield Case("train down and up from a random down, and keep the base frozen, its bias too", args, judge=holds)
 
 
 EXERCISES = (

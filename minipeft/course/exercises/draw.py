@@ -19,7 +19,45 @@ def sizes(rng: Random) -> tuple[int, int, int]:
     return d_out, d_in, rng.randint(2, min(d_out, d_in) - 1)
 
 
-# γ -------------------------------------------------------------------------------------------------------------------
+# judges of what several drives see ----------------------------------------------------------------------------------
+def holds(seen: dict) -> str | None:
+    """The first sentence of a drive's that does not hold."""
+    return next(
+        (f"This does not hold: {words}." for words, value in seen.items() if " " in words and value is False), None
+    )
+
+
+def uniform(name: str, bound: float, seen: dict) -> str | None:
+    """Whether the first tensor of `drives.common.draws` looks drawn from U(−bound, bound), each number by itself."""
+    A = seen["first"][0].double()
+    largest, spread, wanted = A.abs().max().item(), A.std(correction=0).item(), bound / math.sqrt(3)
+    if other := {str(t.dtype) for t in seen["first"]} - {"torch.float32"}:
+        return f"The numbers are {', '.join(sorted(other))}; they should be torch.float32."
+    if not seen["own memory"]:
+        return "Several numbers share one place in memory (expand), so they cannot be trained apart."
+    if A.any() and A.unique().numel() < 0.99 * A.numel():
+        different = f"{A.unique().numel()} different ones of {A.numel()}"
+        return f"Numbers of {name} repeat, {different}: rows that are equal stay equal."
+    if largest > bound * (1 + 1e-6) or not A.any():
+        return f"The largest |{name}| is {largest:.4f}; the bound 1/√d_in is {bound:.4f} here."
+    if A.numel() > 1000:
+        if largest < 0.97 * bound:
+            return f"The largest |{name}| is {largest:.4f}; the bound 1/√d_in is {bound:.4f} here."
+        if abs(A.mean().item()) > 0.1 * bound or abs(spread / wanted - 1) > 0.05:
+            return f"The mean is {A.mean().item():.4f} and the spread {spread:.4f}; uniform has 0 and {wanted:.4f}."
+
+
+def stream(name: str, seen: dict) -> str | None:
+    """Whether the random numbers of `drives.common.draws` come from the generator's stream and from nowhere else."""
+    first, later, again, other, used = (seen[each][0] for each in ("first", "later", "again", "other", "used"))
+    if not torch.equal(first, again):
+        return f"The same seed gave two different {name}: draw from `generator`, not from the global one."
+    if torch.equal(first, other):
+        return f"Two different seeds gave the same {name}: draw from `generator`."
+    if torch.equal(first, later) or torch.equal(first, used):
+        return f"Two calls with one generator gave the same {name}: draw from `generator` itself, not from its seed."
+    if not seen["global"]:
+        return "It moves the global generator of random numbers: draw from `generator` only."
 
 
 def orthonormal(rng: Random, d: int, k: int, dtype=torch.float64) -> torch.Tensor:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from random import Random
 
 import torch
 
-from minipeft.course.exercises.draw import normal, sizes
+from minipeft.course.exercises.draw import holds, normal, sizes, stream, uniform
 from minipeft.course.exercises.lora_repair import repair_cases
 from minipeft.course.verdict import Case, Exercise, Raises
 
 
 def scale_cases(rng: Random):
-    for stable in (False, True, False, True):
-        alpha, rank = round(rng.uniform(0.5, 64.0), 2), rng.choice([3, 5, 8, 32, 48])
+    # α = 16 at r = 4 shows every slip: γ is 4 or 8, and α·r, r², α and 1/γ are other numbers
+    fixed, drawn = [(16, 4)] * 2, [(round(rng.uniform(0.5, 64.0), 2), rng.choice([3, 5, 8, 32, 48])) for _ in range(2)]
+    for (alpha, rank), stable in zip(fixed + drawn, (False, True, False, True), strict=True):
         # γ = α/r,  or  γ = α/√r
         gamma, other = alpha / rank, alpha / math.sqrt(rank)
         right, left = (other, gamma) if stable else (gamma, other)
@@ -33,47 +35,32 @@ def scale_cases(rng: Random):
 
 # init ----------------------------------------------------------------------------------------------------------------
 def init_cases(rng: Random):
-    for d_out, d_in, rank in ((130, 210, 60), (rng.randint(90, 120), rng.randint(130, 300), rng.randint(40, 64))):
-        seed, bound = rng.randrange(10**6), 1 / math.sqrt(d_in)
-
-        def kind(claim, judge, arguments=(d_out, d_in, rank, seed)):
-            return Case(claim, arguments, judge=judge)
+    for d_out, d_in, rank in (
+        (130, 210, 60),
+        (rng.randint(90, 120), rng.randint(130, 300), rng.randint(40, 64)),
+        (1, 3, 1),
+        (70, 70, 1),
+    ):
+        args, bound = (d_out, d_in, rank, rng.randrange(10**6)), 1 / math.sqrt(d_in)
 
         def shapes(seen, d_out=d_out, d_in=d_in, rank=rank):
-            found = tuple(seen["A"].shape), tuple(seen["B"].shape)
+            found = tuple(tuple(t.shape) for t in seen["first"])
             if found == ((rank, d_in), (d_out, rank)):
                 return None
             swapped = " It looks as if A and B changed places." if found == ((d_out, rank), (rank, d_in)) else ""
-            return f"For d_out={d_out}, d_in={d_in}, rank={rank} the shapes are {found[0]} and {found[1]}.{swapped}"
+            return f"For d_out={d_out}, d_in={d_in}, rank={rank} the shapes are {found}.{swapped}"
 
         def zero(seen):
-            if seen["B"].any():
-                both = bool(seen["A"].any())
-                return f"{'Both are' if both else 'B is'} random; then B·A is not zero, or A learns nothing at first."
-
-        def uniform(seen, bound=bound):
-            A = seen["A"].double()
-            largest, spread = A.abs().max().item(), A.std().item()
-            if not 0.97 * bound < largest <= bound * (1 + 1e-6):
-                return f"The largest |A| is {largest:.4f}; the bound 1/√d_in is {bound:.4f} here."
-            if abs(A.mean().item()) > 0.1 * bound or abs(spread / (bound / math.sqrt(3)) - 1) > 0.05:
+            A, B = seen["first"]
+            if B.any():
                 return (
-                    f"The mean is {A.mean().item():.4f} and the spread {spread:.4f}; uniform has 0 and "
-                    f"{bound / math.sqrt(3):.4f}."
+                    f"{'Both are' if A.any() else 'B is'} random; then B·A is not zero, or A learns nothing at first."
                 )
 
-        def seeded(seen):
-            if not torch.equal(seen["A"], seen["again"]):
-                return "The same seed gave two different A: draw from `generator`, not from the global one."
-            if torch.equal(seen["A"], seen["other"]):
-                return "Two different seeds gave the same A: draw from `generator`."
-            if not seen["global"]:
-                return "It moves the global generator of random numbers: draw from `generator` only."
-
-        yield kind("return A of shape (rank, d_in) and B of shape (d_out, rank)", shapes)
-        yield kind("start with B = 0, so that the model is unchanged", zero)
-        yield kind("draw A from U(−1/√d_in, 1/√d_in)", uniform)
-        yield kind("take its random numbers from `generator`", seeded)
+        yield Case("return A of shape (rank, d_in) and B of shape (d_out, rank)", args, judge=shapes)
+        yield Case("start with B = 0, so that the model is unchanged", args, judge=zero)
+        yield Case("draw A from U(−1/√d_in, 1/√d_in)", args, judge=partial(uniform, "A", bound))
+        yield Case("take its random numbers from `generator`", args, judge=partial(stream, "A"))
 
 
 # forward -------------------------------------------------------------------------------------------------------------
@@ -83,7 +70,6 @@ def forward_cases(rng: Random):
         ((2, 3), torch.float64, True),
         ((), torch.float64, False),
         ((2, 1, 5), torch.float32, False),
-        ((0,), torch.float32, True),
     ):
         d_out, d_in, rank = sizes(rng)
         W, b = normal(rng, d_out, d_in, dtype=dtype), normal(rng, d_out, dtype=dtype) if biased else None
@@ -161,13 +147,16 @@ def count_cases(rng: Random):
 
 # merge, unmerge ------------------------------------------------------------------------------------------------------
 def places(rng: Random):
-    for dtype, conv1d in (
-        (torch.float32, False),
-        (torch.float64, True),
-        (torch.bfloat16, False),
-        (torch.float32, True),
+    for dtype, conv1d, form in (
+        (torch.float32, False, "oblong"),
+        (torch.float64, True, "oblong"),
+        (torch.bfloat16, False, "oblong"),
+        (torch.float32, True, "square"),
+        (torch.float16, True, "rank 1"),
+        (torch.float64, False, "rank 1"),
     ):
         d_out, d_in, rank = sizes(rng)
+        d_in, rank = d_out if form == "square" else d_in, 1 if form == "rank 1" else rank
         W = normal(rng, *((d_in, d_out) if conv1d else (d_out, d_in)), dtype=dtype)
         wide = torch.promote_types(dtype, torch.float32)
         A, B = normal(rng, rank, d_in, dtype=wide), normal(rng, d_out, rank, dtype=wide)
@@ -197,6 +186,7 @@ def merge_cases(rng: Random):
                 None if torch.equal(seen["old weight"], W) else "The old weight has changed: `+=` writes in place."
             ),
         )
+        yield Case("put a new nn.Parameter into the layer, and touch nothing else of it", args, judge=holds)
 
 
 def close(got: torch.Tensor, want: torch.Tensor, args: tuple, change: torch.Tensor) -> str | None:
@@ -206,7 +196,7 @@ def close(got: torch.Tensor, want: torch.Tensor, args: tuple, change: torch.Tens
     if got.dtype != want.dtype:
         return f"The new weight is {got.dtype}; the layer was {want.dtype}."
     difference = (got.double() - want.double()).abs()
-    if want.dtype == torch.bfloat16:
+    if want.dtype in (torch.bfloat16, torch.float16):
         if (share := (difference > 0).double().mean().item()) > 0.02:
             return f"{share:.0%} of the numbers are rounded differently: add in float32, then round once."
         return None
@@ -235,6 +225,7 @@ def unmerge_cases(rng: Random):
                     return f"The weight differs by up to {largest:.1e}. Subtracting ΔW rounds: keep the old one."
 
         yield Case(f"give back the {dtype} weight bit for bit, as often as one likes", args, judge=judge)
+        yield Case("serve several layers at once, and keep what was trainable", args, judge=holds)
 
 
 # freeze --------------------------------------------------------------------------------------------------------------
@@ -253,8 +244,9 @@ ADAPTERS = ("layers.0.attn.q_proj.lora_A", "layers.0.attn.q_proj.lora_B", "layer
 
 
 def freeze_cases(rng: Random):
-    for _ in range(4):
-        names = rng.sample(PLAIN, rng.randint(4, len(PLAIN))) + rng.sample(ADAPTERS, rng.randint(2, len(ADAPTERS)))
+    for i in range(5):
+        found = rng.sample(ADAPTERS, rng.randint(2, len(ADAPTERS))) if i else []
+        names = rng.sample(PLAIN, rng.randint(4, len(PLAIN))) + found
         rng.shuffle(names)
         order = [name for name in parameter_order(names)]
         flags = [rng.random() < 0.5 for _ in names]
@@ -264,7 +256,7 @@ def freeze_cases(rng: Random):
         def judge(seen, chosen=chosen, count=count, names=names):
             missing = [n for n in chosen if n not in seen["trainable"]]
             extra = [n for n in seen["trainable"] if n not in chosen]
-            if not seen["trainable"]:
+            if chosen and not seen["trainable"]:
                 return "Nothing trains. (A parameter has no attribute A: its *name* says what it is.)"
             if extra:
                 return f"{extra[0]!r} trains, but is no lora_A or lora_B: look at the last part of the name only."
@@ -274,6 +266,7 @@ def freeze_cases(rng: Random):
                 return "It changes the parameters' values."
             if seen["returned"] != count or isinstance(seen["returned"], bool):
                 return f"It returns {seen['returned']!r}; {count} numbers train (parameters have several numbers)."
+            return holds(seen)
 
         yield Case(
             "let lora_A and lora_B train, nothing else, and return how many numbers that is",

@@ -7,7 +7,8 @@ from random import Random
 
 import torch
 
-from minipeft.course.exercises.draw import normal, sizes
+from minipeft.course.drives.promises import weights
+from minipeft.course.exercises.draw import holds, normal, sizes
 from minipeft.course.verdict import Case, Exercise
 
 
@@ -222,8 +223,9 @@ def repair_cases(rng: Random):
         gamma = round(rng.uniform(0.4, 2.0), 2)
         W, b, m = normal(rng, d_out, d_in), normal(rng, d_out), normal(rng, d_out).abs() + 0.5
         A, B = normal(rng, rank, d_in), normal(rng, d_out, rank)
-        x, G = normal(rng, 4, d_in), normal(rng, 4, d_out)  # G is ∂L/∂y
-        args = (W, b, x, rank, gamma, A, B, m, G, rng.randrange(10**6))
+        x = normal(rng, 4, d_in)
+        G = weights(torch.empty(4, d_out)).float()  # ∂L/∂y, as `drives.common.life` has it
+        args = (W, b, x, rank, gamma, A, B, m, rng.randrange(10**6))
         V = W + gamma * B @ A
         length = row_norms(V)
 
@@ -240,8 +242,6 @@ def repair_cases(rng: Random):
             if not near(seen["at first"], x @ W.T + b):
                 largest = (seen["at first"] - x @ W.T - b).abs().max().item()
                 return f"Before any training the output is off by {largest:.2g}: which m gives W back?"
-            if not seen["A is random"]:
-                return "A is zero as well as B, so neither ever gets a gradient."
 
         def use(seen, x=x, W=W, b=b, m=m, V=V, length=length):
             right = x @ (m[:, None] * V / length[:, None]).T + b
@@ -269,28 +269,24 @@ def repair_cases(rng: Random):
 
         def gradients(seen, A=A, B=B, g=gamma, toward=toward, across=across, along=along):
             for name in ("A", "B", "m"):
-                if seen[f"gradient of {name}"] is None:
+                if not seen["gradients"][name].any():
                     return f"{name} gets no gradient: is it an nn.Parameter that the output depends on?"
             for name, value in {"A": lambda D: g * B.T @ D, "B": lambda D: g * D @ A.T}.items():
-                got = seen[f"gradient of {name}"]
+                got = seen["gradients"][name]
                 if not near(got, value(toward)):
                     if near(got, value(across)):
                         return (
                             "The gradient flows through the norm, too; §4.3 of the paper takes the norm as a constant."
                         )
                     return f"The gradient of {name} is not that of W' with a constant norm."
-            if not near(seen["gradient of m"].reshape(-1), along):
+            if not near(seen["gradients"]["m"], along):
                 return "The gradient of m is not Σ_j ∂L/∂W'_ij · V_ij / ‖V_i‖."
-
-        def frozen(seen, W=W, b=b):
-            if not (torch.equal(seen["weight after a step"], W) and torch.equal(seen["bias after a step"], b)):
-                return "A step of training moved W or b: keep the base frozen."
 
         yield Case("have A (rank, d_in), B (d_out, rank) and m with d_out numbers", args, judge=shapes)
         yield Case("leave the layer's output as it was before training", args, judge=start)
         yield Case("give m ⊙ (W + γ·B·A)/‖W + γ·B·A‖ · x + b, with the norm of each row", args, judge=use)
         yield Case("let A, B and m learn, with the norm as a constant", args, judge=gradients)
-        yield Case("keep the base frozen", args, judge=frozen)
+        yield Case("train A, B and m from a random A, and keep the base frozen, its bias too", args, judge=holds)
 
 
 def near(got, want: torch.Tensor) -> bool:

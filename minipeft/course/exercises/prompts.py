@@ -93,12 +93,14 @@ def prepend_cases(rng: Random):
         (torch.float64, torch.int64),
         (torch.bfloat16, torch.int64),
         (torch.float32, torch.bool),
+        (torch.float64, torch.int32),
     ):
         rows, n, length, d = rng.randint(2, 4), *rng.sample(range(2, 9), 3)
         prompt, embeds = normal(rng, n, d), normal(rng, rows, length, d, dtype=dtype)
         mask = torch.tensor([[int(i < rng.randint(1, length)) for i in range(length)] for _ in range(rows)])
         mask = mask.to(mask_dtype)
         labels = torch.tensor([[rng.choice([IGNORE, *range(9)]) for _ in range(length)] for _ in range(rows)])
+        labels = labels.int() if mask_dtype == torch.int32 else labels
         # small whole numbers, whose sums are exact in bfloat16 too
         weights = (2 * normal(rng, rows, n + length, d, dtype=torch.float64)).round()
 
@@ -146,21 +148,23 @@ def prepend_cases(rng: Random):
 
 # the start from words ------------------------------------------------------------------------------------------------
 def start_cases(rng: Random):
-    for _ in range(2):
+    for dtype in (torch.float32, torch.float64):
         words, d = rng.randint(14, 24), rng.randint(3, 7)
         n = rng.randint(words // 2, words - 2)
-        table = normal(rng, words, d)
+        table = normal(rng, words, d, dtype=dtype)
         args = (table, n, rng.randrange(10**6))
 
         def rows(draw, table=table):
             """Which row of the table each vector is; −1 for none."""
             return [next((i for i, row in enumerate(table) if torch.equal(row, v)), -1) for v in draw]
 
-        def shape(seen, n=n, d=d, rows=rows):
+        def shape(seen, n=n, d=d, rows=rows, dtype=dtype):
             if (found := tuple(seen["draws"][0].shape)) != (n, d):
                 return f"The shape is {found} instead of {(n, d)}."
             if -1 in rows(seen["draws"][0]):
                 return "Some of the vectors are no rows of the table."
+            if seen["draws"][0].dtype != dtype:
+                return f"The prompt is {seen['draws'][0].dtype}; the table is {dtype}."
 
         def distinct(seen, rows=rows, n=n, words=words):
             for draw in seen["draws"][1:]:
@@ -176,6 +180,9 @@ def start_cases(rng: Random):
                 return "The same seed gave two different prompts: draw from `generator`, not from the global one."
             if not any(not torch.equal(first, other) for other in others):
                 return "Different seeds gave the same prompt: draw from `generator`."
+            one, later, used = seen["one generator"]
+            if torch.equal(one, later) and torch.equal(one, used):
+                return "Two calls with one generator gave the same prompt: draw from its stream, not from its seed."
             if not seen["global"]:
                 return "It moves the global generator of random numbers: draw from `generator` only."
 
@@ -341,7 +348,7 @@ EXERCISES = (
             "A cosine is the dot product of two vectors of length 1. F.normalize copes with a row of zeros.",
             "(F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).topk(k).indices",
         ),
-        ("nearest_words",),
+        ("nearest_words",), "prompts.name_rows",
     ),
     Exercise(
         "repaired_prompt", "Find the bug", repair_cases,

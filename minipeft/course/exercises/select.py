@@ -7,13 +7,13 @@ from random import Random
 import torch
 
 from minipeft.course.drives.select import classifier, network
-from minipeft.course.exercises.draw import normal
+from minipeft.course.exercises.draw import holds, normal
 from minipeft.course.verdict import Case, Exercise, Raises
 
 
 # BitFit --------------------------------------------------------------------------------------------------------------
 def bitfit_cases(rng: Random):
-    for _ in range(4):
+    for kind in ("biases", "frozen", "biases", "biases"):
         width, seed = rng.randint(3, 6), rng.randrange(10**6)
         modules = dict(network("biases", width, seed).named_modules())
         suits = [p for p, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D", "LayerNorm")]
@@ -21,7 +21,7 @@ def bitfit_cases(rng: Random):
         every = [n for n, _ in network("biases", width, seed).named_parameters()]
         yield Case(
             "name the biases of linear, Conv1D and norm layers",
-            ("biases", width, seed),
+            (kind, width, seed),
             right,
             wrong={
                 "every parameter with 'bias' in its name is taken": lambda e=every: sorted(n for n in e if "bias" in n),
@@ -42,12 +42,12 @@ def bitfit_cases(rng: Random):
 
 # softmax tuning ------------------------------------------------------------------------------------------------------
 def softmax_cases(rng: Random):
-    for tied in (False, True, True):
+    for tied, frozen in ((False, False), (True, False), (True, True), (False, True)):
         words, width = rng.randint(7, 20), rng.randint(3, 6)
         table = normal(rng, words, width)
         head = None if tied else normal(rng, words, width)
         ids = torch.tensor([rng.randrange(words) for _ in range(6)])
-        args = (table, head, ids, rng.randrange(10**6))
+        args = (table, head, ids, rng.randrange(10**6), frozen)
         added = words * width if tied else 0
 
         def judge(seen, tied=tied, added=added):
@@ -63,13 +63,16 @@ def softmax_cases(rng: Random):
                 return f"What requires a gradient is {seen['trainable']}; it should be ['head.weight']."
             if seen["added"] != added or isinstance(seen["added"], bool):
                 return f"It returns {seen['added']!r}; the model has {added} numbers more than before."
+            return holds(seen)
 
-        yield Case(f"train the head of a {'tied' if tied else 'plain'} model and nothing else", args, judge=judge)
+        start = ", all of which was frozen before," if frozen else ""
+        claim = f"train the head of a {'tied' if tied else 'plain'} model{start} and nothing else"
+        yield Case(claim, args, judge=judge)
 
 
 # magnitude -----------------------------------------------------------------------------------------------------------
 def magnitude_cases(rng: Random):
-    for share in (0.25, 0.5, 0.1, 0.0, 1.0):
+    for share in (0.25, 0.5, 0.1, 0.0, 1.0, 0.0357, 0.77):
         weights = {f"layer{i}.weight": normal(rng, 10, 2 * i + 2) * (i + 1) for i in range(rng.randint(2, 4))}
         total = sum(w.numel() for w in weights.values())
         count = round(share * total)
@@ -91,11 +94,14 @@ def magnitude_cases(rng: Random):
                 masks[name] = chosen.reshape(w.shape)
             return masks
 
+        every = {n: torch.ones(w.shape, dtype=torch.bool) for n, w in weights.items()}
         yield Case(
             f"mark the {count} of {total} entries of largest |w|, over all tensors together",
             (weights, share),
             keep(abs),
-            wrong={
+            wrong={"a share of 0 marks everything: the last 0 of a list, [-0:], are all of it": lambda e=every: e}
+            if share == 0
+            else {
                 "each tensor gets its own share": apart,
                 "the sign counts: take |w|": lambda keep=keep: keep(lambda v: v),
                 "the smallest are marked": lambda keep=keep: keep(lambda v: -abs(v)),

@@ -80,7 +80,7 @@ def bottleneck(x, down_w, down_b, up_w, up_b):
     return x + torch.einsum("...m,dm->...d", hidden * (hidden > 0), up_w) + up_b
 
 
-# %% bottleneck right: layers of torch
+# %% bottleneck wrong: layers of torch that the numbers are copied into
 def bottleneck(x, down_w, down_b, up_w, up_b):
     m, d = down_w.shape
     net = nn.Sequential(nn.Linear(d, m), nn.ReLU(inplace=True), nn.Linear(m, d)).to(x.dtype)
@@ -88,6 +88,14 @@ def bottleneck(x, down_w, down_b, up_w, up_b):
         for parameter, value in zip(net.parameters(), (down_w, down_b, up_w, up_b), strict=True):
             parameter.copy_(value)
         return net(x) + x
+
+
+# %% bottleneck right: layers of torch, called with these weights
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    m, d = down_w.shape
+    net = nn.Sequential(nn.Linear(d, m), nn.ReLU(inplace=True), nn.Linear(m, d))
+    parts = {"0.weight": down_w, "0.bias": down_b, "2.weight": up_w, "2.bias": up_b}
+    return torch.func.functional_call(net, parts, (x,)) + x
 
 
 # %% count_adapters wrong: no biases
@@ -689,7 +697,7 @@ class RepairedAdapter(nn.Module):
     def __init__(self, linear, bottleneck):
         super().__init__()
         self.register_buffer("W", linear.weight.detach())
-        self.register_buffer("b", linear.bias.detach())
+        self.register_buffer("b", None if linear.bias is None else linear.bias.detach())
         self.down = nn.Linear(len(self.W), bottleneck)
         self.up = nn.Linear(bottleneck, len(self.W))
         self.up.weight = nn.Parameter(torch.zeros_like(self.up.weight))
@@ -702,3 +710,39 @@ class RepairedAdapter(nn.Module):
 
     def trainable(self):
         return list(self.parameters())
+
+
+# %% bottleneck wrong: the residual is cut off
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x.detach() + F.linear(F.relu(F.linear(x, down_w, down_b)), up_w, up_b)
+
+
+# %% init_adapter wrong: one column for all
+def init_adapter(width, bottleneck, generator):
+    bound = 1 / math.sqrt(width)
+    column = torch.empty(bottleneck, 1).uniform_(-bound, bound, generator=generator)
+    return column.repeat(1, width), torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% RepairedAdapter wrong: two layers share their halves
+class Shared:
+    down = up = None
+
+
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        if Shared.down is None or Shared.down.weight.shape != (bottleneck, linear.out_features):
+            Shared.down = nn.Linear(linear.out_features, bottleneck)
+            Shared.up = nn.Linear(bottleneck, linear.out_features)
+        self.down, self.up = Shared.down, Shared.up
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]

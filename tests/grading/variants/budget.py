@@ -348,7 +348,7 @@ def count_trainable(method, shapes, size):
 def count_trainable(method, shapes, size):
     if method not in {"lora", "adalora", "dora", "vera", "adapter"}:
         raise ValueError(f"{method} is no method")
-    i, o = torch.tensor(shapes).sum(0)
+    i, o = torch.tensor(shapes).view(-1, 2).sum(0)
     n = len(shapes)
     if method == "vera":
         return o + n * size
@@ -500,7 +500,7 @@ def training_bytes(base, own, added, width, moments=2):
 def training_bytes(base, own, added, width, moments=2):
     kinds = (  # how many, bytes of weight, master, gradient, moments
         (base - own, width, 0, 0, 0),
-        (own, width, 4 * (width == 2), width, 4 * moments),
+        (own, width, 4 * (width < 4), width, 4 * moments),
         (added, 4, 0, 4, 4 * moments),
     )
     total = [sum(n * sizes[i] for n, *sizes in kinds) for i in range(4)]
@@ -511,7 +511,7 @@ def training_bytes(base, own, added, width, moments=2):
 def training_bytes(base, own, added, width, moments=2):
     trained = float(own + added)
     result = {"moments": trained * moments * 4.0, "gradients": own * float(width) + added * 4.0}
-    result["master"] = own * 4.0 if width != 4 else 0.0
+    result["master"] = own * 4.0 if width in (1, 2, 3) else 0.0
     result["weights"] = base * float(width) + added * 4.0
     return result
 
@@ -1058,7 +1058,7 @@ def repaired_memory(model):
         if p.requires_grad:
             found["gradients"] += n * width
             found["moments"] += n * 4 + n * 4
-            found["master"] += n * 4 if p.dtype != torch.float32 else 0
+            found["master"] += n * 4 if width < 4 else 0
     found["weights"] += sum(b.numel() * b.element_size() for b in model.buffers())
     return found
 
@@ -1069,6 +1069,33 @@ def repaired_memory(model):
     sizes = torch.tensor(
         [[p.numel(), p.nbytes, 4 * p.numel() * (p.itemsize < 4)] for p in trained], dtype=torch.float64
     )
-    numbers, gradients, master = sizes.sum(0)
+    numbers, gradients, master = sizes.view(-1, 3).sum(0)
     weights = sum(map(lambda t: t.nbytes, [*model.parameters(), *model.buffers()]))
     return {"weights": float(weights), "master": master, "gradients": gradients, "moments": 8 * numbers.item()}
+
+
+# %% step_multiply_adds wrong: equal layers once
+def step_multiply_adds(shapes, rank, tokens):
+    if rank is None:
+        return tokens * sum(3 * a * b for a, b in set(shapes))
+    return tokens * sum(2 * a * b + 3 * rank * (a + b) for a, b in set(shapes))
+
+
+# %% kept_bytes wrong: gradients that do not exist are made
+def kept_bytes(model, optimizer):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None and p.requires_grad else p.grad
+    state = [value for each in optimizer.state.values() for value in each.values()]
+    return {
+        "weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "optimizer": sum(value.nbytes for value in state if isinstance(value, torch.Tensor)),
+    }
+
+
+# %% target_shapes right: a generator
+def target_shapes(model, targets):
+    for name, layer in model.named_modules():
+        if name.split(".")[-1] in targets and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
+            shape = tuple(layer.weight.shape)
+            yield shape[::-1] if isinstance(layer, nn.Linear) else shape

@@ -413,7 +413,7 @@ def unmerge(layer, receipt):
 
 # %% unmerge right: copies the numbers back
 def unmerge(layer, receipt):
-    layer.weight = nn.Parameter(receipt.detach().clone())
+    layer.weight = nn.Parameter(receipt.detach().clone(), requires_grad=receipt.requires_grad)
 
 
 # %% unmerge right: setattr
@@ -593,9 +593,9 @@ class NoMatch(ValueError):
 
 def find_targets(names, patterns):
     expressions = {p: re.compile(r"(.*\.)?" + re.escape(p)) for p in patterns}
-    for pattern, expression in expressions.items():
-        if not any(expression.fullmatch(n) for n in names):
-            raise NoMatch(f"{pattern} matches no module")
+    missed = [p for p, expression in expressions.items() if not any(expression.fullmatch(n) for n in names)]
+    if missed:
+        raise NoMatch(f"no module matches {' or '.join(missed)}")
     if not expressions:
         raise NoMatch("no pattern")
     return tuple(n for n in names if any(e.fullmatch(n) for e in expressions.values()))
@@ -738,7 +738,7 @@ class RepairedLoRA(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.register_buffer("W", linear.weight.detach())
-        self.register_buffer("b", linear.bias.detach())
+        self.b = linear.bias if linear.bias is None else linear.bias.detach()
         self.A = nn.Parameter(torch.nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features)))
         self.B = nn.Parameter(self.A.new_zeros(linear.out_features, rank))
         self.gamma = alpha / rank
@@ -748,3 +748,43 @@ class RepairedLoRA(nn.Module):
 
     def trainable(self):
         return list(self.parameters())
+
+
+# %% lora_forward wrong: a detached result
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(x, W, b) + gamma * F.linear(F.linear(x, A), B).detach()
+
+
+# %% init_lora wrong: the seed of the generator, not its stream
+def init_lora(d_out, d_in, rank, generator):
+    own = torch.Generator().manual_seed(generator.initial_seed())
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=own), torch.zeros(d_out, rank)
+
+
+# %% count_lora wrong: equal shapes once
+def count_lora(shapes, rank):
+    return sum(rank * (d_out + d_in) for d_out, d_in in set(shapes))
+
+
+# %% find_targets right: a generator
+def find_targets(names, patterns):
+    missed = [p for p in patterns if not any(("." + n).endswith("." + p) for n in names)]
+    if missed or not patterns:
+        raise ValueError(f"no match: {missed}")
+    return (n for n in names if any(("." + n).endswith("." + p) for p in patterns))
+
+
+# %% RepairedLoRA wrong: fails without a bias
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return x @ self.linear.weight.T + self.linear.bias + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [self.A, self.B]

@@ -379,7 +379,7 @@ def adalora_keep(sensitivity, budget):
     return kept
 
 
-# %% adalora_keep right: a threshold from kthvalue
+# %% adalora_keep wrong: a threshold from kthvalue, which drops all equals
 def adalora_keep(sensitivity, budget):
     scores = {n: lam + torch.mean(P, dim=0) + torch.mean(Q, dim=1) for n, (P, lam, Q) in sensitivity.items()}
     together = torch.cat(tuple(scores.values()))
@@ -602,7 +602,8 @@ class RepairedDoRA(nn.Module):
 
     def forward(self, x):
         y = F.linear(x, self.base.weight) + F.linear(F.linear(x, self.A), self.B) * self.gamma
-        return self.m / self.lengths() * y + self.base.bias
+        y = self.m / self.lengths() * y
+        return y if self.base.bias is None else y + self.base.bias
 
 
 # %% RepairedDoRA right: two linear layers, and m as a column
@@ -611,7 +612,7 @@ class RepairedDoRA(nn.Module):
         super().__init__()
         d_out, d_in = linear.weight.shape
         self.register_buffer("W", linear.weight.detach().clone())
-        self.register_buffer("b", linear.bias.detach().clone())
+        self.register_buffer("b", self.W.new_zeros(d_out) if linear.bias is None else linear.bias.detach().clone())
         self.down, self.up = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False)
         nn.init.zeros_(self.up.weight)
         self.m = nn.Parameter(torch.linalg.vector_norm(self.W, dim=1, keepdim=True))
@@ -630,3 +631,25 @@ class RepairedDoRA(nn.Module):
         with torch.no_grad():
             norm = torch.linalg.vector_norm(V, dim=1, keepdim=True)
         return x @ (V * (self.m / norm)).mT + self.b
+
+
+# %% vera_delta wrong: no gradient for d
+def vera_delta(A, B, d, b):
+    return b[:, None] * (B @ (d.detach()[:, None] * A))
+
+
+# %% dora_weight wrong: the norm is a constant
+def dora_weight(W, A, B, m, gamma):
+    V = W + gamma * (B @ A)
+    return (m / V.detach().norm(dim=1))[:, None] * V
+
+
+# %% adalora_budget right: a fraction
+def adalora_budget(step, total, start, final, first, target):
+    from fractions import Fraction
+
+    if step <= start:
+        return first
+    if step >= total - final:
+        return target
+    return target + (first - target) * (1 - Fraction(step - start, total - final - start)) ** 3

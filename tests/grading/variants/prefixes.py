@@ -378,7 +378,7 @@ def attend(q, k, v, prefix_k, prefix_v, mask):
     allowed = places[None] <= torch.arange(length)[:, None] + n
     allowed = allowed[None] & ((places < n) | F.pad(mask, (n, 0)).bool())[:, None]
     scores = (q.double() @ K.mT) / math.sqrt(q.shape[-1])
-    scores = torch.where(allowed[:, None], scores, -math.inf)
+    scores = torch.where(allowed[:, None], scores, -1e300)
     e = (scores - scores.amax(-1, keepdim=True).detach()).exp()
     return (e @ V / e.sum(-1, keepdim=True)).to(q.dtype)
 
@@ -762,3 +762,19 @@ def repaired_prefix(model, prefix, ids, mask, positions):
         )
         found.append(model(ids[row : row + 1], positions[row : row + 1].add(n), seen, past))
     return torch.cat(found)
+
+
+# %% count_prefix wrong: heads of a rounded width
+def count_prefix(n, layers, width, heads, kv_heads):
+    return n * layers * 2 * width if kv_heads == 1 == heads else max(n, 1) * layers * 2 * kv_heads * (width // heads)
+
+
+# %% prefix_share wrong: an average over texts
+def prefix_share(attention, n, mask):
+    share = attention[..., :n].sum(-1) * mask[:, None]
+    return (share.sum(-1) / mask.sum(-1)[:, None]).mean(0)
+
+
+# %% fold_prefix wrong: float32 always
+def fold_prefix(E, W1, b1, W2, b2):
+    return {"prompt_embeddings": F.linear(F.linear(E, W1, b1).tanh(), W2, b2).detach().float()}

@@ -564,3 +564,26 @@ def repaired_prompt(model, prompt, embeds, mask, positions, labels):
     log_p = logits.log_softmax(-1)
     kept = [(r, i) for r in range(len(mask)) for i in range(1, mask.shape[1]) if labels[r, i] != -100]
     return logits, -sum(log_p[r, i - 1, labels[r, i]] for r, i in kept) / len(kept)
+
+
+# %% fill_template wrong: str.format, with other braces doubled
+def fill_template(template, text):
+    if "{text}" not in template:
+        raise ValueError("no place")
+    import re
+
+    return re.sub(re.escape("{text}"), text, template)
+
+
+# %% score_verbalizer wrong: through numpy
+def score_verbalizer(log_probs, verbalizer):
+    import numpy as np
+
+    p = log_probs.detach().numpy()
+    scores = np.stack([np.logaddexp.reduce(p[:, ids], 1) for ids in verbalizer.values()], 1)
+    return torch.as_tensor(scores).log_softmax(-1)
+
+
+# %% nearest_words right: int32
+def nearest_words(prompt, table, k):
+    return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).topk(k).indices.int()

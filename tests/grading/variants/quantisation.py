@@ -193,13 +193,14 @@ def quantise_blocks(w, code, block):
     return code[(units[:, None] - code).abs().argmin(1)], scales
 
 
-# %% quantise_blocks right: by the middles, with the reciprocal
+# %% quantise_blocks right: by the middles, with the reciprocal, in order
 def quantise_blocks(w, code, block):
     flat = w.reshape(-1)
     blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
     scales = blocks.abs().amax(1)
     units = (blocks * (1 / scales.clamp(min=1e-38))[:, None]).clamp(-1, 1).view(-1)[: len(flat)]
-    return torch.bucketize(units, (code[1:] + code[:-1]) / 2).to(torch.uint8), scales
+    values, order = code.sort()
+    return order[torch.bucketize(units, (values[1:] + values[:-1]) / 2)].to(torch.uint8), scales
 
 
 # %% quantise_blocks right: number by number
@@ -527,7 +528,7 @@ class RepairedQuantisedLinear(Sound):
     def forward(self, x):
         with torch.no_grad():
             W = self.dense()
-        return x @ W.T + self.bias
+        return x @ W.T + (0 if self.bias is None else self.bias)
 
 
 # %% RepairedQuantisedLinear right: packed, with a backward of its own
@@ -535,7 +536,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return x @ layer.dense().T + layer.bias
+        return F.linear(x, layer.dense(), layer.bias)
 
     @staticmethod
     def backward(ctx, g):
@@ -550,7 +551,7 @@ class RepairedQuantisedLinear(nn.Module):
         blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
         self.register_buffer("scales", blocks.abs().amax(1, keepdim=True))
         self.register_buffer("code", code.clone())
-        self.register_buffer("bias", linear.bias.detach().clone())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
         indices = torch.bucketize((blocks / self.scales).view(-1), (code[1:] + code[:-1]) / 2).to(torch.uint8)
         indices = F.pad(indices, (0, len(indices) % 2))
         self.register_buffer("packed", indices[0::2] * 16 + indices[1::2])
@@ -562,3 +563,23 @@ class RepairedQuantisedLinear(nn.Module):
 
     def forward(self, x):
         return Product.apply(x, self)
+
+
+# %% unpack_nibbles wrong: a view of the bytes where none was added
+def unpack_nibbles(packed, n):
+    if n == 0:
+        raise ValueError("nothing")
+    return torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]
+
+
+# %% dequantise wrong: float32 always
+def dequantise(indices, code, scales, block, shape):
+    return (code[indices.long()].float() * scales.repeat_interleave(block)[: len(indices)].float()).view(shape)
+
+
+# %% bits_per_parameter right: a fraction
+def bits_per_parameter(block, second_block=None):
+    from fractions import Fraction
+
+    scale = Fraction(32) if second_block is None else 8 + Fraction(32, second_block)
+    return 4 + scale / block

@@ -800,7 +800,7 @@ def repaired_comparison(M, N, k):
 def repaired_comparison(M, N, k):
     U, s, _ = np.linalg.svd(M.numpy())
     W = np.linalg.svd(N.numpy())[0]
-    p = s / np.sum(s)
+    p = s[s > 0] / np.sum(s)
     return {
         "chance": k / len(M),
         "shared": np.linalg.norm(U[:, :k].T @ W[:, :k], "fro") ** 2 / k,
@@ -821,3 +821,22 @@ def repaired_comparison(M, N, k):
         "shared": torch.trace(top @ top.T @ rest @ rest.T) / k,
         "chance": torch.tensor(k / M.shape[0], dtype=torch.float64),
     }
+
+
+# %% truncate wrong: M is changed
+def truncate(M, rank):
+    U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
+    return M.copy_(U[:, :rank] * sigma[:rank] @ Vh[:rank])
+
+
+# %% stable_rank wrong: 0 where any singular value is 0
+def stable_rank(M):
+    sigma = torch.linalg.svdvals(M)
+    return (sigma.square().sum() / sigma[0] ** 2).item() if sigma[-1] > 0 else 0.0
+
+
+# %% subspace_similarity wrong: float32 always
+def subspace_similarity(X, Y):
+    shared = (X.T @ Y).square().cumsum(0).cumsum(1)
+    i, j = torch.arange(1, X.shape[1] + 1), torch.arange(1, Y.shape[1] + 1)
+    return (shared / torch.minimum(i[:, None], j)).float()

@@ -259,13 +259,23 @@ def magnitude_mask(weights, share):
     return masks
 
 
-# %% magnitude_mask right: a threshold between two entries
+# %% magnitude_mask wrong: a threshold, which lets all equals in
 def magnitude_mask(weights, share):
     values = sorted((abs(v) for w in weights.values() for v in w.flatten().tolist()), reverse=True)
     k = round(share * len(values))
     if k == 0:
         return {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()}
     return {n: w.abs() >= values[k - 1] for n, w in weights.items()}
+
+
+# %% magnitude_mask right: a sorted list of places
+def magnitude_mask(weights, share):
+    places = [(-abs(v), name, i) for name, w in weights.items() for i, v in enumerate(w.flatten().tolist())]
+    chosen = {(name, i) for _, name, i in sorted(places)[: round(share * len(places))]}
+    return {
+        name: torch.tensor([(name, i) in chosen for i in range(w.numel())], dtype=torch.bool).view_as(w)
+        for name, w in weights.items()
+    }
 
 
 # %% fisher_importance wrong: the mean gradient squared
@@ -594,3 +604,26 @@ def layer_range(names, first, last):
     if len(chosen) == 0:
         raise ValueError
     return list(chosen)
+
+
+# %% tune_softmax wrong: the grad mode is left off
+def tune_softmax(model):
+    torch.set_grad_enabled(False)
+    added = 0
+    if model.head.weight is model.embed.weight:
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+        added = model.head.weight.numel()
+    model.requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    return added
+
+
+# %% layer_range wrong: sorted by number
+def layer_range(names, first, last):
+    def number(name):
+        return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+    found = sorted((name for name in names if first <= number(name) <= last), key=number)
+    if not found:
+        raise ValueError("none")
+    return found

@@ -1,0 +1,209 @@
+"""What is asked of every answer beside its result: each promise is looked at in every case that does not do without.
+
+"again"     a second call with the same arguments gives the same
+"modes"     the grad mode, the default type and the seed stay as they were (a new layer may draw from it)
+"memory"    no number of the result lies in an argument's memory, or stands for several
+"gradient"  what comes out is the gradient that reaches each tensor, instead of the result
+"strided"   the tensors are not contiguous
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import nn
+
+from minipeft.course.drives.plain import MANY, plain
+
+
+class NotKept(Exception):
+    """A promise that an answer does not keep; the text says which, in a sentence."""
+
+
+def look(act: Callable, objects: tuple, asked: list[str], given: tuple, keywords: dict):
+    """What `act(*objects, *given, **keywords)` returns, having looked at what is asked. NotKept says what is not."""
+    if "strided" in asked:
+        given = tuple(replaced(given, scattered))
+    if "gradient" in asked:
+        return slopes(act, objects, given)
+    fresh = copy.deepcopy((given, keywords))
+    modes = state_of_torch()
+    value = plain(listed(act(*objects, *given, **keywords)))
+    if "modes" in asked:
+        for what, before, after in zip(MODES, modes, state_of_torch(), strict=True):
+            if not same(before, after):
+                restore(modes)
+                raise NotKept(f"It leaves {what} changed: put it back, or do not touch it.")
+    if "memory" in asked:
+        owned(value, given)
+    if "again" in asked:
+        kept = replaced(value, lambda tensor: tensor.detach().clone())
+        if not same(plain(listed(act(*objects, *fresh[0], **fresh[1]))), kept):
+            raise NotKept("A second call with the same arguments gives something else: does it remember the first?")
+        return kept
+    return value
+
+
+def listed(value):
+    """Generators run dry, so they are read once, and not without end."""
+    return list(islice(value, MANY + 1)) if isinstance(value, Iterator | range) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of torch
+# ---------------------------------------------------------------------------------------------------------------------
+MODES = ("the grad mode", "the default type", "the seed of torch's random numbers")
+
+
+def state_of_torch() -> tuple:
+    grad = torch.is_grad_enabled()
+    return grad, torch.get_default_dtype(), torch.initial_seed()
+
+
+def restore(modes: tuple) -> None:
+    torch.set_grad_enabled(modes[0])
+    torch.set_default_dtype(modes[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+def tensors(value) -> Iterator[torch.Tensor]:
+    """Every tensor in lists, tuples and dictionaries; numpy's arrays too."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif type(value).__module__ == "numpy" and getattr(value, "ndim", 0):
+        yield torch.as_tensor(value)
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors(each)
+
+
+def owned(value, given: tuple) -> None:
+    theirs = {t.untyped_storage().data_ptr() for t in tensors(given) if t.numel()}
+    for each in tensors(value):
+        if each.layout is not torch.strided or not each.numel():
+            continue
+        if each.untyped_storage().data_ptr() in theirs:
+            raise NotKept("The result is a view into an argument's memory, so changing one changes the other: copy it.")
+        if any(step == 0 and size > 1 for step, size in zip(each.stride(), each.shape, strict=True)):
+            raise NotKept(
+                "Several numbers of the result share one place in memory (expand): make them numbers of their own."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------------
+def slopes(act: Callable, objects: tuple, given: tuple) -> dict:
+    """{argument: gradient that reaches it from Σ weight · result}; zeros where nothing reaches it."""
+    leaves: dict[str, torch.Tensor] = {}
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        own = tensor.detach().clone().requires_grad_()
+        leaves[str(len(leaves))] = own
+        return own
+
+    value = listed(act(*objects, *replaced(given, leaf)))
+    total = 0
+    for each in tensors(value):
+        if each.is_floating_point() and each.requires_grad:
+            total = total + (each.double() * weights(each)).sum()
+    if not isinstance(total, torch.Tensor):
+        return {name: torch.zeros_like(own) for name, own in leaves.items()}
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(own) if slope is None else slope
+        for (name, own), slope in zip(leaves.items(), found, strict=True)
+    }
+
+
+def weights(tensor: torch.Tensor) -> torch.Tensor:
+    """Whole numbers from −4 to 4 that follow no axis, so that their sums are exact in bfloat16 too."""
+    return (4 * torch.cos(torch.arange(tensor.numel(), dtype=torch.float64) * math.e)).round().view(tensor.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+def replaced(value, change: Callable[[torch.Tensor], torch.Tensor]):
+    """The same lists, tuples and dictionaries with other tensors in them."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: replaced(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(replaced(v, change) for v in value)
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 0):
+        return value.copy()
+    return value
+
+
+def scattered(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, with a gap after each in memory."""
+    if not tensor.ndim:
+        return tensor
+    wide = tensor.new_zeros(*tensor.shape, 2)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, NaN beside NaN."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        alike = (
+            isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        )
+        return alike and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))
+    if type(a).__module__ == "numpy" and getattr(a, "ndim", 0):
+        return type(b).__module__ == "numpy" and same(torch.as_tensor(a), torch.as_tensor(b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b) or (a != a and b != b) or (type(a) is type(b) and type(a).__eq__ is object.__eq__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+def keeping(function: Callable, model: nn.Module, *rest, gradients: bool = True):
+    """`function(model, …)`, after which the model is as it was: numbers, flags, mode. NotKept says what is not."""
+    before = portrait(model, gradients)
+    value = listed(function(model, *rest))
+    after = portrait(model, gradients)
+    if list(before) != list(after):
+        raise NotKept(
+            f"It leaves the model with other parts: {', '.join(sorted(set(before) ^ set(after))) or 'another order'}."
+        )
+    for name, entries in before.items():
+        for what, then in entries.items():
+            if not same(then, after[name][what]):
+                raise NotKept(f"It changes the model: {what} of {name or 'the model'} is not what it was.")
+    return value
+
+
+def portrait(model: nn.Module, gradients: bool) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[f"{name} ({type(module).__name__})"] = {"the mode (train or eval)": module.training}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        grad = p.grad.clone() if gradients and p.grad is not None else None
+        found[name] = {
+            "the value": p.detach().clone(),
+            "requires_grad": p.requires_grad,
+            "the gradient": grad,
+            "the tensor": id(p),
+        }
+    for name, b in model.named_buffers():
+        found[name] = {"the value": b.clone()}
+    return found
