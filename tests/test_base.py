@@ -81,6 +81,17 @@ def test_a_classifier_head_is_the_same_every_time_and_labels_are_checked():
         mp.load("minilm")
 
 
+@pytest.mark.parametrize("name", ["nope", "somebody/nothing"])
+def test_a_name_that_nobody_can_look_up_is_told_what_there_is(name, monkeypatch):
+    def nobody_answers(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(base.socket, "create_connection", nobody_answers)
+    monkeypatch.setattr(base.urllib.request, "getproxies", dict)
+    with pytest.raises(ValueError, match=f"no base '{name}' here; there is pocket, minilm and desk, or give a folder"):
+        mp.load(name)
+
+
 def test_the_course_does_not_say_where_this_machine_keeps_it(pocket):
     model, _ = pocket
     assert model.name_or_path == model.config.name_or_path == "pocket"

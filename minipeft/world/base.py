@@ -15,8 +15,11 @@ import math
 import os
 import platform
 import random
+import socket
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 from datetime import date
 from pathlib import Path
 
@@ -39,8 +42,8 @@ def load(name: str, labels: int | None = None):
         labels: None for a causal language model; a number of classes for a classifier with a new, untrained head.
 
     Raises:
-        ValueError: for "minilm" without `labels` (an encoder writes no text), fewer than two labels, or a "desk" that
-            has not been trained.
+        ValueError: for a name that is none of these, or cannot be looked up; for "minilm" without `labels` (an encoder
+            writes no text); for fewer than two labels; for a "desk" that has not been trained.
     """
     import transformers
 
@@ -61,6 +64,8 @@ def load(name: str, labels: int | None = None):
         )
     else:
         path = {"pocket": FOLDER, "desk": DESK}.get(name, name)
+        if not Path(path).is_dir():
+            _check_hub(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     with torch.random.fork_rng(devices=[]):  # a new classifier is drawn from its own seed, whatever was drawn before
         torch.manual_seed(0)
@@ -75,6 +80,22 @@ def load(name: str, labels: int | None = None):
         model.name_or_path = model.config.name_or_path = name
     model.tokenizer = tokenizer  # so that fit, evaluate and the widgets need not be told
     return model.eval(), tokenizer
+
+
+def _check_hub(name: str) -> None:
+    """Says at once when a name can only be a hub's and the hub cannot be reached; transformers tries for a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    if isinstance(try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
+        return
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=1.5).close()
+    except OSError:
+        raise ValueError(
+            f"There is no base {name!r} here; there is pocket, minilm and desk, or give a folder. Names of the Hugging "
+            "Face hub need a network, and it does not answer."
+        ) from None
 
 
 class _quiet:
