@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -166,6 +167,15 @@ def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> l
     found = {"all-linear": paths, "attention": attention, "mlp": stack}[name]
     if not found:
         raise ValueError(f"targets={name!r} matches nothing in {type(model).__name__}; {_near_misses(matrices, name)}.")
+    inside = tuple(f"{path}." if path else "" for path in mixtures(model))
+    fused = [path for (path, _), p in slots(model) if inside and p.ndim == 3 and path.startswith(inside)]
+    if fused and name != "attention":
+        share = sum(p.numel() for (path, _), p in slots(model) if path in fused) / numbers(model)
+        warnings.warn(
+            f"targets={name!r} does not reach {100 * share:.0f} % of the weights: the experts of {fused[0]!r} lie in "
+            "three-dimensional parameters, not in linear layers.",
+            stacklevel=5,
+        )
     return found
 
 

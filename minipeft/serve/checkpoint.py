@@ -117,11 +117,12 @@ def _copies(selected: list[Selected], config: dict, layout: Layout | None) -> di
 
 
 def write(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Both files complete in a directory beside, then renamed into place; an error restores what was there."""
+    """Both files complete in a directory of their own, then renamed into place; an error restores what was there."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    beside = path if path.is_dir() else path.parent  # on the same file system, even where the path is a link to another
+    fresh = Path(tempfile.mkdtemp(dir=beside, prefix=f".{path.name}-"))
     try:
         save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
