@@ -566,7 +566,7 @@ def repaired_prompt(model, prompt, embeds, mask, positions, labels):
     return logits, -sum(log_p[r, i - 1, labels[r, i]] for r, i in kept) / len(kept)
 
 
-# %% fill_template wrong: str.format, with other braces doubled
+# %% fill_template wrong: re.sub, which reads the text
 def fill_template(template, text):
     if "{text}" not in template:
         raise ValueError("no place")

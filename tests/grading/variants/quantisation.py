@@ -565,7 +565,7 @@ class RepairedQuantisedLinear(nn.Module):
         return Product.apply(x, self)
 
 
-# %% unpack_nibbles wrong: a view of the bytes where none was added
+# %% unpack_nibbles wrong: fails where there is nothing
 def unpack_nibbles(packed, n):
     if n == 0:
         raise ValueError("nothing")
