@@ -117,6 +117,7 @@ class WeightLayout(Layout):
             )
         turned = any(flipped(base.get_submodule(layer.path)) for layer in layers)
         ours = any(any(layer.padding) for layer in layers) or (turned and not self.conv1d)  # PEFT has no slices either
+        ours |= self.peft_type == "LORA" and peft_moves(base, layers)
         return {
             "peft_type": OURS + self.peft_type if ours else self.peft_type,
             "target_modules": target_modules(base, sorted({layer.path for layer in layers})),
@@ -145,6 +146,17 @@ def target_modules(base: nn.Module, paths: list[str]) -> list[str] | str:
     suffixes = tuple(f".{path}" for path in paths)
     found = [path for path, module in base.named_modules() if is_matrix(module) and f".{path}".endswith(suffixes)]
     return paths if len(found) == len(paths) else "|".join(map(re.escape, paths))
+
+
+def peft_moves(base: nn.Module, layers: list[Layer]) -> bool:
+    """Whether PEFT takes the layers for those of experts that transformers has fused since, and puts them there: what
+    has an expert's name in a model of which PEFT knows the older form."""
+    from transformers import conversion_mapping
+
+    older = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    kind = older.get(getattr(getattr(base, "config", None), "model_type", None))
+    names = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+    return any(layer.path.rpartition(".")[2] in names.get(kind, ()) for layer in layers)
 
 
 def check_complete(base: nn.Module, config: dict, present: set[str], needs: str) -> None:

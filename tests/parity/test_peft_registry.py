@@ -11,7 +11,9 @@ import json
 import pytest
 import tiny
 import torch
+from architectures import ARCHITECTURES
 
+import minipeft as mp
 from minipeft.attach import attach
 from minipeft.files import OURS
 from minipeft.methods import METHODS
@@ -78,3 +80,19 @@ def gradients(tuned, other) -> None:
     assert all(g is not None for g in mine) == all(g is not None for g in theirs)
     flat = [torch.cat([g.flatten() for g in gs if g is not None]).sort().values for gs in (mine, theirs)]
     torch.testing.assert_close(*flat, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "Qwen3-Next"])
+def test_a_file_that_peft_would_put_elsewhere_is_of_a_kind_of_ours(name, tmp_path):
+    """PEFT takes `shared_experts.up_proj` for an expert's, of which transformers keeps all in one tensor now."""
+    one = ARCHITECTURES[name]
+    tuned = attach(one.model(), mp.LoRA(2))
+    tiny.randomise(tuned)
+    tuned.save(tmp_path)
+    with pytest.raises((KeyError, ValueError), match="MINIPEFT_LORA"):
+        peft.PeftModel.from_pretrained(one.model(), tmp_path)
+    again = mp.load_adapter(one.model(), tmp_path)
+    assert torch.equal(one.hidden(again(**one.batch())), one.hidden(tuned(**one.batch())))
+    attention = attach(one.model(), mp.LoRA(2, targets=["o_proj"]))
+    attention.save(tmp_path)
+    peft.PeftModel.from_pretrained(one.model(), tmp_path)
