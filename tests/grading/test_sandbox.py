@@ -35,13 +35,15 @@ def test_a_cell_runs_and_its_outputs_come_back(box):
 
 def test_a_call_returns_values_and_the_arguments_afterwards(box):
     box.ask(do="cell", source="def double(x):\n    x *= 2\n    return [x.sum().item(), x]")
-    reply = box.ask(do="call", objects=["double"], drive="common.call", args=(torch.ones(3, dtype=torch.bfloat16),))
-    assert reply["got"]["value"][0] == 6.0 and reply["after"][0].equal(torch.full((3,), 2.0, dtype=torch.bfloat16))
+    args = ([], (torch.ones(3, dtype=torch.bfloat16),), {})  # no promises, the arguments, no keywords
+    reply = box.ask(do="call", objects=["double"], drive="common.call", args=args)
+    _, (after,), _ = reply["after"]
+    assert reply["got"]["value"][0] == 6.0 and after.equal(torch.full((3,), 2.0, dtype=torch.bfloat16))
 
 
 def test_a_value_that_cannot_travel_is_an_error_and_not_the_end(box):
     box.ask(do="cell", source="def odd(x):\n    return open")
-    assert "raised" in box.ask(do="call", objects=["odd"], drive="common.call", args=(1,))["got"]
+    assert "raised" in box.ask(do="call", objects=["odd"], drive="common.call", args=([], (1,), {}))["got"]
     assert "text': '1\\n" in output(box, "print(1)")
 
 
