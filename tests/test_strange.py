@@ -63,6 +63,7 @@ def outputs(model, batch) -> list[torch.Tensor]:
     return [value for value in model(**batch).values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.filterwarnings("ignore")
