@@ -25,7 +25,7 @@ from minipeft.learn.plan import Plan
 from minipeft.learn.rows import (
     as_task,
     collate,
-    encode,  # noqa: F401  a name that this file had
+    encode,  # noqa: F401  which is known by this address too
     order,
     padding,
     read,

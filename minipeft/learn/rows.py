@@ -68,25 +68,18 @@ def read(model: nn.Module, task: Task, rows, tokenizer) -> Encoded:
         raise ValueError("An encoder–decoder reads one text and writes another: give prompt and completion, not text.")
     if padding(model, tokenizer) is None:
         raise ValueError("Neither model nor tokenizer has a token for padding; set tokenizer.pad_token.")
-    encoded = encode(task.kind, rows, tokenizer, pair=pair)
-    limit, in_front = longest(model), model.in_front if isinstance(model, Tuned) else 0
-    for i, (ids, labels) in enumerate(encoded):
-        long = max(len(ids), len(labels) if pair else 0)
-        if limit is not None and long > limit - in_front:
-            behind = f" behind the {in_front} vectors in front" if in_front else ""
-            raise ValueError(
-                f"Row {i} has {long} tokens but the model reads at most {limit - in_front}{behind}: shorten or drop it."
-            )
-    return encoded
+    in_front = model.in_front if isinstance(model, Tuned) else 0
+    return encode(task.kind, rows, tokenizer, longest(model), pair, in_front)
 
 
-def encode(kind: str, rows, tokenizer, context: int | None = None, pair: bool = False) -> Encoded:
+def encode(kind: str, rows, tokenizer, context: int | None = None, pair: bool = False, in_front: int = 0) -> Encoded:
     """Rows as (token ids, labels). An end mark stands once, at the end, whatever the tokenizer appends.
 
     For a `pair` of encoder and decoder the ids are the prompt's and the labels the completion's.
 
     Raises:
-        ValueError: naming the first row that is longer than `context`, and for a tokenizer without an end.
+        ValueError: naming the first row that is longer than `context` less the vectors `in_front`, and for a tokenizer
+            without an end.
     """
     end = tokenizer.eos_token_id
     if kind != "class" and end is None:
@@ -107,11 +100,12 @@ def encode(kind: str, rows, tokenizer, context: int | None = None, pair: bool = 
             found = [([*p, end], [*a, end]) for p, a in zip(prompts, answers, strict=True)]
         else:
             found = [([*p, *a, end], [IGNORE] * len(p) + [*a, end]) for p, a in zip(prompts, answers, strict=True)]
-    for i, (ids, _) in enumerate(found):
-        if context is not None and len(ids) > context:
-            raise ValueError(
-                f"Row {i} has {len(ids)} tokens but the model reads at most {context}: shorten or drop it."
-            )
+    for i, (ids, labels) in enumerate(found):
+        long = max(len(ids), len(labels) if pair else 0)
+        if context is not None and long > context - in_front:
+            behind = f" behind the {in_front} vectors in front" if in_front else ""
+            most = f"{context - in_front}{behind}"
+            raise ValueError(f"Row {i} has {long} tokens but the model reads at most {most}: shorten or drop it.")
     return found
 
 
