@@ -1,7 +1,8 @@
 """Can the graders be trusted? `make grade-audit` tries them on answers whose worth is known, and prints what came out.
 
-Unsolved exercises, solutions, wrong answers with a name, right answers written differently (variants/), and hostile or
-broken submissions (hostile.py): each goes the whole way that a student's file goes.
+Wrong answers with a name and right answers written differently (variants/), one after another in one process;
+unsolved exercises, solutions, a file of wrong answers, hostile and broken submissions (hostile.py), which go the whole
+way that a student's file goes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import defaultdict
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -26,8 +28,9 @@ from minipeft.course import assignments
 from minipeft.course.exercises import exercises
 from minipeft.course.grade import grade
 from minipeft.course.mend import exercise_of, is_test
-from minipeft.course.sandbox import bubblewrap, isolation
-from minipeft.course.verdict import CORRECT, NOT_ATTEMPTED
+from minipeft.course.sandbox import LIMITS, Killed, Limits, Sandbox, bubblewrap, isolation
+from minipeft.course.submission import Run
+from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, NOT_ATTEMPTED, Verdict
 
 VARIANTS = Path(__file__).with_name("variants")
 KILLED = 0.95  # the least share of wrong answers that the intended test must find
@@ -52,35 +55,53 @@ def points(assignment: str) -> dict[str, int]:
     return {exercise_of(c): c.metadata.nbgrader.points for c in solved(assignment).cells if is_test(c)}
 
 
-def sheets(assignment: str) -> dict[str, tuple[str, dict[str, tuple[str, str]]]]:
-    """{file name: (text, {exercise: (kind, name)})}: each file has one variant of every exercise that still has one.
+def tried(assignment: str) -> dict[tuple[str, str], Verdict]:
+    """{(exercise, name): what the grader says of that variant}, each in the place of the solution's answer.
 
-    An exercise that calls another one's answer is tried beside the solution of that one.
+    One process runs the solution and tries one variant after another, as a submission's process runs a cell and is
+    examined; whatever ends the process is what is said of that variant, and the next has a new one.
     """
-    several, later = defaultdict(list), {}
-    for exercise, kind, name, code in variants(assignment):
-        several[exercise].append((kind, name, code))
-    for name, exercise in exercises()[assignment].items():
-        later[name] = max((len(several[other]) for other in exercise.objects if other != name), default=0)
-    found = {}
-    for i in range(max(later[name] + len(each) for name, each in several.items())):
-        notebook, inside = copy.deepcopy(solved(assignment)), {}
-        for exercise, each in several.items():
-            if 0 <= i - later[exercise] < len(each):
-                kind, name, code = each[i - later[exercise]]
-                cell_named(notebook, exercise).source = code
-                inside[exercise] = (kind, name)
-        found[f"variant{i:02d}"] = (nbformat.writes(notebook), inside)
+    limits, found, todo = replace(LIMITS, seconds=900), {}, variants(assignment)
+    while todo:
+        run = Run(solved(assignment), assignment, 0, limits)
+        with Sandbox(limits) as box:
+            run.whole = box.ask(do="state", whole=False)["state"]
+            for i, cell in enumerate(run.notebook.cells):
+                if cell.cell_type == "code" and not is_test(cell):
+                    run.step(box, i, cell)
+            while todo:
+                exercise, _, name, code = todo.pop(0)
+                cell = cell_named(run.notebook, exercise)
+                solution, run.errors, run.seed = cell.source, {}, zlib.crc32(code.encode())
+                try:
+                    cell.source = code
+                    run.step(box, 0, cell)
+                    run.examined(box, exercise)
+                    found[exercise, name] = run.verdicts[exercise]
+                    cell.source = solution
+                    run.step(box, 0, cell)
+                except Killed as killed:
+                    found[exercise, name] = Verdict(exercise, COULD_NOT_RUN, (str(killed),))
+                    break
     return found
 
 
-def graded(files: dict[str, str], assignment: str) -> pd.DataFrame:
+def sheet(assignment: str) -> str:
+    """A file with the first wrong answer to every exercise, to go the whole way."""
+    notebook = solved(assignment)
+    for exercise, kind, _, code in reversed(variants(assignment)):
+        if kind == "wrong":
+            cell_named(notebook, exercise).source = code
+    return nbformat.writes(notebook)
+
+
+def graded(files: dict[str, str], assignment: str, limits: Limits = LIMITS) -> pd.DataFrame:
     """The grades of these submissions, by file name."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             Path(folder, "in").mkdir(exist_ok=True)
             Path(folder, "in", f"{name}.ipynb").write_text(text, encoding="utf-8")
-        table = grade(Path(folder, "in"), Path(folder, "out"), assignment)
+        table = grade(Path(folder, "in"), Path(folder, "out"), assignment, limits=limits)
         reports = {p.stem: p.read_text(encoding="utf-8") for p in Path(folder, "out").glob("reports/*/*.json")}
     table["report"] = table.student.map(reports)
     return table.set_index("student")
@@ -89,11 +110,14 @@ def graded(files: dict[str, str], assignment: str) -> pd.DataFrame:
 def audit_answers(assignment: str) -> tuple[pd.DataFrame, list[str]]:
     """A row for each exercise, and what is not as it should be."""
     most = points(assignment)
-    every = sheets(assignment)
-    files = {name: text for name, (text, _) in every.items()}
-    files["unsolved"] = assignments.release(assignments.sources()[assignment])
-    files["solution"] = nbformat.writes(solved(assignment))
-    table = graded(files, assignment)
+    table = graded(
+        {
+            "unsolved": assignments.release(assignments.sources()[assignment]),
+            "solution": nbformat.writes(solved(assignment)),
+            "wrong": sheet(assignment),
+        },
+        assignment,
+    )
     faults, rows = [], {}
     for exercise, full in most.items():
         rows[exercise] = {"unsolved": "", "solution": "", "wrong": 0, "killed": 0, "right": 0, "passed": 0}
@@ -103,23 +127,17 @@ def audit_answers(assignment: str) -> tuple[pd.DataFrame, list[str]]:
             faults.append(f"{exercise}: the unsolved exercise is {rows[exercise]['unsolved']!r}")
         if table.loc["solution", exercise] != full:
             faults.append(f"{exercise}: the solution gets {table.loc['solution', exercise]} of {full}")
-    for name, (_, inside) in every.items():
-        for exercise, full in most.items():
-            kind, what = inside.get(exercise, ("right", None))
-            got = table.loc[name, exercise]
-            if what is None:
-                touched = set(exercises()[assignment][exercise].objects) & set(inside)
-                if got != full and not touched:
-                    faults.append(f"{exercise}: the solution fails beside {name}: {verdict(table, name, exercise)}")
-                continue
-            rows[exercise][kind] += 1
-            rows[exercise]["killed" if kind == "wrong" else "passed"] += got == (0 if kind == "wrong" else full)
-            if kind == "wrong" and got == full:
-                faults.append(f"{exercise}: the wrong answer {what!r} gets full marks")
-            if kind == "right" and got != full:
-                faults.append(
-                    f"{exercise}: the right answer {what!r} gets {got}: {verdict(table, name, exercise, True)}"
-                )
+        if table.loc["wrong", exercise] != 0:
+            faults.append(f"{exercise}: a file of wrong answers gets {table.loc['wrong', exercise]} of {full}")
+    verdicts = tried(assignment)
+    for exercise, kind, name, _ in variants(assignment):
+        got = verdicts[exercise, name]
+        rows[exercise][kind] += 1
+        rows[exercise]["killed" if kind == "wrong" else "passed"] += (got.outcome == CORRECT) == (kind == "right")
+        if kind == "wrong" and got.outcome == CORRECT:
+            faults.append(f"{exercise}: the wrong answer {name!r} gets full marks")
+        if kind == "right" and got.outcome != CORRECT:
+            faults.append(f"{exercise}: the right answer {name!r} is {got.outcome} {got.lines}")
     result = pd.DataFrame(rows).T
     for exercise, each in result.iterrows():
         if each.wrong < 6 or each.right < 2:
@@ -148,10 +166,10 @@ def audit_hostile(assignment: str = "lora") -> tuple[pd.DataFrame, list[str]]:
         text = text if isinstance(text, str) else nbformat.writes(notebook)
         text = text.replace("PORT", str(server.getsockname()[1]))
         files[f"h{i:02d}"], wanted[f"h{i:02d}"] = text, (name, expected[worth])
-        if i % 4 == 0:
+        if i % 8 == 0:
             files[f"i{i:02d}-honest"] = nbformat.writes(solved(assignment))
             wanted[f"i{i:02d}-honest"] = ("an honest neighbour", total)
-    table = graded(files, assignment)
+    table = graded(files, assignment, replace(LIMITS, each=5))  # endless loops end sooner
     server.close()
     rows, faults = [], []
     for student, (name, score) in wanted.items():

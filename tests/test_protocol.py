@@ -1,0 +1,74 @@
+"""The protocol: rates that lie inside, seeds that are paired, verdicts from intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from minipeft.learn.protocol import LOWEST, Interval, best_rate, half_decade, interval, paired, verdict
+
+GRID = [float(f"{m}e{e}") for e in range(-6, 2) for m in (1, 3)]
+
+
+@given(st.sampled_from(GRID))
+def test_half_decades_go_up_and_down(rate):
+    assert half_decade(half_decade(rate, True), False) == rate == half_decade(half_decade(rate, False), True)
+    assert half_decade(rate, True) == min(each for each in [*GRID, 100.0] if each > rate)
+
+
+@pytest.mark.parametrize("rate", (0.02, 0.0101, 5.0))
+def test_a_rate_off_the_grid_is_refused(rate):
+    with pytest.raises(ValueError, match="half decades"):
+        half_decade(rate, True)
+
+
+@given(st.sampled_from(GRID), st.lists(st.sampled_from(GRID), min_size=1, max_size=4, unique=True), st.booleans())
+def test_the_best_rate_lies_inside_wherever_the_search_begins(true, rates, diverges):
+    def loss(rate):  # a valley; far above it, runs diverge
+        return None if diverges and rate > 10 * true else abs(math.log(rate / true))
+
+    best, seen = best_rate(loss, rates)
+    assert best == true and min(seen) < best < max(seen)
+    assert list(seen) == sorted(seen) and seen[best] == 0
+
+
+def test_a_search_that_finds_nothing_says_so():
+    with pytest.raises(ValueError, match="beyond"):
+        best_rate(lambda rate: math.nan, [1e-3])
+    with pytest.raises(ValueError, match="beyond"):
+        best_rate(lambda rate: rate, [1e-3])  # the smaller the better
+    assert LOWEST < 1e-6
+
+
+def test_intervals_are_students():
+    values = [0.3, 0.1, 0.4, 0.15, 0.9]
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    assert interval(values) == pytest.approx((statistics.fmean(values), low, high))
+    other = [0.1, 0.2, 0.1, 0.0, 0.5]
+    t = stats.ttest_rel(values, other).confidence_interval(0.95)
+    assert paired(values, other)[1:] == pytest.approx((t.low, t.high))
+
+
+@pytest.mark.parametrize("values", ([], [1.0], [1.0, math.nan], [1.0, math.inf]))
+def test_an_interval_of_too_little_is_refused(values):
+    with pytest.raises(ValueError, match="two figures"):
+        interval(values)
+
+
+def test_sides_with_unequal_seeds_are_refused():
+    with pytest.raises(ValueError):
+        paired([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    ((Interval(2, 1.1, 3), "holds"), (Interval(0, -1, 1), "wrong"), (Interval(1, 0.9, 1.1), "cannot tell")),
+)
+def test_each_verdict_can_come_out(found, said):
+    assert verdict(found, smallest=1.0) == said
