@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import Layer, Method, WeightLayer
-from minipeft.targets import exact, flipped, is_matrix
+from minipeft.targets import exact, flipped, is_convolution, is_matrix
 
 PREFIX, OURS = "base_model.model.", "MINIPEFT_"
 NUMBER, WORDS, MAPPING = (int, float), (list, type(None)), (dict, type(None))
@@ -25,7 +25,8 @@ class Layout:
     """One kind of adapter file.
 
     `peft_type`: PEFT's name, or one of ours that begins with MINIPEFT_ where PEFT has no such method.
-    `layer`: the class of layers that it writes. `flag`: options that tell it from others with its `peft_type`.
+    `layer`: the class of layers that it writes, `on_convolutions` another where the method has one for those.
+    `flag`: options that tell it from others with its `peft_type`.
     `kinds`: {option: the types that it may have}. `foreign`: options that change what the numbers mean, in ways that
     are not done here; `fixed`: {option: the values under which they mean what they mean here}.
     `head`: what stands before the names of trained parameters of the base, such as the head's.
@@ -33,6 +34,7 @@ class Layout:
 
     peft_type: str
     layer: type[Layer]
+    on_convolutions: type[Layer] | None = None
     flag: dict[str, object] = {}
     kinds: dict[str, tuple[type, ...]] = {}
     foreign: tuple[str, ...] = ()
@@ -78,7 +80,7 @@ def register(cls: type[Layout]) -> type[Layout]:
 
 def layout_of(layer: Layer) -> Layout:
     """The layout that writes this layer."""
-    found = next((layout for layout in LAYOUTS if layout.layer is type(layer)), None)
+    found = next((layout for layout in LAYOUTS if type(layer) in (layout.layer, layout.on_convolutions)), None)
     if found is None:
         raise ValueError(f"A {type(layer).__name__} has no file format, so it cannot be saved.")
     return found
@@ -118,6 +120,7 @@ class WeightLayout(Layout):
         turned = any(flipped(base.get_submodule(layer.path)) for layer in layers)
         ours = any(any(layer.padding) for layer in layers) or (turned and not self.conv1d)  # PEFT has no slices either
         ours |= self.peft_type == "LORA" and peft_moves(base, layers)
+        ours |= not all(peft_convolves(base.get_submodule(layer.path), self.peft_type) for layer in layers)
         return {
             "peft_type": OURS + self.peft_type if ours else self.peft_type,
             "target_modules": target_modules(base, sorted({layer.path for layer in layers})),
@@ -144,8 +147,12 @@ class WeightLayout(Layout):
 def target_modules(base: nn.Module, paths: list[str]) -> list[str] | str:
     """The paths, or one expression where PEFT, which matches list entries as suffixes, would find further layers."""
     suffixes = tuple(f".{path}" for path in paths)
-    found = [path for path, module in base.named_modules() if is_matrix(module) and f".{path}".endswith(suffixes)]
+    found = [path for path, module in base.named_modules() if adaptable(module) and f".{path}".endswith(suffixes)]
     return paths if len(found) == len(paths) else "|".join(map(re.escape, paths))
+
+
+def adaptable(module: nn.Module) -> bool:
+    return is_matrix(module) or is_convolution(module)
 
 
 def peft_moves(base: nn.Module, layers: list[Layer]) -> bool:
@@ -159,6 +166,16 @@ def peft_moves(base: nn.Module, layers: list[Layer]) -> bool:
     return any(layer.path.rpartition(".")[2] in names.get(kind, ()) for layer in layers)
 
 
+def peft_convolves(module: nn.Module, peft_type: str) -> bool:
+    """Whether PEFT changes the weight of this module, if it is a convolution, as is done here. In LoRA its A has no
+    groups and no dilation, and pads with zeros; its IA3 knows no Conv1d."""
+    if not is_convolution(module):
+        return True
+    if peft_type == "IA3":
+        return not isinstance(module, nn.Conv1d)
+    return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+
+
 def check_complete(base: nn.Module, config: dict, present: set[str], needs: str) -> None:
     targets = config.get("target_modules")
     partial = any(config.get(o) is not None for o in ("layers_to_transform", "layers_pattern", "exclude_modules"))
@@ -170,7 +187,7 @@ def check_complete(base: nn.Module, config: dict, present: set[str], needs: str)
         suffixes = tuple(f".{target}" for target in targets)
         matches = lambda p: f".{p}".endswith(suffixes)  # noqa: E731
     saved = [f".{module}." for module in config.get("modules_to_save") or ()]  # whole, with all that is inside
-    matrices = [p for p, m in base.named_modules() if is_matrix(m) and not any(s in f".{p}." for s in saved)]
+    matrices = [p for p, m in base.named_modules() if adaptable(m) and not any(s in f".{p}." for s in saved)]
     if missing := [p for p in matrices if matches(p) and p not in present]:
         raise ValueError(
             f"it has no {needs} for {len(missing)} of its targets, such as {missing[0]!r}; "

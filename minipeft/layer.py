@@ -141,7 +141,7 @@ class WeightLayer(Layer):
     def weight(self) -> torch.Tensor:
         """The target's own rows of the weight that is in place, (d_out, d_in)."""
         weight = self.owner[0].weight
-        return (weight.T if flipped(self.owner[0]) else weight)[self.rows]
+        return (weight.T if flipped(self.owner[0]) else weight.flatten(1))[self.rows]
 
     def extra(self, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         """What the target's own rows get added; `plain` is the bare module's output, in full width."""

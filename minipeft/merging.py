@@ -36,6 +36,7 @@ def merged(base: nn.Module, layers: Sequence[Layer]) -> tuple[dict[Slot, nn.Para
                     f"ΔW at {layer.path!r} holds NaN or infinite numbers, so it is not merged; train it again."
                 )
             delta = (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
+            delta = delta if packed(owner) else delta.view_as(getattr(owner, name))  # a convolution's kernel
             deltas[slot] = deltas[slot] + delta if slot in deltas else delta
     for (path, name), delta in deltas.items():
         owner = base.get_submodule(path)

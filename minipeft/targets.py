@@ -30,6 +30,11 @@ def is_matrix(module: nn.Module) -> bool:
     return (isinstance(module, nn.Linear | nn.Embedding) or conv1d) and "Router" not in type(module).__name__
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Whether it convolves with a kernel that it holds, and nothing else: a matrix over patches (`convolution.py`)."""
+    return type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
 def plain_linear(module: nn.Module) -> bool:
     """Whether it computes x·Wᵀ + b from a weight that it holds, and nothing else."""
     return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D" and hasattr(module, "nf")
@@ -104,7 +109,7 @@ class Target:
     def _shape(self) -> tuple[int, int]:
         if packed(self.module):  # its weight would have to be computed
             return self.module.out_features, self.module.in_features
-        rows, columns = self.module.weight.shape
+        rows, columns = self.module.weight.flatten(1).shape  # of a convolution's kernel: output channels, and a patch
         return (columns, rows) if flipped(self.module) else (rows, columns)
 
     @property
@@ -117,11 +122,11 @@ class Target:
         return self.path if whole else f"{self.path}[{self.start}:{self.stop}]"
 
 
-def resolve(model: nn.Module, targets: Targets) -> list[Target]:
-    """The matrices that `targets` names, in the model's order.
+def resolve(model: nn.Module, targets: Targets, convolutions: bool = False) -> list[Target]:
+    """The matrices that `targets` names, in the model's order; with `convolutions`, those too where they are named.
 
-    - `"all-linear"`: every linear layer and Conv1D but the output layer (where the model says which that is) and what
-      chooses among experts;
+    - `"all-linear"`: every linear layer and Conv1D (GPT-2's) but the output layer (where the model says which that is)
+      and what chooses among experts;
     - `"attention"`: those of them with "attn" or "attention" in a component of the path;
     - `"mlp"`: the others that belong to a numbered stack of layers;
     - a sequence of dotted suffixes: "q_proj" matches "layers.0.self_attn.q_proj", not "layers.0.xq_proj";
@@ -133,7 +138,8 @@ def resolve(model: nn.Module, targets: Targets) -> list[Target]:
     """
     # The output projection of nn.MultiheadAttention is read, never called: a hook there would silently do nothing.
     silent = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    matrices = {p: m for p, m in model.named_modules() if is_matrix(m) and id(m) not in silent}
+    suits = {p: is_matrix(m) or (convolutions and is_convolution(m)) for p, m in model.named_modules()}
+    matrices = {p: m for p, m in model.named_modules() if suits[p] and id(m) not in silent}
     ranges: dict[str, set[tuple[int, int]]] = {}
     if isinstance(targets, str):
         ranges = {path: {(0, 0)} for path in _shorthand(model, matrices, targets)}
@@ -161,7 +167,7 @@ def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> l
     if name not in ("all-linear", "attention", "mlp"):
         raise ValueError(f'targets={name!r} is not "all-linear", "attention" or "mlp"; for suffixes write [{name!r}].')
     outputs = set(head(model)) | set(_gates(model, matrices))
-    paths = [p for p, m in matrices.items() if p not in outputs and not isinstance(m, nn.Embedding)]
+    paths = [p for p, m in matrices.items() if is_matrix(m) and p not in outputs and not isinstance(m, nn.Embedding)]
     attention = [p for p in paths if re.search(r"attn|attention", p, re.IGNORECASE)]
     stack = [p for p in paths if p not in attention and re.search(r"(^|\.)\d+(\.|$)", p)]
     found = {"all-linear": paths, "attention": attention, "mlp": stack}[name]
@@ -209,6 +215,8 @@ def _cut(path: str, module: nn.Module, ranges: set[tuple[int, int]]) -> list[Tar
     if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
         raise ValueError(f"{path!r} is a {type(module).__name__} with a forward of its own; only nn.Embedding works.")
     width = Target(path, module, 0, 0).width
+    if is_convolution(module) and ranges != {(0, 0)}:
+        raise ValueError(f"{path!r} is a convolution, of which no part can be named; leave the brackets out.")
     cuts = sorted({(start, stop or width) for start, stop in ranges})
     for start, stop in cuts:
         if not start < stop <= width:

@@ -114,7 +114,7 @@ def measure(tell: Callable[[str], object] = print) -> dict:
 
 
 def board() -> dict[str, dict]:
-    """{method: {"rate", "accuracy": [a seed each], "macro-F1": […], "searched": {rate: validation loss}}}, as shipped."""
+    """{method: {"rate", "accuracy": [a seed each], "macro-F1": […], "searched": {rate: validation loss}}}."""
     runs = json.loads(FILE.read_text(encoding="utf-8"))["runs"].values()
     found = {}
     for name in METHODS:

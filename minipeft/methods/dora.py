@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from minipeft.files import register
-from minipeft.methods.lora import LoRA, LoRALayer, LoRALayout
+from minipeft.methods import convolution
+from minipeft.methods.lora import ConvolutionLoRALayer, LoRA, LoRALayer, LoRALayout
 from minipeft.targets import Target
 
 
@@ -64,6 +65,24 @@ class DoRALayer(LoRALayer):
         return super().stored() | {"lora_magnitude_vector": self.m}
 
 
+class ConvolutionDoRALayer(DoRALayer, ConvolutionLoRALayer):
+    """The same for a kernel, whose rows are its output channels."""
+
+    def extra(self, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        module = self.owner[0]
+        x = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
+        if self.training and self.dropout:
+            plain = convolution.convolve(module, x, self.weight.to(x.dtype))
+        elif module.bias is not None:
+            plain = plain - convolution.over_channels(module.bias, module)
+        s = convolution.over_channels(self.scale(), module)
+        return (s - 1) * plain + s * convolution.product(module, x, self.A, self.B) * self.gamma
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        m = convolution.as_kernel(self.m[None], self.owner[0])
+        return ConvolutionLoRALayer.stored(self) | {"lora_magnitude_vector": m}
+
+
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """W' = m ⊙ (W + γ·B·A)/‖W + γ·B·A‖: LoRA gives the direction, m (d_out,) the magnitude; all three train.
@@ -72,6 +91,7 @@ class DoRA(LoRA):
     """
 
     layers = dict.fromkeys(("kaiming", "gaussian", "orthogonal"), DoRALayer)
+    on_convolutions = ConvolutionDoRALayer
     formula = "rank * (d_in + d_out) + d_out"
     examples = ({"rank": 2},)
 
@@ -85,5 +105,5 @@ class DoRA(LoRA):
 class DoRALayout(LoRALayout):
     """LoRA's two, and lora_magnitude_vector (d_out,)."""
 
-    layer, method, flag = DoRALayer, DoRA, {"use_dora": True}
+    layer, method, flag, on_convolutions = DoRALayer, DoRA, {"use_dora": True}, ConvolutionDoRALayer
     ends, needs = r"lora_(?:[AB]\.weight|magnitude_vector)", "lora_A, lora_B and lora_magnitude_vector"

@@ -16,9 +16,10 @@ from torch import nn
 
 from minipeft.files import WORDS, Tensors, WeightLayout, compiled, register
 from minipeft.layer import Method, WeightLayer
+from minipeft.methods import convolution
 from minipeft.methods.adapter import sites
 from minipeft.methods.common import freeze, no_embedding
-from minipeft.targets import Target, Targets, exact, flipped, resolve
+from minipeft.targets import Target, Targets, exact, flipped, is_convolution, resolve
 
 KEYS = re.compile(r".*\.(k|v|key|value|kv|qkv|wk|wv|wqkv|query_key_value|c_attn)(_?(proj|lin|linear))?", re.IGNORECASE)
 
@@ -46,13 +47,15 @@ class IA3(Method):
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], IA3Layer]]:
         named = (self.targets, self.feedforward)
         outputs, inputs = (
-            {t.key: t for t in resolve(model, which)} if which != () else {}
+            {t.key: t for t in resolve(model, which, convolutions=True)} if which != () else {}
             for which in (roles(model) if named == (IA3.targets, IA3.feedforward) else named)
         )
         if both := outputs.keys() & inputs.keys():
             raise ValueError(f"{min(both)!r} is in targets and in feedforward; scale its output or its input.")
         no_embedding([*outputs.values(), *inputs.values()], self)
-        return {t.key: partial(IA3Layer, t, t.key in inputs) for t in (outputs | inputs).values()}
+        every = (outputs | inputs).values()
+        layers = {t.key: ConvolutionIA3Layer if is_convolution(t.module) else IA3Layer for t in every}
+        return {t.key: partial(layers[t.key], t, t.key in inputs) for t in every}
 
 
 def roles(model: nn.Module) -> tuple[Targets, Targets]:
@@ -109,11 +112,33 @@ class IA3Layer(WeightLayer):
         return {"ia3_l": self.l}
 
 
+class ConvolutionIA3Layer(IA3Layer):
+    """l: (1, c_out, 1, 1), or (1, c_in, 1, 1) if it scales the input: a number for each channel."""
+
+    def __init__(self, target: Target, feedforward: bool, _: torch.Generator):
+        super().__init__(target, feedforward, _)
+        channels = target.module.in_channels if feedforward else target.d_out
+        kernel = (1, channels, *[1] * (target.module.weight.ndim - 2))
+        self.l = nn.Parameter(torch.ones(kernel, **self.place(target)))
+
+    def extra(self, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        l = self.l[0]  # noqa: E741
+        return self.bare((l * x).to(x.dtype)) - plain if self.feedforward else (l - 1) * plain
+
+    def delta(self) -> torch.Tensor:
+        module, scale = self.owner[0], self.l.flatten() - 1
+        W = module.weight.to(self.l.dtype)
+        if not self.feedforward:
+            return scale[:, None] * W.flatten(1)
+        own = scale.view(module.groups, -1).repeat_interleave(len(W) // module.groups, 0)  # (d_out, c_in/groups)
+        return (convolution.as_kernel(own, module) * W).flatten(1)
+
+
 @register
 class IA3Layout(WeightLayout):
     """ia3_l: (d_out, 1), or (1, d_in) for a layer in feedforward_modules."""
 
-    peft_type, layer = "IA3", IA3Layer
+    peft_type, layer, on_convolutions = "IA3", IA3Layer, ConvolutionIA3Layer
     ends, needs = "ia3_l", "ia3_l"
     kinds = {"feedforward_modules": (str, *WORDS)}
 

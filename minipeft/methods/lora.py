@@ -22,16 +22,17 @@ from torch.nn import functional as F
 
 from minipeft.files import MAPPING, NUMBER, Tensors, WeightLayout, by_pattern, exactly, register
 from minipeft.layer import Method, WeightLayer
+from minipeft.methods import convolution
 from minipeft.methods.common import (
     check_fits,
     check_gamma,
     check_share,
     check_whole,
     freeze,
-    linear_targets,
+    no_embedding,
 )
 from minipeft.methods.fused import product
-from minipeft.targets import Target, Targets, exact, flipped, resolve
+from minipeft.targets import Target, Targets, exact, flipped, is_convolution, resolve
 
 
 class LoRALayer(WeightLayer):
@@ -83,6 +84,20 @@ class LoRALayer(WeightLayer):
         return {name.format("A"): self.A, name.format("B"): self.B}
 
 
+class ConvolutionLoRALayer(LoRALayer):
+    """The same for a kernel (d_out, c_in/groups, k, k): A reads patches of d_in = c_in/groups·k·k numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """γ·B·A * x, (…, c_in, h, w) → (…, d_out, h', w')."""
+        x = F.dropout(x.to(self.A.dtype), self.dropout, self.training)
+        return convolution.product(self.owner[0], x, self.A, self.B) * self.gamma
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        module = self.owner[0]
+        A = self.A.view(-1, *module.weight.shape[1:])
+        return {"lora_A.weight": A, "lora_B.weight": convolution.as_kernel(self.B, module)}
+
+
 FAULTS = ("both-random",)
 
 
@@ -93,7 +108,7 @@ class LoRA(Method):
     `rank`: r, from 1 to min(d_in, d_out) of every target (§7.2 asks how small it can be).
     `gamma`: γ, 2.0 if nothing is said. `alpha` is the papers' way to say it: γ = α/r (§4.1), or γ = α/√r with
         `rank_stabilized` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", §3).
-    `targets`: see `minipeft.targets.resolve`.
+    `targets`: see `minipeft.targets.resolve`; convolutions too, where they are named.
     `init` of A: "kaiming" U(−1/√d_in, 1/√d_in), as in the authors' code; "gaussian" N(0, 1/r²), as in PEFT;
         "orthogonal": orthonormal rows. "pissa": A and B from the largest singular directions of W, see `pissa.py`.
         "both-random" is a fault that is in circulation, A and B both N(0, 1): it is here to be shown, and warns.
@@ -117,6 +132,7 @@ class LoRA(Method):
 
     formula = "rank * (d_in + d_out)"
     layers = dict.fromkeys(("kaiming", "gaussian", "orthogonal", *FAULTS), LoRALayer)  # {init: what it starts}
+    on_convolutions = ConvolutionLoRALayer
     examples = (
         {"rank": 2},
         {"rank": 3, "alpha": 4.0, "rank_stabilized": True, "targets": "attention"},
@@ -126,11 +142,15 @@ class LoRA(Method):
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], LoRALayer]]:
         layer = self.layers[self.init]
-        targets = resolve(model, self.targets) if layer.embeddings else linear_targets(model, self)
+        targets = resolve(model, self.targets, convolutions=True)
+        targets = targets if layer.embeddings else no_embedding(targets, self)
         check_fits(self.rank, targets)
+        convolutions = [t.key for t in targets if is_convolution(t.module)]
+        if convolutions and self.init == "pissa":
+            raise ValueError(f'init="pissa" splits a matrix, and {convolutions[0]!r} is a convolution.')
         if self.init in FAULTS:
             warnings.warn(f"init={self.init!r} changes the model before training begins: a fault, shown.", stacklevel=4)
-        return {t.key: partial(layer, t, self) for t in targets}
+        return {t.key: partial(self.on_convolutions if t.key in convolutions else layer, t, self) for t in targets}
 
     def __post_init__(self, alpha: float | None) -> None:
         check_whole("rank", self.rank)
@@ -178,7 +198,7 @@ class LoRALayout(WeightLayout):
     lora_alpha = γ·r, or γ·√r with use_rslora.
     """
 
-    peft_type, layer, method = "LORA", LoRALayer, LoRA
+    peft_type, layer, method, on_convolutions = "LORA", LoRALayer, LoRA, ConvolutionLoRALayer
     ends, needs = r"lora_(?:embedding_[AB]|[AB]\.weight)", "lora_A and lora_B"
     kinds = {
         "lora_alpha": NUMBER, "lora_dropout": (*NUMBER, type(None)), "use_rslora": (bool, type(None)),

@@ -63,7 +63,8 @@ def describe(base: nn.Module, layers: list[Layer]) -> dict:
     entries = [parameter_name(slot) for layer in selected for slot in layer.slots]
     if not others:
         return {"peft_type": SELECT, "entries": entries}
-    if len(kinds := {type(layer).__name__ for layer in others}) > 1:
+    kinds = {layout_of(layer).layer.__name__ for layer in others}
+    if len(kinds) > 1:
         raise ValueError(f"One file holds one method, not {' and '.join(sorted(kinds))}; put each under its own name.")
     layout = layout_of(others[0])
     config = {
