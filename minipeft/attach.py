@@ -15,21 +15,21 @@ return the base bit for bit.
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
+import math
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from minipeft.build import ELSEWHERE, Count, build, carries_adapters, check_name, claimed_twice, slashed
+from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.calls import unheard
 from minipeft.front import Front, front
-from minipeft.hook import Seat, State, check_rows, remove_hooks, seat_on
+from minipeft.hook import Rows, Seat, State, check_rows, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged
+from minipeft.stand_in import StandIn, stand_in_for, without_base
 from minipeft.targets import Slot, numbers, slots
 
 
@@ -50,17 +50,16 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
 
 def wrap(model: nn.Module, name: str, methods: tuple[Method, ...], layers: dict[str, Layer]) -> Tuned:
     check_name(name, ())
-    tuned = tuned_class(type(model))(model)
+    tuned = stand_in_for(Tuned, type(model))(model)
     tuned.seat(name, methods, layers)
     tuned.use(name)
     return tuned
 
 
-class Tuned(nn.Module):
+class Tuned(StandIn):
     """A frozen base with one or more named adapters; it behaves like the base (attributes fall through to it).
 
     `adapters`: {name: {path with "/" for ".": layer}}; `base`: the model itself; `methods`: {name: methods}.
-    `state_dict()` holds the adapters only, so a checkpoint is small and tied weights of the base do not matter.
     """
 
     def __init__(self, base: nn.Module):
@@ -76,11 +75,11 @@ class Tuned(nn.Module):
         self._disabled = False
         self._required = {slot: p.requires_grad for slot, p in slots(base)}
         self.training = base.training
-        self.register_load_state_dict_post_hook(_without_base)
+        self.register_load_state_dict_post_hook(without_base)
         base.requires_grad_(False)
         base._tuned = True
 
-    # -- standing in for the base -------------------------------------------------------------------------------------
+    # -- calling -----------------------------------------------------------------------------------------------------
     def forward(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
         """The base's forward; `adapters` gives each row of the batch its own adapter, None meaning the bare base."""
         if adapters is None:
@@ -94,65 +93,6 @@ class Tuned(nn.Module):
             return self.base.generate(*args, **kwargs)
         with self._per_row(adapters, args, kwargs):
             return self.base.generate(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "base" not in self.__dict__.get("_modules", ()):
-                raise
-            if name in ELSEWHERE:
-                raise AttributeError(
-                    f"A Tuned has no {name}, which would act on the bare base; {ELSEWHERE[name]}."
-                ) from None
-            return getattr(self.base, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """What only the base has is set there, where it is read: `tuned.generation_config = …`."""
-        base = self.__dict__.get("_modules", {}).get("base")
-        own = name in self.__dict__ or name in self.__dict__.get("_modules", ()) or hasattr(type(self), name)
-        if base is None or own or name.startswith("_") or not hasattr(base, name):
-            super().__setattr__(name, value)
-        else:
-            setattr(base, name, value)
-
-    def __reduce__(self):  # copy and pickle: the class is made at run time, see tuned_class
-        return _empty, (type(self.base),), self.__dict__
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> Tuned:
-        with self.disabled():  # the originals must move too; merged weights are computed again
-            super()._apply(fn, recurse)
-        if self._merged is not None:
-            self._merged, _ = self._merge()
-        self._refresh()
-        return self
-
-    def state_dict(self, *args, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
-        return self.adapters.state_dict(
-            *args, destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars
-        )
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        self.check_open("load_state_dict")
-        result = self.adapters.load_state_dict(
-            {key.removeprefix("adapters."): value for key, value in state_dict.items()}, strict=strict, assign=assign
-        )
-        self._refresh()
-        return result
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """What a module around this one calls, such as `nn.Sequential` or `torch.compile`."""
-        self.check_open("load_state_dict")
-        self._prefix = prefix
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def train(self, mode: bool = True) -> Tuned:
-        """Training or not; the base's batch norms keep the statistics that they have, for the base is frozen."""
-        super().train(mode)
-        for module in self.base.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-                module.eval()
-        return self
 
     # -- adapters -----------------------------------------------------------------------------------------------------
     def add(self, name: str, method: Method | Sequence[Method], seed: int = 0) -> None:
@@ -178,21 +118,43 @@ class Tuned(nn.Module):
                     self._seats[path, weight] = seat_on(self.base, path, weight, self._state)
                 self._seats[path, weight].layers.setdefault(name, []).append((layer, after))
 
-    def use(self, *names: str) -> None:
+    def use(self, *names: str | Mapping[str, float]) -> None:
         """Activates these adapters, together if several (their changes add up), and only them; none is the bare base.
 
-        Only the active adapters' parameters require gradients. Raises ValueError for an unknown name, and for two
-        adapters that both replace one parameter.
+        `use({"pirate": 0.7, "happy": 0.3})` adds that much of each change: W' = W + 0.7·ΔW₁ + 0.3·ΔW₂. Only the active
+        adapters' parameters require gradients. Raises ValueError for an unknown name, for two adapters that both
+        replace one parameter, and for a weight that is no number or that an adapter cannot have.
         """
         self.check_open("use")
-        names = self._known(names)
+        weights = names[0] if len(names) == 1 and isinstance(names[0], Mapping) else dict.fromkeys(names, 1.0)
+        names = self._known(tuple(weights))
         if clash := claimed_twice({name: self.adapters[name].values() for name in names}):
             a, b, slot = clash
             raise ValueError(f"{a!r} and {b!r} both replace {'.'.join(slot)}, so they cannot be active together.")
-        self._state.active = names
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ValueError(f"The weight of {name!r} is {weight!r}; it must be a finite number, such as 0.5.")
+            if weight != 1 and any(layer.slots or layer.front for layer in self.adapters[name].values()):
+                raise ValueError(f"{name!r} adds no change that could be weighted by {weight:g}; use({name!r}).")
+        self._state.active, self._state.weights = names, {n: float(w) for n, w in weights.items() if w != 1}
         for name, layers in self.adapters.items():
             layers.requires_grad_(name in names)
         self._refresh()
+
+    def delete(self, name: str) -> None:
+        """Takes one adapter off; the others stay as they are. ValueError for an unknown name, and when merged."""
+        self.check_open("delete")
+        (name,) = self._known((name,))
+        left = tuple(other for other in self.active if other != name)
+        self.use({other: self._state.weights.get(other, 1.0) for other in left})
+        del self.adapters[name], self.methods[name]
+        for seat in self._seats.values():
+            seat.layers.pop(name, None)
+        empty = [key for key, seat in self._seats.items() if not seat.layers]
+        remove_hooks(self.base, [self._seats.pop(key) for key in empty])
+        if self._front and self._front.layers.pop(name, None) and not self._front.layers:
+            remove_hooks(self.base, [self._front])
+            self._front = None
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -249,9 +211,9 @@ class Tuned(nn.Module):
             for layer in (layer for layer in self.layers() if layer.slots):
                 add(layer.path, layer.delta())
         with self._unmerged():
-            for layer in (layer for layer in self.layers() if not layer.slots):
-                for name, delta in layer.changes().items():
-                    add(layer.path if name == "weight" else f"{layer.path}.{name}", delta)
+            for layer, share in self._shares():
+                for name, delta in () if layer.slots else layer.changes().items():
+                    add(layer.path if name == "weight" else f"{layer.path}.{name}", share * delta)
         return result
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -324,6 +286,11 @@ class Tuned(nn.Module):
                 raise ValueError(f"There is no adapter {name!r}; this model carries {list(self.adapters)}.")
         return tuple(dict.fromkeys(names))
 
+    def _shares(self) -> list[tuple[Layer, float]]:
+        """The layers of the active adapters, each with the weight that `use` gave its adapter."""
+        every = [(name, layer) for name in self.active for layer in self.adapters[name].values()]
+        return [(layer, self._state.weights.get(name, 1.0)) for name, layer in every]
+
     def _must_act(self) -> None:
         """Raises ValueError for a changed weight whose module is never called: merged, it would begin to count."""
         paths = [layer.path for layer in self.layers() if isinstance(layer, WeightLayer)]
@@ -349,7 +316,7 @@ class Tuned(nn.Module):
 
     def _refresh(self) -> None:
         """Makes the base's pointers agree with what is active, merged and disabled."""
-        bare = self._disabled or self._state.rows is not None
+        bare = self._disabled or bool(self._state.rows)
         self._state.silent = self._disabled or self._merged is not None
         merged = self._merged or {slot: layer.value for layer in self.layers() for slot in layer.slots}
         for (path, name), original in self._originals.items():
@@ -390,7 +357,7 @@ class Tuned(nn.Module):
 
     def _merge(self) -> tuple[dict[Slot, nn.Parameter], dict[str, float]]:
         with self._unmerged():
-            return merged(self.base, self.layers())
+            return merged(self.base, self._shares())
 
     def _broken_ties(self) -> list[str]:
         """Merged parameters of which another alias in the base stays as it was."""
@@ -407,42 +374,11 @@ class Tuned(nn.Module):
             )
         check_rows(adapters, self.adapters, args, kwargs)
         names = self._known([name for name in adapters if name is not None])
-        state = self._state
-        state.batch = len(adapters)
-        state.rows = {name: torch.tensor([i for i, each in enumerate(adapters) if each == name]) for name in names}
+        rows = {name: torch.tensor([i for i, each in enumerate(adapters) if each == name]) for name in names}
+        self._state.rows[threading.get_ident()] = Rows(len(adapters), rows)
         self._refresh()
         try:
             yield
         finally:
-            state.rows = None
+            del self._state.rows[threading.get_ident()]
             self._refresh()
-
-
-def _without_base(tuned: Tuned, keys: NamedTuple) -> None:
-    """After loading: the base was not in the file, and is not missed."""
-    start = f"{tuned._prefix}base."
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(start)]
-    tuned._refresh()
-
-
-@functools.cache
-def tuned_class(base: type[nn.Module]) -> type[Tuned]:
-    """`Tuned` with the signature of the base's forward, which `transformers.Trainer` reads to choose its columns."""
-
-    def forward(self, *args, adapters=None, **kwargs):
-        return Tuned.forward(self, *args, adapters=adapters, **kwargs)
-
-    signature = inspect.signature(base.forward)
-    parameters = list(signature.parameters.values())
-    last = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    parameters.insert(last, inspect.Parameter("adapters", inspect.Parameter.KEYWORD_ONLY, default=None))
-    forward.__signature__ = signature.replace(parameters=parameters)
-    forward.__doc__ = Tuned.forward.__doc__
-    return type(
-        f"Tuned{base.__name__}", (Tuned,), {"forward": forward, "__doc__": Tuned.__doc__, "__module__": __name__}
-    )
-
-
-def _empty(base: type[nn.Module]) -> Tuned:
-    cls = tuned_class(base)
-    return cls.__new__(cls)

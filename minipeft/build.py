@@ -30,20 +30,6 @@ class Count:
         return f"trainable {self.trainable:,} of {self.total:,} ({100 * self.share:.3g} %)"
 
 
-ELSEWHERE = {  # what transformers calls otherwise than a Tuned
-    "save_pretrained": "use tuned.save(path), or detach() after merge() and save what that returns",
-    "push_to_hub": "use tuned.save(path) and upload the folder",
-    "add_adapter": "use tuned.add(name, method)",
-    "load_adapter": "use mp.load_adapter(tuned, path, name)",
-    "set_adapter": "use tuned.use(name)",
-    "enable_adapters": "leave tuned.disabled(), or use tuned.use(name)",
-    "disable_adapters": "use the context tuned.disabled(), or tuned.use() without a name",
-    "delete_adapter": "use tuned.detach(), and attach what should stay",
-    "active_adapters": "use tuned.active",
-    "active_adapter": "use tuned.active",
-}
-
-
 def carries_adapters(model: nn.Module) -> bool:
     return hasattr(model, "_tuned") or any(isinstance(seat, Seat | Front) for seat in seats(model))
 

@@ -78,7 +78,7 @@ class Front:
 
     def standing(self, kind: str) -> torch.Tensor | None:
         """The prompts, or the prefixes, of the active adapters, one after the other."""
-        if self.state.silent or self.state.rows is not None:
+        if self.state.silent or self.state.chosen() is not None:
             return None
         layers = [layer for name in self.state.active for layer in self.layers.get(name, ()) if layer.front == kind]
         return torch.cat([getattr(layer, kind)() for layer in layers]) if layers else None

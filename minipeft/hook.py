@@ -4,7 +4,9 @@ that computes the changed output in one go."""
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,14 +15,25 @@ from minipeft.layer import After, Layer
 from minipeft.targets import plain_linear
 
 
+class Rows(NamedTuple):
+    """A choice per row: the size of the batch, and {adapter: its rows}."""
+
+    batch: int
+    of: dict[str, torch.Tensor]
+
+
 class State:
     """What all seats of one model look at when called. Plain attributes, so that `torch.compile` guards them."""
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
+        self.weights: dict[str, float] = {}  # of those active adapters that do not count in full
         self.silent = False  # disabled or merged: the seats add nothing
-        self.rows: dict[str, torch.Tensor] | None = None  # per-row choice: adapter name -> its rows of the batch
-        self.batch = 0
+        self.rows: dict[int, Rows] = {}  # the choice of each thread that is in a call with one
+
+    def chosen(self) -> Rows | None:
+        """The choice per row of the call that this thread is in."""
+        return self.rows.get(threading.get_ident()) if self.rows else None
 
 
 class Seat:
@@ -39,20 +52,22 @@ class Seat:
         if isinstance(output, tuple):  # a block's output, and what it says beside it
             return self.hook(module, args, kwargs, output[0]), *output[1:]
         x, plain = args[0] if args else next(iter(kwargs.values())), output
-        if state.rows is None:
+        if (rows := state.chosen()) is None:
             for name in state.active:
+                weight = state.weights.get(name, 1.0)
                 for _, after in self.layers.get(name, ()):
-                    output = after(output, x, plain)
+                    changed = after(output, x, plain)
+                    output = changed if weight == 1 else torch.lerp(output, changed, weight)
             return output
-        if x.shape[0] != state.batch:
+        if x.shape[0] != rows.batch:
             raise ValueError(
-                f"adapters= has {state.batch} entries, but a {type(module).__name__} got a batch of {x.shape[0]}; "
+                f"adapters= has {rows.batch} entries, but a {type(module).__name__} got a batch of {x.shape[0]}; "
                 "per-row choice works where dimension 0 of every adapted module's input is the batch."
             )
-        for name, rows in state.rows.items():
-            rows = rows.to(output.device)
+        for name, own in rows.of.items():
+            own = own.to(output.device)
             for _, after in self.layers.get(name, ()):
-                output = output.index_copy(0, rows, after(output[rows], x[rows], plain[rows]))
+                output = output.index_copy(0, own, after(output[own], x[own], plain[own]))
         return output
 
 
@@ -66,7 +81,7 @@ class WeightSeat(Seat):
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         state = self.state
-        if not state.silent and state.rows is None:
+        if not (state.silent or state.weights or state.rows):
             here = [layer for name in state.active for layer, _ in self.layers.get(name, ())]
             x = args[0] if args else next(iter(kwargs.values()))
             if len(here) == 1 and (output := here[0].whole(x)) is not None:

@@ -12,19 +12,20 @@ from minipeft.targets import Slot, flipped, packed, slots
 
 
 @torch.no_grad()
-def merged(base: nn.Module, layers: Sequence[Layer]) -> tuple[dict[Slot, nn.Parameter], dict[str, float]]:
-    """The parameters of the merged model that differ from the base's, and how much of each ΔW rounding took.
+def merged(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> tuple[dict[Slot, nn.Parameter], dict[str, float]]:
+    """The parameters of the merged model that differ from the base's, and how much of each ΔW rounding took; `layers`
+    come with the weight of each.
 
     Called while the trained copies of `layers` are in place, since a ΔW may depend on the weight that it changes.
     """
     new: dict[Slot, torch.Tensor] = {}
-    for layer in layers:
+    for layer, _ in layers:
         if layer.slots:
             new |= dict.fromkeys(layer.slots, layer.value.detach())
     deltas: dict[Slot, torch.Tensor] = {}
     lost: dict[str, float] = {}
-    for layer in (layer for layer in layers if not layer.slots):
-        changes = layer.changes()  # says so, where a layer changes no weight
+    for layer, share in layers:
+        changes = {} if layer.slots else layer.changes()  # says so, where a layer changes no weight
         owner = base.get_submodule(layer.path)
         for name, delta in changes.items():
             slot = (layer.path, name)
@@ -35,7 +36,7 @@ def merged(base: nn.Module, layers: Sequence[Layer]) -> tuple[dict[Slot, nn.Para
                 raise ValueError(
                     f"ΔW at {layer.path!r} holds NaN or infinite numbers, so it is not merged; train it again."
                 )
-            delta = (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
+            delta = share * (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
             delta = delta if packed(owner) else delta.view_as(getattr(owner, name))  # a convolution's kernel
             deltas[slot] = deltas[slot] + delta if slot in deltas else delta
     for (path, name), delta in deltas.items():
