@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import Layer
-from minipeft.targets import Slot, flipped, packed, slots
+from minipeft.targets import Slot, flipped, foreign, packed, slots
 
 
 @torch.no_grad()
@@ -24,9 +24,14 @@ def merged(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> tuple[dict
             new |= dict.fromkeys(layer.slots, layer.value.detach())
     deltas: dict[Slot, torch.Tensor] = {}
     lost: dict[str, float] = {}
-    for layer, share in layers:
-        changes = {} if layer.slots else layer.changes()  # says so, where a layer changes no weight
+    for layer, share in ((layer, share) for layer, share in layers if not layer.slots):
+        changes = layer.changes()  # says so, where a layer changes no weight
         owner = base.get_submodule(layer.path)
+        if changes and foreign(owner):
+            raise ValueError(
+                f"{layer.path!r} is packed by bitsandbytes, so nothing can be merged into it; keep the adapter apart, "
+                "or merge it into the base at full precision."
+            )
         for name, delta in changes.items():
             slot = (layer.path, name)
             if name not in owner._parameters and not (name == "weight" and packed(owner)):

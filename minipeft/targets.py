@@ -45,6 +45,11 @@ def packed(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and hasattr(module, "layout")
 
 
+def foreign(module: nn.Module) -> bool:
+    """Whether it is a linear layer of which bitsandbytes packed the weight, into bytes that it alone reads."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes")
+
+
 def slots(model: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
     """Every place that holds a parameter. A tied parameter has several; a module that is used twice is listed once."""
     for path, module in model.named_modules():
@@ -62,7 +67,7 @@ def mixtures(model: nn.Module) -> list[str]:
 def numbers(model: nn.Module) -> int:
     """How many parameters the model has: a tied one once, and a packed weight by what it stands for, not its bytes."""
     sizes = {id(p): p.numel() for _, p in slots(model)}
-    for module in filter(packed, model.modules()):
+    for module in (module for module in model.modules() if packed(module) or foreign(module)):
         sizes |= {id(p): 0 for name, p in module._parameters.items() if name != "bias"}
         sizes[id(module)] = module.out_features * module.in_features
     return sum(sizes.values())
@@ -107,7 +112,7 @@ class Target:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        if packed(self.module):  # its weight would have to be computed
+        if packed(self.module) or foreign(self.module):  # its weight would have to be computed
             return self.module.out_features, self.module.in_features
         rows, columns = self.module.weight.flatten(1).shape  # of a convolution's kernel: output channels, and a patch
         return (columns, rows) if flipped(self.module) else (rows, columns)
@@ -122,8 +127,9 @@ class Target:
         return self.path if whole else f"{self.path}[{self.start}:{self.stop}]"
 
 
-def resolve(model: nn.Module, targets: Targets, convolutions: bool = False) -> list[Target]:
-    """The matrices that `targets` names, in the model's order; with `convolutions`, those too where they are named.
+def resolve(model: nn.Module, targets: Targets, convolutions: bool = False, unread: bool = False) -> list[Target]:
+    """The matrices that `targets` names, in the model's order. With `convolutions`, those too where they are named;
+    `unread` says that the method never reads a weight, and so may sit on what bitsandbytes packed.
 
     - `"all-linear"`: every linear layer and Conv1D (GPT-2's) but the output layer (where the model says which that is)
       and what chooses among experts;
@@ -160,6 +166,10 @@ def resolve(model: nn.Module, targets: Targets, convolutions: bool = False) -> l
                 ranges.setdefault(path, set()).add((start, stop))
         if missed or not ranges:
             raise ValueError(f"Nothing was attached, because no layer matches {'; '.join(missed) or 'an empty list'}.")
+    if not unread and (few := next((path for path in ranges if foreign(matrices[path])), None)):
+        raise ValueError(
+            f"{few!r} is packed by bitsandbytes, over which LoRA alone works; use mp.quantize(model) instead."
+        )
     return [target for path in matrices if path in ranges for target in _cut(path, matrices[path], ranges[path])]
 
 
@@ -210,7 +220,7 @@ def exact(place: str) -> tuple[str, int, int]:
 
 
 def _cut(path: str, module: nn.Module, ranges: set[tuple[int, int]]) -> list[Target]:
-    if not torch.is_floating_point(module.weight):
+    if not torch.is_floating_point(module.weight) and not foreign(module):
         raise ValueError(f"{path!r} holds {module.weight.dtype} weights; a target needs floating-point weights.")
     if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
         raise ValueError(f"{path!r} is a {type(module).__name__} with a forward of its own; only nn.Embedding works.")

@@ -156,7 +156,7 @@ def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = No
     feed-forward part the other linear layers; both end with their last linear layer, or with a mixture of experts.
     """
     if not isinstance(placement, str):
-        chosen = resolve(model, placement)
+        chosen = resolve(model, placement, unread=True)
         if sliced := [t.key for t in chosen if t.d_out != t.width]:
             raise ValueError(f"An adapter sits after a whole layer, and {sliced[0]!r} is a slice of one.")
         return [Site(t.path, t.width, i) for i, t in enumerate(chosen)]

@@ -142,7 +142,7 @@ class LoRA(Method):
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], LoRALayer]]:
         layer = self.layers[self.init]
-        targets = resolve(model, self.targets, convolutions=True)
+        targets = resolve(model, self.targets, convolutions=True, unread=layer is LoRALayer)
         targets = targets if layer.embeddings else no_embedding(targets, self)
         check_fits(self.rank, targets)
         convolutions = [t.key for t in targets if is_convolution(t.module)]

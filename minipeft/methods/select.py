@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import Layer, Method
-from minipeft.targets import Slot, flipped, head, is_matrix, packed, slots
+from minipeft.targets import Slot, flipped, foreign, head, is_matrix, packed, slots
 
 
 class Selected(Layer):
@@ -87,7 +87,8 @@ class Full(Method):
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Selected]]:
         every = {parameter_name(slot): slot for slot, p in slots(model) if p.is_floating_point()}
-        if self.targets is None and (few := next((path for path, m in model.named_modules() if packed(m)), None)):
+        few = next((path for path, m in model.named_modules() if packed(m) or foreign(m)), None)
+        if self.targets is None and few:
             raise ValueError(
                 f"{few!r} is stored in few bits, which have no gradient; attach LoRA, or load it unpacked."
             )
