@@ -30,6 +30,7 @@ from minipeft.hook import Rows, Seat, State, check_rows, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged
 from minipeft.stand_in import StandIn, stand_in_for, without_base
+from minipeft.steps import Along, listen
 from minipeft.targets import Slot, numbers, slots
 
 
@@ -73,6 +74,7 @@ class Tuned(StandIn):
         self._originals: dict[Slot, nn.Parameter] = {}  # what the installed pointers replaced
         self._merged: dict[Slot, nn.Parameter] | None = None
         self._disabled = False
+        self.told = False  # of the last optimizer step, by the optimizer itself
         self._required = {slot: p.requires_grad for slot, p in slots(base)}
         self.training = base.training
         self.register_load_state_dict_post_hook(without_base)
@@ -83,7 +85,11 @@ class Tuned(StandIn):
     def forward(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
         """The base's forward; `adapters` gives each row of the batch its own adapter, None meaning the bare base."""
         if adapters is None:
-            return self.base(*args, **kwargs)
+            output = self.base(*args, **kwargs)
+            if torch.is_grad_enabled() and getattr(output, "loss", None) is not None:
+                penalty = 0.0 if self._state.silent else self.penalty()
+                output.loss = Along.apply(output.loss, penalty) if torch.is_tensor(penalty) else output.loss
+            return output
         with self._per_row(adapters, args, kwargs):
             return self.base(*args, **kwargs)
 
@@ -139,6 +145,7 @@ class Tuned(StandIn):
         self._state.active, self._state.weights = names, {n: float(w) for n, w in weights.items() if w != 1}
         for name, layers in self.adapters.items():
             layers.requires_grad_(name in names)
+        listen(self)
         self._refresh()
 
     def delete(self, name: str) -> None:
@@ -218,18 +225,30 @@ class Tuned(StandIn):
 
     # -- training -----------------------------------------------------------------------------------------------------
     def penalty(self) -> torch.Tensor | float:
-        """What the active methods add to the loss (AdaLoRA's orthogonality); 0.0 for most methods."""
+        """What the active methods add to the loss (AdaLoRA's orthogonality, the balance of experts); 0.0 for most.
+
+        The loss that a transformers model returns brings its gradient along, and shows the task's loss alone. Where the
+        loss is one's own, made from logits, this must be added to it.
+        """
         every = [(method, list(self.adapters[name].values())) for name in self.active for method in self.methods[name]]
         return sum((method.penalty(layers) for method, layers in every), 0.0)
 
-    def stepped(self, step: int) -> None:
-        """Tells the active methods that optimizer step `step` (from 1) was taken; call it before `zero_grad()`.
+    def stepped(self, step: int | None = None) -> None:
+        """An optimizer step was taken, and its gradients are still there: AdaLoRA moves its ranks here.
 
-        AdaLoRA moves its ranks here. `fit` calls it; a loop of your own must.
+        torch's optimizers make it known by themselves; a call right after such a step changes nothing. `step` is not
+        needed: the methods count.
         """
-        for name in self.active:
-            for method in self.methods[name]:
-                method.stepped(list(self.adapters[name].values()), step)
+        told, self.told = self.told, False
+        if not told:
+            for name in self.active:
+                for method in self.methods[name]:
+                    method.stepped(list(self.adapters[name].values()))
+
+    def hears(self) -> bool:
+        """Whether an active method does something after an optimizer step."""
+        active = (method for name in self.active for method in self.methods[name])
+        return any(type(method).stepped is not Method.stepped for method in active)
 
     # -- merging ------------------------------------------------------------------------------------------------------
     def merge(self) -> dict[str, float]:

@@ -120,6 +120,7 @@ class WeightLayout(Layout):
         turned = any(flipped(base.get_submodule(layer.path)) for layer in layers)
         ours = any(any(layer.padding) for layer in layers) or (turned and not self.conv1d)  # PEFT has no slices either
         ours |= self.peft_type == "LORA" and peft_moves(base, layers)
+        ours |= bool(called_otherwise(base, [layer.path for layer in layers]))
         ours |= not all(peft_convolves(base.get_submodule(layer.path), self.peft_type) for layer in layers)
         return {
             "peft_type": OURS + self.peft_type if ours else self.peft_type,
@@ -137,6 +138,11 @@ class WeightLayout(Layout):
         places = list(dict.fromkeys(match[1] for key in tensors if (match := self.split(key))))
         if config["peft_type"] == self.peft_type:
             check_complete(base, config, set(places), self.needs)
+            if twice := called_otherwise(base, [exact(place)[0] for place in places]):
+                raise ValueError(
+                    f"it adapts {twice[0]!r}, which this model also calls {twice[1]!r}; PEFT adapts the one and leaves "
+                    "the other alone, and here both are one layer."
+                )
         return self.build(config, places, tensors)
 
     def build(self, config: dict, places: list[str], tensors: Tensors) -> list[Method]:
@@ -164,6 +170,16 @@ def peft_moves(base: nn.Module, layers: list[Layer]) -> bool:
     kind = older.get(getattr(getattr(base, "config", None), "model_type", None))
     names = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
     return any(layer.path.rpartition(".")[2] in names.get(kind, ()) for layer in layers)
+
+
+def called_otherwise(base: nn.Module, paths: list[str]) -> tuple[str, str] | None:
+    """One of the modules at `paths` that stands in the model under a second name, and that name."""
+    every = list(base.named_modules(remove_duplicate=False))
+    if len(every) == sum(1 for _ in base.modules()):
+        return None
+    found = {path: base.get_submodule(path) for path in paths if path in dict(every)}
+    pairs = ((path, other) for path, mine in found.items() for other, module in every if module is mine)
+    return next(((path, other) for path, other in pairs if path != other), None)
 
 
 def peft_convolves(module: nn.Module, peft_type: str) -> bool:

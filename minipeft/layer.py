@@ -65,8 +65,8 @@ class Method:
         """What the method adds to the loss; `layers` are all layers of the adapter, of this method or not."""
         return 0.0
 
-    def stepped(self, layers: Sequence[Layer], step: int) -> None:
-        """Called after optimizer step `step` (from 1), while the gradients of that step are still there."""
+    def stepped(self, layers: Sequence[Layer]) -> None:
+        """Called after each optimizer step, while the gradients of that step are still there."""
 
 
 class Layer(nn.Module):

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from minipeft.steps import listen
+
 ELSEWHERE = {  # what transformers calls otherwise than a Tuned
     "save_pretrained": "use tuned.save(path), or detach() after merge() and save what that returns",
     "push_to_hub": "use tuned.save(path) and upload the folder",
@@ -18,6 +20,7 @@ ELSEWHERE = {  # what transformers calls otherwise than a Tuned
     "enable_adapters": "leave tuned.disabled(), or use tuned.use(name)",
     "disable_adapters": "use the context tuned.disabled(), or tuned.use() without a name",
     "delete_adapter": "use tuned.delete(name)",
+    "resize_token_embeddings": "resize the base before attach, or after detach()",
     "active_adapters": "use tuned.active",
     "active_adapter": "use tuned.active",
 }
@@ -86,6 +89,7 @@ class StandIn(nn.Module):
     def train(self, mode: bool = True) -> StandIn:
         """Training or not; the base's batch norms keep the statistics that they have, for the base is frozen."""
         super().train(mode)
+        listen(self)  # a copy, too
         for module in self.base.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
                 module.eval()

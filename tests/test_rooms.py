@@ -15,7 +15,7 @@ FILES = {
 # From the bottom up. An arrow may stay on its floor or run down, never up.
 FLOORS = (
     ("whole", "targets", "reading", "calls"),
-    ("layer", "hook", "files", "front", "merging", "build", "stand_in"),
+    ("layer", "hook", "files", "front", "merging", "build", "stand_in", "steps"),
     ("attach", "methods"),
     ("world",),
     ("learn", "serve", "analyze"),

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import string
 from collections import Counter
@@ -339,6 +340,11 @@ class MultiplyAdds:
         return self.linear + self.attention
 
 
+def _grouped(a: tuple[int, ...], b: tuple[int, ...], *_, **__) -> int:
+    """The operations of a product whose rows, or whose terms, are dealt out to the experts of a mixture."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
 def multiply_adds(model, method: Method | Sequence[Method] | None, rows: int = 1, length: int = 128) -> MultiplyAdds:
     """Counts a forward and backward pass of `method` on `rows` texts of `length` tokens, operation by operation.
 
@@ -352,6 +358,8 @@ def multiply_adds(model, method: Method | Sequence[Method] | None, rows: int = 1
 
     module = on_meta(model)
     config = getattr(module, "config", None)
+    if next(module.parameters()).is_meta and getattr(config, "_experts_implementation", None) == "grouped_mm":
+        module = copy.deepcopy(module).to(torch.bfloat16)  # without numbers, the grouped product knows no other type
     # Fused attention is one operation that hides its products from the counter.
     before = getattr(config, "_attn_implementation", None)
     if before is not None:
@@ -360,7 +368,7 @@ def multiply_adds(model, method: Method | Sequence[Method] | None, rows: int = 1
     try:
         device = next(tuned.base.parameters()).device
         ids = torch.zeros(rows, length, dtype=torch.long, device=device)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped}) as counter:
             output = tuned(input_ids=ids)
             output[0].float().sum().backward()
     finally:

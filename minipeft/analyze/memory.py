@@ -89,6 +89,13 @@ def predict(
             f"{optimizer.__name__} looks at numbers while it steps, so its memory cannot be foretold without any; call "
             "measure() on the real model."
         ) from error
+    except RuntimeError as error:
+        if "Expected inputs of BF16" not in str(error):
+            raise
+        raise ValueError(
+            "Without numbers, the product of a mixture's experts is known in bfloat16 only: give dtype=torch.bfloat16, "
+            "or call measure() on the real model."
+        ) from error
 
 
 def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Callable = torch.optim.AdamW) -> Memory:

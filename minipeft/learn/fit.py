@@ -152,10 +152,10 @@ def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: Histo
             with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
                 torch.manual_seed(plan.seed * 1_000_003 + step)
                 if memory is None:
-                    loss = _step(model, inputs, optimizer, step + 1)
+                    loss = _step(model, inputs, optimizer)
                 else:
                     with memory:
-                        loss = _step(model, inputs, optimizer, step + 1)
+                        loss = _step(model, inputs, optimizer)
                     history.peak_memory = memory.peak
             if not math.isfinite(loss):
                 history.stopped = "diverged"
@@ -190,17 +190,14 @@ def groups(model: nn.Module, lr: float) -> list[dict]:
     return [{"params": parameters, "lr": lr * rate} for rate, parameters in found.items()]
 
 
-def _step(model, inputs, optimizer, step: int) -> float:
-    """One step; returns the task's loss, without what the method adds to it."""
+def _step(model, inputs, optimizer) -> float:
+    """One step; returns the task's loss. What the method adds to it has its effect on the way back; see `steps.py`."""
     loss = model(**inputs).loss
-    objective = loss + model.penalty() if isinstance(model, Tuned) else loss
-    if torch.isfinite(objective):  # a step along a NaN would spoil the model for good
+    if torch.isfinite(loss):  # a step along a NaN would spoil the model for good
         optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        loss.backward()
         optimizer.step()
-        if isinstance(model, Tuned):
-            model.stepped(step)
-    return loss.item() if torch.isfinite(objective) else math.nan
+    return loss.item() if torch.isfinite(loss) else math.nan
 
 
 def _warn_of_idle(layers: list[Layer]) -> None:

@@ -13,6 +13,7 @@ point, so order, executor and restarts do not change a figure; only `seconds` di
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -40,6 +41,7 @@ from minipeft.methods import METHODS
 from minipeft.whole import HALF, write_whole
 from minipeft.world import base, tasks
 
+STALE = 600  # seconds after which nobody is writing half a file any more
 WALL_TIME = ("seconds",)  # the columns that differ between two executions
 
 
@@ -167,8 +169,10 @@ def sweep(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{HALF}*"):
-        stale.unlink()
+    for half in folder.glob(f"{HALF}*"):
+        with contextlib.suppress(FileNotFoundError):  # another sweep in this folder may be writing it just now
+            if time.time() - half.stat().st_mtime > STALE:
+                half.unlink()
     waiting = [p for p in dict.fromkeys(points) if not (folder / f"{p.key}.json").exists()]
     started = time.monotonic()
     with tqdm(total=len(waiting), desc="sweep", mininterval=5) as bar:

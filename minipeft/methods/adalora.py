@@ -35,7 +35,7 @@ from minipeft.targets import Target, Targets, exact, flipped
 
 @dataclass(frozen=True)
 class AdaLoRA(Method):
-    """W' = W + γ·P·Λ·Q, with the ranks moved between the layers while it trains: `fit` does so; see `Tuned.stepped`.
+    """W' = W + γ·P·Λ·Q, with the ranks moved between the layers at each optimizer step, whosever loop takes it.
 
     `rank`: the average rank in the end. `initial_rank`: every layer's at first, half as much again if nothing is said.
     `gamma`: γ, 2.0 if nothing is said; `alpha` sets γ = α/initial_rank. It must be positive.
@@ -124,13 +124,11 @@ class AdaLoRA(Method):
         return int(last + (first - last) * max(0.0, share) ** 3)
 
     @torch.no_grad()
-    def stepped(self, layers: Sequence[Layer], step: int) -> None:
+    def stepped(self, layers: Sequence[Layer]) -> None:
         mine, last = self.own(layers), self.steps - self.final
-        before, latest = mine[0].run
-        before += latest if step <= latest else 0  # another run goes on where the one before it stopped
         for layer in mine:
-            layer.run = before, step
-        step += before
+            layer.taken += 1
+        step = int(mine[0].taken)
         if step < last:
             for layer in mine:
                 layer.observe()
@@ -163,11 +161,13 @@ class AdaLoRALayer(WeightLayer):
         self.P = nn.Parameter(torch.zeros(target.d_out, r, **self.place(target)))
         self.lam = nn.Parameter(torch.zeros(r, 1, **self.place(target)))
         self.Q = nn.Parameter(torch.zeros(r, target.d_in, **self.place(target)))
-        self.run = 0, 0  # optimizer steps of the runs before this one, and of this one
+        self.register_buffer(
+            "taken", torch.zeros((), dtype=torch.long)
+        )  # optimizer steps; another run goes on from here
         self.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=self.P.device))
         for name, p in list(self.named_parameters()):
-            self.register_buffer(f"sensitivity_{name}", torch.zeros_like(p), persistent=False)
-            self.register_buffer(f"uncertainty_{name}", torch.zeros_like(p), persistent=False)
+            self.register_buffer(f"sensitivity_{name}", torch.zeros_like(p))
+            self.register_buffer(f"uncertainty_{name}", torch.zeros_like(p))
             if name != "lam" and not p.is_meta:
                 p.data.copy_(torch.empty(p.shape, dtype=p.dtype).normal_(0, 0.02, generator=generator))
 

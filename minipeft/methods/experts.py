@@ -22,6 +22,7 @@ from minipeft.files import OURS, SettingsLayout, register
 from minipeft.layer import After, Layer, Method
 from minipeft.methods.adapter import ACTIVATIONS, Site, check_placement, sites
 from minipeft.methods.common import check_choice, check_whole, like
+from minipeft.steps import OnTheWay, going_back
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Experts(Method):
     `bottleneck`, `placement`, `activation`, `top`: as in `Adapter`, for each of the E = `experts` adapters f.
     `chosen`: k.
     `balance`: α of the load-balancing loss α·E·Σ fractionₑ·probabilityₑ (Fedus et al. 2021, "Switch Transformers",
-        §2.2), whose gradient is added on the way back; it is 1·α when every expert gets the same share. 0 turns it off.
+        §2.2), a penalty; it is 1·α when every expert gets the same share. 0 turns it off.
 
     All E experts are computed and the gates choose: at this size that is faster than sorting the tokens, and it saves
     no work. Raises like `Adapter`, and ValueError if `chosen` is above `experts`.
@@ -63,6 +64,14 @@ class Experts(Method):
         found = sites(model, self.placement, self.top)
         return {f"{site.path}.experts": partial(ExpertsLayer, model, self, site) for site in found}
 
+    def penalty(self, layers: Sequence[Layer]) -> torch.Tensor | float:
+        """α·Σ imbalance of the last call, once."""
+        mine = [layer for layer in layers if isinstance(layer, ExpertsLayer) and layer.method == self]
+        found = [layer.uneven for layer in mine if layer.uneven is not None]
+        for layer in mine:
+            layer.uneven = None
+        return self.balance * sum(found, mine[0].router.new_zeros(())) if self.balance and mine else 0.0
+
 
 class ExpertsLayer(Layer):
     """`router` (E, d); `down` (E, m, d) with bias (E, m); `up` (E, d, m) with bias (E, d), both zero at first.
@@ -81,6 +90,7 @@ class ExpertsLayer(Layer):
             self.up = nn.Parameter(torch.zeros(E, d, m))
         self.to(torch.promote_types(weight.dtype, torch.float32))
         self.probabilities = self.gates = None
+        self.uneven: torch.Tensor | None = None  # the imbalance of the last call, for the penalty
 
     def seats(self) -> dict[str, After]:
         return {self.site.path: self.after}
@@ -100,9 +110,16 @@ class ExpertsLayer(Layer):
         low = torch.einsum("...d,emd->...em", h, self.down) + self.down_bias
         high = torch.einsum("...em,edm->...ed", ACTIVATIONS[self.method.activation](low), self.up) + self.up_bias
         mixed = torch.einsum("...e,...ed->...d", gates, high)
+        self.uneven = None
         if self.method.balance and torch.is_grad_enabled():
-            mixed = AlsoMinimise.apply(mixed, self.method.balance * self.imbalance(probabilities, gates))
+            uneven = self.imbalance(probabilities, gates)
+            if going_back():
+                return OnTheWay.apply(mixed, self.method.balance * uneven)
+            self.uneven = uneven
         return mixed
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"uneven": None}  # a copy has nothing to go back through
 
     def after(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         return (output + self(output)).to(output.dtype)
@@ -118,18 +135,6 @@ class ExpertsLayer(Layer):
         if self.gates is None:
             raise ValueError("Nothing has gone through these experts yet; call the model once, then ask for the load.")
         return (self.gates > 0).float().flatten(0, -2).mean(0) / self.method.chosen
-
-
-class AlsoMinimise(torch.autograd.Function):
-    """y unchanged; on the way back, `loss` gets the gradient 1, as if it had been added to the model's loss."""
-
-    @staticmethod
-    def forward(ctx, y: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return gradient, gradient.new_ones(())
 
 
 @register

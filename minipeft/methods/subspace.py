@@ -64,7 +64,10 @@ class SubspaceLayer(WeightLayer):
         self, target: Target, method: Subspace, z: nn.Parameter, D: int, first: bool, generator: torch.Generator
     ):
         super().__init__(target)
-        self.z, self.size, self.scale, self.first = z, (target.d_out, target.d_in), 1 / math.sqrt(D), first
+        self.size, self.scale, self.first = (target.d_out, target.d_in), 1 / math.sqrt(D), first
+        self.shared = (z,)  # in a tuple, so that it is the first layer's parameter, and stands once in a state
+        if first:
+            self.z = z
         rows, dim = target.d_out * target.d_in, method.dim
         self.dense = method.projection == "dense"
         given = None if z.is_meta else generator  # on the meta device nothing is drawn
@@ -85,17 +88,17 @@ class SubspaceLayer(WeightLayer):
 
     def added(self) -> int:
         """k at the first target, 0 at the others, which share its z."""
-        return len(self.z) if self.first else 0
+        return len(self.shared[0]) if self.first else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.to(self.z.dtype), self.delta())
+        return F.linear(x.to(self.shared[0].dtype), self.delta())
 
     def delta(self) -> torch.Tensor:
         if self.dense:
-            return (self.P @ self.z * self.scale).view(self.size)
-        L = self.signs.shape[1]
+            return (self.P @ self.shared[0] * self.scale).view(self.size)
+        z, L = self.shared[0], self.signs.shape[1]
         # H·G·Π·H·S·z / √(L·D), all blocks at once
-        mixed = hadamard(self.signs * F.pad(self.z, (0, L - len(self.z))))
+        mixed = hadamard(self.signs * F.pad(z, (0, L - len(z))))
         mixed = hadamard(self.gauss * mixed.gather(1, self.order)) * (self.scale / math.sqrt(L))
         return mixed.flatten()[: self.size[0] * self.size[1]].view(self.size)
 

@@ -31,6 +31,7 @@ from minipeft.methods.select import Full, Selected, parameter_name
 from minipeft.targets import is_matrix, slots
 
 CONFIG, WEIGHTS, SELECT = "adapter_config.json", "adapter_model.safetensors", OURS + "SELECT"
+READY = ".ready"  # a folder in an adapter's folder: a newer adapter, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,9 @@ def _copies(selected: list[Selected], config: dict, layout: Layout | None) -> di
 
 
 def write(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Both files complete in a directory of their own, then renamed into place; an error restores what was there."""
+    """Both files complete in a directory of their own, which one rename makes the adapter; an error before it changes
+    nothing. Over an old adapter, that directory becomes `READY` in it, from which `read` takes what is there, so that
+    whoever dies while the two files are moved out of it leaves the new adapter whole."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,15 +134,19 @@ def write(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
         if not path.exists():
             os.replace(fresh, path)
             return
-        with contextlib.ExitStack() as undo:
-            for file in (WEIGHTS, CONFIG):
-                if (path / file).exists():
-                    os.replace(path / file, fresh / f"old-{file}")
-                    undo.callback(os.replace, fresh / f"old-{file}", path / file)
-                os.replace(fresh / file, path / file)
-            undo.pop_all()
+        settle(path)
+        os.replace(fresh, path / READY)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+    settle(path)
+
+
+def settle(path: Path) -> None:
+    """Moves what a save left in `READY` to its place."""
+    for file in (WEIGHTS, CONFIG) if (path / READY).is_dir() else ():
+        if (path / READY / file).exists():
+            os.replace(path / READY / file, path / file)
+    shutil.rmtree(path / READY, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,17 +183,18 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    at = {file: path / READY / file if (path / READY / file).is_file() else path / file for file in (CONFIG, WEIGHTS)}
     for file in (CONFIG, WEIGHTS):
-        if not (path / file).is_file():
+        if not at[file].is_file():
             raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(at[CONFIG].read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG} is not JSON ({error}); save the adapter again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds a {type(config).__name__}; it must be a JSON object.")
     try:
-        return config, load_file(path / WEIGHTS)
+        return config, load_file(at[WEIGHTS])
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
 
@@ -202,7 +210,7 @@ def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -
     head = layout.head if layout else PREFIX
     rest = [key.removeprefix(head) for key in tensors if key.startswith(head) and not (layout and layout.owns(key))]
     ours = config["peft_type"].startswith(OURS)
-    names = config.get("entries") or [] if ours else with_aliases(base, rest)
+    names = config.get("entries") or [] if ours else with_aliases(base, rest, config)
     if not methods and not names:
         raise ValueError("it holds no numbers of any method; it was saved incompletely.")
     return methods + ([Full(targets=tuple(names))] if names else [])
@@ -238,12 +246,15 @@ def check_config(config: dict, layout: Layout | None) -> None:
         raise ValueError(f"it uses {', '.join(used)}, which is not done here; only plain {layout.peft_type} loads.")
 
 
-def with_aliases(base: nn.Module, names: list[str]) -> list[str]:
-    """These parameters, and the places that share them; but an output layer is trained apart from a tied embedding."""
+def with_aliases(base: nn.Module, names: list[str], config: dict) -> list[str]:
+    """These parameters, and the places that share them; but an output layer is trained apart from a tied embedding, and
+    PEFT's `modules_to_save` are copies, which change one side of a tie."""
+    saved = tuple(f".{module}." for module in config.get("modules_to_save") or ())
+    shared = [n for n in names if config.get("ensure_weight_tying") or not any(part in f".{n}" for part in saved)]
     every = {parameter_name(slot): (slot, p) for slot, p in slots(base)}
-    wanted = {id(every[name][1]) for name in names if name in every}
+    wanted = {id(every[name][1]) for name in shared if name in every}
     known = [
-        n for n, (s, p) in every.items() if id(p) in wanted and (n in names or not isinstance_embedding(base, s[0]))
+        n for n, (s, p) in every.items() if n in names or (id(p) in wanted and not isinstance_embedding(base, s[0]))
     ]
     return known + [name for name in names if name not in every]
 
