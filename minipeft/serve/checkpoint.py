@@ -31,7 +31,6 @@ from minipeft.methods.select import Full, Selected, parameter_name
 from minipeft.targets import is_matrix, slots
 
 CONFIG, WEIGHTS, SELECT = "adapter_config.json", "adapter_model.safetensors", OURS + "SELECT"
-READY = ".ready"  # a folder in an adapter's folder: a newer adapter, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,9 +118,7 @@ def _copies(selected: list[Selected], config: dict, layout: Layout | None) -> di
 
 
 def write(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Both files complete in a directory of their own, which one rename makes the adapter; an error before it changes
-    nothing. Over an old adapter, that directory becomes `READY` in it, from which `read` takes what is there, so that
-    whoever dies while the two files are moved out of it leaves the new adapter whole."""
+    """Both files complete in a directory of their own, then renamed into place; an error restores what was there."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,19 +131,15 @@ def write(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
         if not path.exists():
             os.replace(fresh, path)
             return
-        settle(path)
-        os.replace(fresh, path / READY)
+        with contextlib.ExitStack() as undo:
+            for file in (WEIGHTS, CONFIG):
+                if (path / file).exists():
+                    os.replace(path / file, fresh / f"old-{file}")
+                    undo.callback(os.replace, fresh / f"old-{file}", path / file)
+                os.replace(fresh / file, path / file)
+            undo.pop_all()
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    settle(path)
-
-
-def settle(path: Path) -> None:
-    """Moves what a save left in `READY` to its place."""
-    for file in (WEIGHTS, CONFIG) if (path / READY).is_dir() else ():
-        if (path / READY / file).exists():
-            os.replace(path / READY / file, path / file)
-    shutil.rmtree(path / READY, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,18 +176,17 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    at = {file: path / READY / file if (path / READY / file).is_file() else path / file for file in (CONFIG, WEIGHTS)}
     for file in (CONFIG, WEIGHTS):
-        if not at[file].is_file():
+        if not (path / file).is_file():
             raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
     try:
-        config = json.loads(at[CONFIG].read_text(encoding="utf-8"))
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG} is not JSON ({error}); save the adapter again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds a {type(config).__name__}; it must be a JSON object.")
     try:
-        return config, load_file(at[WEIGHTS])
+        return config, load_file(path / WEIGHTS)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
 
