@@ -93,7 +93,7 @@ class Engine:
         self._most_waiting = waiting
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._wake = threading.Condition()
-        self._closed = False
+        self.closed = False
         self._thread: threading.Thread | None = None
         self._clear()
 
@@ -108,7 +108,7 @@ class Engine:
                 f"{self.longest} in all."
             )
         with self._wake:
-            if self._closed:
+            if self.closed:
                 raise RuntimeError("The engine is closed.")
             if len(self._waiting) >= self._most_waiting:
                 raise Full(f"{self._most_waiting} requests wait already.")
@@ -134,7 +134,7 @@ class Engine:
     def close(self) -> None:
         """Ends the thread after the token it is at; whoever still waits gets a RuntimeError."""
         with self._wake:
-            self._closed = True
+            self.closed = True
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
@@ -161,8 +161,8 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closed or self.rows or self._waiting or not self._tasks.empty())
-                if self._closed:
+                self._wake.wait_for(lambda: self.closed or self.rows or self._waiting or not self._tasks.empty())
+                if self.closed:
                     return
             self.step()
 
@@ -181,12 +181,12 @@ class Engine:
             done.set()
 
         with self._wake:
-            if self._closed:
+            if self.closed:
                 raise RuntimeError("The engine is closed.")
             self._tasks.put(run)
             self._wake.notify()
         while not done.wait(0.1):
-            if self._closed:
+            if self.closed:
                 raise RuntimeError("The engine was closed.")
         if failed:
             raise failed[0]
