@@ -35,8 +35,8 @@ class Full(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """One text to go on with. `put` is called from the engine's thread with each new token, then once with why it ended:
-    "stop" after a token of `ends` (which is not put), "length" after `most` tokens, or an exception.
+    """One text to go on with. `put` is called from the engine's thread with each new token, then once with why it
+    ended: "stop" after a token of `ends` (which is not put), "length" after `most` tokens, or an exception.
 
     `adapter`: a name, or None for the base. `temperature` 0 takes the likeliest token; else a token is drawn from
     softmax(logits/temperature), cut to the likeliest ones that have `top_p` of the probability together, by `seed`.
