@@ -270,6 +270,7 @@ def test_an_answer_that_takes_too_long(folder, right):
 
 def test_a_full_queue_says_so(folder):
     with serving.served(folder, rows=1, waiting=2) as (address, engine, _), slow(engine, 0.2):
+
         def one(_):
             body = {"model": "b", "prompt": "The", "max_tokens": 3}
             return httpx.post(f"{address}/v1/completions", json=body, timeout=30)
@@ -285,7 +286,9 @@ def test_a_full_queue_says_so(folder):
 def test_a_body_that_does_not_come(folder):
     with serving.served(folder, seconds=0.3) as (address, *_):
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=10) as line:
-            line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+            line.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            )
             assert b" 408 " in line.recv(1000)
 
 
