@@ -28,7 +28,7 @@ from minipeft.calls import unheard
 from minipeft.front import Front, front
 from minipeft.hook import Rows, Seat, State, check_rows, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
-from minipeft.merging import broken_ties, merged
+from minipeft.merging import broken_ties, merged, unrounded
 from minipeft.stand_in import StandIn, stand_in_for, without_base
 from minipeft.steps import Along, listen
 from minipeft.targets import Slot, numbers, slots
@@ -273,6 +273,14 @@ class Tuned(StandIn):
                 stacklevel=2,
             )
         return lost
+
+    def unrounded(self) -> dict[Slot, torch.Tensor]:
+        """{(path, name): W'} of each parameter that `merge` would replace, dense and in at least float32; raises like
+        `merge`."""
+        self.check_open("merge")
+        self._must_act()
+        with self._unmerged():
+            return unrounded(self.base, self._shares())
 
     def unmerge(self) -> None:
         """Puts the original weights back, bit for bit."""

@@ -18,12 +18,39 @@ def merged(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> tuple[dict
 
     Called while the trained copies of `layers` are in place, since a ΔW may depend on the weight that it changes.
     """
-    new: dict[Slot, torch.Tensor] = {}
-    for layer, _ in layers:
-        if layer.slots:
-            new |= dict.fromkeys(layer.slots, layer.value.detach())
+    new, lost = trained(layers), {}
+    for (path, name), delta in summed(base, layers).items():
+        owner = base.get_submodule(path)
+        old = getattr(owner, name)
+        # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
+        stored, kept = rounded(owner, name, old.to(delta.dtype) + delta.to(old.device))
+        new |= {(path, part): value for part, value in stored.items()}
+        if not old.is_meta and (size := delta.norm()) > 0:
+            moved = kept.to(delta.dtype) - old.to(delta.dtype)
+            lost[path if name == "weight" else f"{path}.{name}"] = ((moved - delta).norm() / size).item()
+    # one parameter for each value, so that what is tied stays tied
+    shared = {id(v): nn.Parameter(v, requires_grad=False) for v in new.values()}
+    return {slot: shared[id(value)] for slot, value in new.items()}, lost
+
+
+@torch.no_grad()
+def unrounded(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> dict[Slot, torch.Tensor]:
+    """What `merged` rounds: W' as W is stored, but dense and in at least float32. Called like it."""
+    sums = summed(base, layers)
+    old = {(path, name): getattr(base.get_submodule(path), name).detach() for path, name in sums}
+    return trained(layers) | {
+        slot: old[slot].to(delta.dtype) + delta.to(old[slot].device) for slot, delta in sums.items()
+    }
+
+
+def trained(layers: Sequence[tuple[Layer, float]]) -> dict[Slot, torch.Tensor]:
+    """The trained copies, by every place that points to one."""
+    return {slot: layer.value.detach() for layer, _ in layers for slot in layer.slots}
+
+
+def summed(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> dict[Slot, torch.Tensor]:
+    """Σ share·ΔW of each parameter, shaped as the parameter is (a packed weight: as it is when dense)."""
     deltas: dict[Slot, torch.Tensor] = {}
-    lost: dict[str, float] = {}
     for layer, share in ((layer, share) for layer, share in layers if not layer.slots):
         changes = layer.changes()  # says so, where a layer changes no weight
         owner = base.get_submodule(layer.path)
@@ -44,18 +71,7 @@ def merged(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> tuple[dict
             delta = share * (delta.T if name == "weight" and flipped(owner) else delta).to(wide)
             delta = delta if packed(owner) else delta.view_as(getattr(owner, name))  # a convolution's kernel
             deltas[slot] = deltas[slot] + delta if slot in deltas else delta
-    for (path, name), delta in deltas.items():
-        owner = base.get_submodule(path)
-        old = getattr(owner, name)
-        # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
-        stored, kept = rounded(owner, name, old.to(delta.dtype) + delta.to(old.device))
-        new |= {(path, part): value for part, value in stored.items()}
-        if not old.is_meta and (size := delta.norm()) > 0:
-            moved = kept.to(delta.dtype) - old.to(delta.dtype)
-            lost[path if name == "weight" else f"{path}.{name}"] = ((moved - delta).norm() / size).item()
-    # one parameter for each value, so that what is tied stays tied
-    shared = {id(v): nn.Parameter(v, requires_grad=False) for v in new.values()}
-    return {slot: shared[id(value)] for slot, value in new.items()}, lost
+    return deltas
 
 
 def rounded(owner: nn.Module, name: str, exact: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -22,6 +22,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="how often test_kills.py kills a process that saves")
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--kills")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Graders and browser are slow as a whole; elsewhere a slow test says so itself."""
     for item in items:

@@ -24,6 +24,7 @@ from minipeft.methods.projected import ProjectedLoRA
 from minipeft.methods.select import BitFit, Full, Softmax
 from minipeft.methods.vera import VeRA
 from minipeft.serve import checkpoint
+from minipeft.serve.card import CARD
 from minipeft.serve.checkpoint import CONFIG, PREFIX, WEIGHTS, load_adapter
 
 Q0 = PREFIX + "model.layers.0.self_attn.q_proj"
@@ -74,7 +75,7 @@ def test_round_trip(family, method, kind, modules, tmp_path):
     tuned.save(path)
     config = json.loads((path / CONFIG).read_text())
     assert config["peft_type"] == kind and config.get("modules_to_save") == modules
-    assert sorted(p.name for p in path.iterdir()) == [CONFIG, WEIGHTS] and len(list(path.parent.iterdir())) == 1
+    assert sorted(p.name for p in path.iterdir()) == [CARD, CONFIG, WEIGHTS] and len(list(path.parent.iterdir())) == 1
     model = tiny.MODELS[family]()
     loaded = load_adapter(model, path, name="again")
     assert torch.equal(logits(loaded), expected) and loaded.active == ("again",)

@@ -28,9 +28,11 @@ from minipeft.build import build, carries_adapters, check_name
 from minipeft.files import OURS, PREFIX, WORDS, Layout, layout_for, layout_of
 from minipeft.layer import Layer, Method
 from minipeft.methods.select import Full, Selected, parameter_name
+from minipeft.serve.card import CARD, card, is_ours
 from minipeft.targets import is_matrix, slots
 
 CONFIG, WEIGHTS, SELECT = "adapter_config.json", "adapter_model.safetensors", OURS + "SELECT"
+SAVING = ".saving"  # in an adapter's folder: files that are complete and count, but are not all in their place yet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +120,13 @@ def _copies(selected: list[Selected], config: dict, layout: Layout | None) -> di
 
 
 def write(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Both files complete in a directory of their own, then renamed into place; an error restores what was there."""
+    """Both files, and a card unless a person wrote one; whenever the process dies, the old pair loads or the new one.
+
+    They are completed in a folder beside, whose renaming to `SAVING` is the moment from which they count: `read`
+    prefers what lies there. Then each is moved into its place, the weights first. What reads the places alone, as PEFT
+    does, can find new weights under an old configuration between those two moves, where the configuration changes. An
+    error restores what was there.
+    """
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,19 +135,62 @@ def write(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
     try:
         save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if is_ours(path / CARD):
+            (fresh / CARD).write_text(card(config, tensors), encoding="utf-8")
         fresh.chmod(0o755)
         if not path.exists():
-            os.replace(fresh, path)
-            return
-        with contextlib.ExitStack() as undo:
-            for file in (WEIGHTS, CONFIG):
-                if (path / file).exists():
-                    os.replace(path / file, fresh / f"old-{file}")
-                    undo.callback(os.replace, fresh / f"old-{file}", path / file)
-                os.replace(fresh / file, path / file)
-            undo.pop_all()
+            with contextlib.suppress(OSError):  # another process may have been quicker
+                os.replace(fresh, path)
+                return
+        with locked(path):
+            exchange(path, fresh)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Within it, no other process is in here for this folder; where the system has such locks, which end with it."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ModuleNotFoundError, OSError):
+            import fcntl
+
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def exchange(path: Path, fresh: Path) -> None:
+    """Puts the files in `fresh` in place of those in `path`, all of them or none."""
+    files = (WEIGHTS, CONFIG, CARD)
+    settle(path)
+    for file in files:
+        if (path / file).exists() and (fresh / file).exists():
+            shutil.copy2(path / file, fresh / f"old-{file}")
+    os.replace(fresh, path / SAVING)
+    try:
+        settle(path)
+    except BaseException:
+        os.replace(path / SAVING, fresh)
+        for file in files:
+            if (fresh / f"old-{file}").exists():
+                os.replace(fresh / f"old-{file}", path / file)
+        raise
+
+
+def settle(path: Path) -> None:
+    """Moves what a save, perhaps one that was cut off, has completed into its place."""
+    for file in (WEIGHTS, CONFIG, CARD):
+        if (path / SAVING / file).exists():
+            os.replace(path / SAVING / file, path / file)
+    shutil.rmtree(path / SAVING, ignore_errors=True)
+
+
+def current(path: Path, file: str) -> Path:
+    """Where the newest complete `file` of the adapter in `path` lies."""
+    return saving if (saving := path / SAVING / file).is_file() else path / file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,22 +224,30 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
 
 
 def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Both files, of one save even while another one is under way."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for file in (CONFIG, WEIGHTS):
-        if not (path / file).is_file():
-            raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
+    while True:
+        for file in (CONFIG, WEIGHTS):
+            if not current(path, file).is_file():
+                raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
+        try:
+            text, tensors = current(path, CONFIG).read_bytes(), load_file(current(path, WEIGHTS))
+            again = current(path, CONFIG).read_bytes()
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
+        except FileNotFoundError:
+            continue  # it was moved into its place meanwhile
+        if text == again:
+            break
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG} is not JSON ({error}); save the adapter again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds a {type(config).__name__}; it must be a JSON object.")
-    try:
-        return config, load_file(path / WEIGHTS)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
+    return config, tensors
 
 
 def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> list[Method]:
