@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import itertools
 import json
 import shutil
 import socket
-import threading
 import time
 
 import pytest
@@ -397,10 +395,11 @@ def mistral():
 def test_rows_equal_texts_alone_on_other_architectures(make, tmp_path):
     import random
 
+    from minipeft.serve.tenants import Bank
+
     from minipeft.attach import attach
     from minipeft.methods.lora import LoRA
     from minipeft.serve.engine import Engine, Request
-    from minipeft.serve.tenants import Bank
 
     pick = random.Random(0)
     prompts = [[pick.randrange(3, tiny.V) for _ in range(pick.randrange(1, 12))] for _ in range(6)]
@@ -426,8 +425,9 @@ def test_rows_equal_texts_alone_on_other_architectures(make, tmp_path):
 
 
 def test_other_models_are_refused():
-    from minipeft.serve.engine import Engine
     from minipeft.serve.tenants import Bank
+
+    from minipeft.serve.engine import Engine
 
     for model in (tiny.t5(), tiny.bert("SequenceClassification")):
         with pytest.raises(ValueError, match=r"\.$"):
@@ -438,8 +438,9 @@ def test_other_models_are_refused():
 
 
 def test_nan_breaks_its_own_row_alone(folder, tmp_path):
-    from minipeft.serve.engine import Engine, Request
     from minipeft.serve.tenants import Bank
+
+    from minipeft.serve.engine import Engine, Request
 
     engine, got = Engine(Bank(tiny.llama())), {"good": [], "bad": []}
     call = engine.bank.__class__.__call__

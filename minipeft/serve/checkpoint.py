@@ -298,14 +298,16 @@ def check_config(config: dict, layout: Layout | None) -> None:
 
 
 def with_aliases(base: nn.Module, names: list[str], config: dict) -> list[str]:
-    """These parameters, and the places that share them; but an output layer is trained apart from a tied embedding, and
-    PEFT's `modules_to_save` are copies, which change one side of a tie."""
-    saved = tuple(f".{module}." for module in config.get("modules_to_save") or ())
-    shared = [n for n in names if config.get("ensure_weight_tying") or not any(part in f".{n}" for part in saved)]
+    """These parameters, and the places that share them; but an output layer and an embedding that are tied train apart,
+    each for itself, since PEFT's `modules_to_save` holds a copy of the one."""
     every = {parameter_name(slot): (slot, p) for slot, p in slots(base)}
-    wanted = {id(every[name][1]) for name in shared if name in every}
+    tied = config.get("ensure_weight_tying")
+    shared = [every[n] for n in names if n in every and (tied or not isinstance_embedding(base, every[n][0][0]))]
+    wanted = {id(p) for _, p in shared}
     known = [
-        n for n, (s, p) in every.items() if n in names or (id(p) in wanted and not isinstance_embedding(base, s[0]))
+        n
+        for n, (s, p) in every.items()
+        if n in names or (id(p) in wanted and (tied or not isinstance_embedding(base, s[0])))
     ]
     return known + [name for name in names if name not in every]
 
