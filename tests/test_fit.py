@@ -284,3 +284,35 @@ def test_fit_is_adam_on_its_batches_without_weight_decay():
         optimizer.step()
     for name, value in by_hand.state_dict().items():
         torch.testing.assert_close(fitted.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+# -- bfloat16 ----------------------------------------------------------------------------------------------------------
+def test_small_steps_in_bfloat16_add_up_in_the_masters():
+    """At 1e-4 a step is rounded away nearly everywhere; its master is what float32's AdamW makes of the gradients."""
+    from minipeft.learn.master import adamw
+
+    torch.manual_seed(0)
+    start = torch.randn(400).clamp_(min=0.5)
+    p, reference, plain = (torch.nn.Parameter(start.to(t)) for t in (torch.bfloat16, torch.float32, torch.bfloat16))
+    reference.data = start.bfloat16().float()
+    optimizers = adamw([p], lr=1e-4), torch.optim.AdamW([reference], lr=1e-4), torch.optim.AdamW([plain], lr=1e-4)
+    for _ in range(100):
+        gradient = torch.randn(400).bfloat16() + 1
+        p.grad, reference.grad, plain.grad = gradient, gradient.float(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(optimizers[0].masters[p], reference) and torch.equal(p, reference.bfloat16())
+    moved = [(each.float() != start.bfloat16().float()).float().mean().item() for each in (p, plain)]
+    assert moved[0] > 0.9 and moved[1] < 0.1, moved
+    optimizers[0].zero_grad()
+    assert p.grad is None and optimizers[0].masters[p].grad is None
+
+
+def test_full_fine_tuning_in_bfloat16_learns_as_in_float32():
+    task, found = tasks.pirate(train=64, test=8), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        tuned = mp.attach(small().to(dtype), mp.Full())
+        history = fit(tuned, task, steps=30, batch=8, lr=1e-3, progress=False)
+        assert all(p.dtype == dtype for p in tuned.base.parameters())
+        found[dtype] = history.losses[0] - sum(history.losses[-3:]) / 3
+    assert found[torch.bfloat16] > 0.8 * found[torch.float32] > 0.1

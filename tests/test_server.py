@@ -240,6 +240,9 @@ def slow(engine, seconds: float = 0.03):
         engine._write = write
 
 
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_row(stream, running):
     address, engine, _ = running
@@ -247,8 +250,7 @@ def test_a_client_that_hangs_up_frees_its_row(stream, running):
     body = json.dumps({"model": "b", "prompt": "The", "max_tokens": LONG, "temperature": 0, "stream": stream})
     with slow(engine):
         with socket.create_connection(("127.0.0.1", port)) as line:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            line.sendall((head + body).encode())
+            line.sendall(f"{HEAD}{len(body)}\r\n\r\n{body}".encode())
             assert settled(lambda: len(engine.rows) == 1)
         steps = engine.steps
         assert settled(lambda: not engine.rows) and engine.steps - steps < LONG / 2
@@ -284,9 +286,7 @@ def test_a_full_queue_says_so(folder):
 def test_a_body_that_does_not_come(folder):
     with serving.served(folder, seconds=0.3) as (address, *_):
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=10) as line:
-            line.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-            )
+            line.sendall(f"{HEAD}99\r\n\r\n{{".encode())
             assert b" 408 " in line.recv(1000)
 
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from minipeft.analyze.budget import on_meta
 from minipeft.attach import Tuned, attach
 from minipeft.layer import Method
+from minipeft.learn.master import adamw
 from minipeft.learn.peak import PeakMemory, kept
 from minipeft.methods.qlora import quantize
 from minipeft.reading import longest
@@ -59,13 +60,14 @@ def predict(
     length: int = 48,
     dtype: torch.dtype | None = None,
     quantized: bool = False,
-    optimizer: Callable = torch.optim.AdamW,
+    optimizer: Callable = adamw,
 ) -> Memory:
     """The memory of training `method` on `model` with batches of (batch, length) tokens; nothing is allocated.
 
     `model`: a transformers model (also on the meta device, also a `Tuned`, then without `method`), or a configuration.
     None as `method` trains what requires a gradient. `dtype`: of the base; the layers of an adapter stay float32.
-    `quantized`: whether `quantize` is applied first. `optimizer`: a class from `torch.optim`.
+    `quantized`: whether `quantize` is applied first. `optimizer`: a class from `torch.optim`; `fit`'s own
+    without, which keeps float32 masters of what trains in bfloat16.
 
     It is the sum over tensors, which an allocator rounds up; scratch space inside an operation is not seen.
     Raises ValueError when the model's forward gives no loss, and for more tokens than its context.
@@ -98,7 +100,7 @@ def predict(
         ) from error
 
 
-def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Callable = torch.optim.AdamW) -> Memory:
+def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Callable = adamw) -> Memory:
     """The memory of a real training step, as `fit` takes it: the second one, since the first makes the moments.
 
     The learning rate is 0, so that the model comes out as it went in. Raises like `predict`.

@@ -20,6 +20,7 @@ from torch import nn
 from minipeft.attach import Tuned
 from minipeft.front import IGNORE
 from minipeft.layer import Layer
+from minipeft.learn.master import adamw
 from minipeft.learn.peak import PeakMemory, kept
 from minipeft.learn.plan import Plan
 from minipeft.learn.rows import (
@@ -138,7 +139,7 @@ def training(model: nn.Module, task: Task, history: History, plan: Plan, tokeniz
 
 
 def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: History, plan: Plan) -> Iterator[int]:
-    optimizer = torch.optim.AdamW(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
+    optimizer = adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
     rows = order([len(ids) for ids, _ in encoded], plan.batch, plan.seed)
     pad = padding(model, tokenizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)

@@ -61,7 +61,7 @@ def kept(model: nn.Module, optimizer) -> dict[str, list[torch.Tensor]]:
     originals = model.originals if isinstance(model, Tuned) else []
     return {
         "weights": [t for t in (*model.parameters(), *model.buffers(), *originals) if id(t) not in beside],
-        "trained": trained,
+        "trained": [*trained, *getattr(optimizer, "masters", {}).values()],
         "gradients": [p.grad for p in model.parameters() if p.grad is not None],
         "moments": [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)],
     }
