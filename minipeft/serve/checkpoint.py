@@ -227,28 +227,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     return tuned
 
 
-<<<<<<< HEAD
-def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Both files, of one save even while another one is under way."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    while True:
-        for file in (CONFIG, WEIGHTS):
-            if not current(path, file).is_file():
-                raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
-        try:
-            text, tensors = current(path, CONFIG).read_bytes(), load_file(current(path, WEIGHTS))
-            again = current(path, CONFIG).read_bytes()
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
-        except FileNotFoundError:
-            continue  # it was moved into its place meanwhile
-        if text == again:
-            break
-    try:
-        config = json.loads(text.decode())
-=======
 def unpacked(
     base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]
 ) -> tuple[tuple[Method, ...], dict[str, Layer]]:
@@ -264,11 +242,15 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def contents(path: Path) -> tuple[bytes, bytes]:
-    """The bytes of the two files."""
-    for file in (CONFIG, WEIGHTS):
-        if not (path / file).is_file():
-            raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
-    return (path / CONFIG).read_bytes(), (path / WEIGHTS).read_bytes()
+    """The bytes of the two files, of one save even while another one is under way."""
+    while True:
+        for file in (CONFIG, WEIGHTS):
+            if not current(path, file).is_file():
+                raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
+        with contextlib.suppress(FileNotFoundError):  # one was moved into its place meanwhile
+            text, weights = current(path, CONFIG).read_bytes(), current(path, WEIGHTS).read_bytes()
+            if current(path, CONFIG).read_bytes() == text:
+                return text, weights
 
 
 def parsed(text: bytes, weights: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -277,19 +259,14 @@ def parsed(text: bytes, weights: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
 
     try:
         config = json.loads(text.decode("utf-8"))
->>>>>>> r4-serve
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG} is not JSON ({error}); save the adapter again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds a {type(config).__name__}; it must be a JSON object.")
-<<<<<<< HEAD
-    return config, tensors
-=======
     try:
         return config, load(weights)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
->>>>>>> r4-serve
 
 
 def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> list[Method]:
