@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -41,25 +42,31 @@ def base():
 
 
 def write_versions(folder: Path, names: list[str]) -> dict[str, list[list[str]]]:
-    """Writes two versions of each adapter; {name: what each version writes alone to each prompt}."""
+    """Writes two versions of each adapter; {name: what each version writes alone to each prompt}. Random adapters of
+    which a text is like one that is there already are passed over."""
+    model, tokenizer = base()
+    tuned, seeds, seen = mp.attach(model, mp.LoRA(rank=4)), itertools.count(), set()
+    ids = tokenizer(PROMPTS, return_tensors="pt").input_ids
+    begun = [len(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def fresh() -> list[str]:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for layer in tuned.layers():
+                layer.A.data.uniform_(-0.1, 0.1, generator=generator)
+                layer.B.data.normal_(0, 1.0, generator=generator)
+            out = tuned.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+            whole = tokenizer.batch_decode(out, skip_special_tokens=True)
+            if len({*whole} | seen) == len(whole) + len(seen):
+                seen.update(whole)
+                return [text[n:] for text, n in zip(whole, begun, strict=True)]
+
     texts = {}
-    for k, name in enumerate(names):
+    for name in names:
         texts[name] = []
         for version in range(2):
-            model, tokenizer = base()
-            tuned = mp.attach(model, mp.LoRA(rank=4), seed=2 * k + version)
-            generator = torch.Generator().manual_seed(2 * k + version)
-            for layer in tuned.layers():
-                layer.B.data.normal_(0, 1.0, generator=generator)
+            texts[name].append(fresh())
             tuned.save(folder / name / str(version))
-            ids = tokenizer(PROMPTS, return_tensors="pt").input_ids
-            out = tuned.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
-            begun = [len(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            whole = tokenizer.batch_decode(out, skip_special_tokens=True)
-            texts[name].append([text[n:] for text, n in zip(whole, begun, strict=True)])
-    for i in range(len(PROMPTS)):
-        every = [versions[v][i] for versions in texts.values() for v in range(2)]
-        assert len(set(every)) == len(every), "each version writes a text of its own"
     return texts
 
 
