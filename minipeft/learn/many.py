@@ -48,7 +48,7 @@ def fit_many(
     `methods`, `lr` and `starts` (the seeds of the initial values, `attach`'s `seed`) are one for all, or one for each
     run; at least one of them is a sequence. `seed` gives the order of the rows, which all runs share.
 
-    Each run is the one that `attach` and `fit` would give it alone, but for rounding, which training amplifies. Over ten
+    Each run is the one that `attach` and `fit` give it alone, but for rounding, which training amplifies. Over ten
     steps on the pocket model its numbers differ by 1e-5 at lr=3e-3 and by 1e-4 at 1e-2, where `fit` with the two ways
     that it has to compute W'·x differs from itself as much; over forty, by 1e-2 (`benchmarks/many.py`). What else runs
     beside it changes nothing. Where the base itself drops activations, the masks are drawn for all runs at once, so a
