@@ -459,3 +459,19 @@ def test_nan_breaks_its_own_row_alone(folder, tmp_path):
         engine.submit(Request(None, [5, 6, 7], 1, got[name].append))
     engine.step()
     assert isinstance(got["bad"][0], ArithmeticError) and got["good"][1:] == ["length"]
+
+
+# -- under load -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_under_load_none_is_lost_and_none_mixed():
+    """300 of the 10,000 requests that benchmarks/load.py sends while adapters are exchanged."""
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).parent.parent / "benchmarks" / "load.py"
+    spec = importlib.util.spec_from_file_location("load", path)
+    load = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(load)
+    found = load.run(requests=300, adapters=5, at_once=40, rows=8, pause=0.05)
+    assert (found["lost"], found["mixed"], found["left in the batch"]) == (0, 0, 0), found["why"]
+    assert min(found["versions"]) > 10 and found["swaps"] > 10, "both versions of the adapters were at work"

@@ -45,7 +45,12 @@ def save_adapter(tuned: Tuned, path: str | os.PathLike, name: str | None = None)
     """
     if name is None and len(tuned.active) != 1:
         raise ValueError(f"{len(tuned.active)} adapters are active; say which to save, one of {list(tuned.adapters)}.")
-    name = tuned.active[0] if name is None else name
+    config, tensors = packed(tuned, tuned.active[0] if name is None else name)
+    write(Path(path), config, tensors)
+
+
+def packed(tuned: Tuned, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The configuration and the numbers of an adapter, as its two files would hold them; the numbers lie on the CPU."""
     if name not in tuned.adapters:
         raise ValueError(f"There is no adapter {name!r}; this model carries {list(tuned.adapters)}.")
     layers = list(tuned.adapters[name].values())
@@ -55,7 +60,7 @@ def save_adapter(tuned: Tuned, path: str | os.PathLike, name: str | None = None)
     numbers = expected(layers, config)
     if any(value.is_meta for value in numbers.values()):
         raise ValueError(f"Adapter {name!r} is on the meta device, so it has no numbers to save; use tuned.to_empty().")
-    write(Path(path), config, {key: value.detach().cpu().contiguous() for key, value in numbers.items()})
+    return config, {key: value.detach().cpu().contiguous() for key, value in numbers.items()}
 
 
 def describe(base: nn.Module, layers: list[Layer]) -> dict:
@@ -212,8 +217,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     try:
         config, tensors = read(Path(path))
         with tuned.disabled() if tuned else contextlib.nullcontext():
-            methods, layers = build(base, interpret(base, config, tensors), seed=0, tried=False)
-            fill(list(layers.values()), config, tensors)
+            methods, layers = unpacked(base, config, tensors)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"The adapter in {str(path)!r} does not load: {error}") from error
     if tuned is None:
@@ -223,31 +227,46 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     return tuned
 
 
-def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Both files, of one save even while another one is under way."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def unpacked(
+    base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]
+) -> tuple[tuple[Method, ...], dict[str, Layer]]:
+    """The layers that the two files hold, built for `base`, which is only read."""
+    methods, layers = build(base, interpret(base, config, tensors), seed=0, tried=False)
+    fill(list(layers.values()), config, tensors)
+    return methods, layers
 
+
+def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The configuration and the numbers in the directory `path`."""
+    return parsed(*contents(path))
+
+
+def contents(path: Path) -> tuple[bytes, bytes]:
+    """The bytes of the two files, of one save even while another one is under way."""
     while True:
         for file in (CONFIG, WEIGHTS):
             if not current(path, file).is_file():
                 raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
-        try:
-            text, tensors = current(path, CONFIG).read_bytes(), load_file(current(path, WEIGHTS))
-            again = current(path, CONFIG).read_bytes()
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
-        except FileNotFoundError:
-            continue  # it was moved into its place meanwhile
-        if text == again:
-            break
+        with contextlib.suppress(FileNotFoundError):  # one was moved into its place meanwhile
+            text, weights = current(path, CONFIG).read_bytes(), current(path, WEIGHTS).read_bytes()
+            if current(path, CONFIG).read_bytes() == text:
+                return text, weights
+
+
+def parsed(text: bytes, weights: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
-        config = json.loads(text.decode())
+        config = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG} is not JSON ({error}); save the adapter again.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds a {type(config).__name__}; it must be a JSON object.")
-    return config, tensors
+    try:
+        return config, load(weights)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}); save the adapter again.") from error
 
 
 def interpret(base: nn.Module, config: dict, tensors: dict[str, torch.Tensor]) -> list[Method]:

@@ -17,14 +17,18 @@ from __future__ import annotations
 
 import logging
 import queue
+import shutil
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from minipeft.reading import arguments, is_pair, longest
+from minipeft.serve.checkpoint import CONFIG, WEIGHTS, contents
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +93,7 @@ class Engine:
         self.rows: list[Request] = []
         self._numbered = "position_ids" in arguments(model)
         self._count, self._versions = 0, set()  # of those that `swap` put into the bank
+        self._copies = tempfile.TemporaryDirectory(prefix="minipeft-", ignore_cleanup_errors=True)
         self._waiting: deque[Request] = deque()
         self._most_waiting = waiting
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
@@ -143,6 +148,7 @@ class Engine:
         self._clear()
         for request in left:
             request.put(RuntimeError("The server is shutting down."))
+        self._copies.cleanup()
 
     # -- between two tokens -------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -194,10 +200,16 @@ class Engine:
     def _swap(self, name: str, path) -> None:
         self._count += 1
         version = f"{name}@{self._count}"  # of its own, so that the old one can stay while texts are at it
-        self.bank.add(version, path)
+        copy = Path(self._copies.name) / version  # the bank follows its files, and these stay as they are
+        try:
+            copy.mkdir()
+            for file, data in zip((CONFIG, WEIGHTS), contents(Path(path)), strict=True):
+                (copy / file).write_bytes(data)
+            self.bank.add(version, copy)
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
         self._versions.add(version)
-        if reason := self.bank.check([version]).get(version):
-            raise ValueError(reason)  # `_retire` takes it out
         self.adapters[name] = version
         self.swaps += 1
 
@@ -206,6 +218,7 @@ class Engine:
         used = {*self.adapters.values(), *(request.version for request in self.rows)}
         for version in self._versions - used:
             self.bank.remove(version)
+            shutil.rmtree(Path(self._copies.name) / version, ignore_errors=True)
         self._versions &= used
 
     # -- the batch ----------------------------------------------------------------------------------------------------

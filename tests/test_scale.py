@@ -1,0 +1,38 @@
+"""What docs/scale.md says of several processes: they learn what one process learns from the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEPS, BATCH, LR = 6, 6, 3e-3
+
+
+def losses(*command: str) -> tuple[int, list[float]]:
+    """(processes, losses) that tools/scale/ddp.py prints."""
+    arguments = ["tools/scale/ddp.py", "--steps", str(STEPS), "--batch", str(BATCH), "--lr", str(LR)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["processes"], found["losses"]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does():
+    """The same global batches: every loss to 1e-5, and that of `fit`, which knows nothing of processes."""
+    import minipeft as mp
+
+    count, two = losses("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    assert count == 2 and len(two) == STEPS and two[-1] < two[0]
+    tuned = mp.attach(mp.load("pocket")[0], mp.LoRA(rank=8))
+    alone = mp.fit(tuned, mp.world.pirate(), steps=STEPS, batch=BATCH, lr=LR, progress=False)
+    assert two == pytest.approx(alone.losses, abs=1e-5)
