@@ -288,7 +288,10 @@ def check_component(name: str) -> None:
 
 def stamp(path: Path) -> tuple:
     """How the two files look from outside; another content shows, except in files that are `racy`."""
-    looks = [os.stat(path / file) for file in (CONFIG, WEIGHTS) if (path / file).exists()]
+    try:
+        looks = [os.stat(path / file) for file in (CONFIG, WEIGHTS)]
+    except FileNotFoundError:
+        return ()
     return tuple((look.st_ino, look.st_size, look.st_mtime_ns, look.st_ctime_ns) for look in looks)
 
 
