@@ -97,6 +97,20 @@ def test_slices_and_embeddings(tmp_path):
             torch.testing.assert_close(of(tuned, how.__name__)[path], delta, atol=1e-5, rtol=0)
 
 
+def test_adapters_weighted_act_as_their_sum_and_are_as_before_afterwards(tuned):
+    batch = tiny.batch(tuned)
+    c.concatenate(tuned, WEIGHTS, "new")
+    tuned.use("new")
+    want = tuned(**batch).logits
+    before = tiny.snapshot(tuned.adapters), of(tuned, "z")
+    tuned.use("b")
+    with pytest.raises(KeyError), c.weighted(tuned, WEIGHTS):
+        torch.testing.assert_close(tuned(**batch).logits, want, atol=1e-4, rtol=0)
+        raise KeyError
+    assert tuned.active == ("b",)
+    assert tiny.same(tiny.snapshot(tuned.adapters), before[0]) and tiny.same(of(tuned, "z"), before[1])
+
+
 # -- Hugging Face PEFT ------------------------------------------------------------------------------------------------
 @pytest.fixture(params=["llama", "gpt2"])
 def both(request, tmp_path):
