@@ -104,7 +104,10 @@ EDGES = {
     "elected": {
         "reference": (elected,),
         "edges": vote_edges,
-        "without": {"types": "where the vote is close, rounding to 16 bits turns it"},
+        "without": {
+            "types": "where the vote is close, rounding to 16 bits turns it",
+            "gradient": "adapters are combined after training",
+        },
     },
     "least_recent": {"reference": (least_recent,), "edges": cache_edges},
     "repaired_rows": {"reference": (repaired_rows,), "edges": beam_edges},
