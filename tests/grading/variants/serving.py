@@ -33,7 +33,7 @@ def mixed_rows(x, A, B, gammas, own):
 # %% mixed_rows wrong: ranks must be equal
 def mixed_rows(x, A, B, gammas, own):
     index = torch.tensor([k or 0 for k in own], dtype=torch.long)
-    A, B = torch.stack(A)[index], torch.stack([g * b for g, b in zip(gammas, B)])[index]
+    A, B = torch.stack(A)[index], torch.stack([g * b for g, b in zip(gammas, B, strict=False)])[index]
     keep = torch.tensor([k is not None for k in own])[:, None, None]
     return torch.bmm(torch.bmm(x, A.mT), B.mT) * keep
 
@@ -99,55 +99,55 @@ def mixed_rows(x, A, B, gammas, own):
 
 # %% concatenated wrong: A and B are added
 def concatenated(A, B, gammas, weights):
-    s = [g * w for g, w in zip(gammas, weights)]
+    s = [g * w for g, w in zip(gammas, weights, strict=False)]
     rank = max(map(len, A))
     A = [F.pad(a, (0, 0, 0, rank - len(a))) for a in A]
     B = [F.pad(b, (0, rank - b.shape[1])) for b in B]
-    return sum(v * b for v, b in zip(s, B)), sum(A)
+    return sum(v * b for v, b in zip(s, B, strict=False)), sum(A)
 
 
 # %% concatenated wrong: without γ
 def concatenated(A, B, gammas, weights):
-    return torch.cat([w * b for w, b in zip(weights, B)], 1), torch.cat(A)
+    return torch.cat([w * b for w, b in zip(weights, B, strict=False)], 1), torch.cat(A)
 
 
 # %% concatenated wrong: without w
 def concatenated(A, B, gammas, weights):
-    return torch.cat([g * b for g, b in zip(gammas, B)], 1), torch.cat(A)
+    return torch.cat([g * b for g, b in zip(gammas, B, strict=False)], 1), torch.cat(A)
 
 
 # %% concatenated wrong: the root on both sides
 def concatenated(A, B, gammas, weights):
-    s = [abs(g * w) ** 0.5 for g, w in zip(gammas, weights)]
-    return torch.cat([v * b for v, b in zip(s, B)], 1), torch.cat([v * a for v, a in zip(s, A)])
+    s = [abs(g * w) ** 0.5 for g, w in zip(gammas, weights, strict=False)]
+    return torch.cat([v * b for v, b in zip(s, B, strict=False)], 1), torch.cat([v * a for v, a in zip(s, A, strict=False)])
 
 
 # %% concatenated wrong: scaled twice
 def concatenated(A, B, gammas, weights):
-    s = [g * w for g, w in zip(gammas, weights)]
-    return torch.cat([v * b for v, b in zip(s, B)], 1), torch.cat([v * a for v, a in zip(s, A)])
+    s = [g * w for g, w in zip(gammas, weights, strict=False)]
+    return torch.cat([v * b for v, b in zip(s, B, strict=False)], 1), torch.cat([v * a for v, a in zip(s, A, strict=False)])
 
 
 # %% concatenated wrong: A first
 def concatenated(A, B, gammas, weights):
-    return torch.cat(A), torch.cat([g * w * b for g, w, b in zip(gammas, weights, B)], 1)
+    return torch.cat(A), torch.cat([g * w * b for g, w, b in zip(gammas, weights, B, strict=False)], 1)
 
 
 # %% concatenated wrong: the columns of B backwards
 def concatenated(A, B, gammas, weights):
-    s = [g * w for g, w in zip(gammas, weights)]
-    return torch.cat([v * b for v, b in zip(s, B)][::-1], 1), torch.cat(A)
+    s = [g * w for g, w in zip(gammas, weights, strict=False)]
+    return torch.cat([v * b for v, b in zip(s, B, strict=False)][::-1], 1), torch.cat(A)
 
 
 # %% concatenated right: through a transpose
 def concatenated(A, B, gammas, weights):
-    return torch.vstack([(g * w) * b.T for g, w, b in zip(gammas, weights, B)]).T, torch.vstack(A)
+    return torch.vstack([(g * w) * b.T for g, w, b in zip(gammas, weights, B, strict=False)]).T, torch.vstack(A)
 
 
 # %% concatenated right: one after another
 def concatenated(A, B, gammas, weights):
     up, down = B[0] * (gammas[0] * weights[0]), A[0].clone()
-    for a, b, g, w in list(zip(A, B, gammas, weights))[1:]:
+    for a, b, g, w in list(zip(A, B, gammas, weights, strict=False))[1:]:
         up, down = torch.hstack([up, b * (g * w)]), torch.vstack([down, a])
     return up, down
 
