@@ -119,12 +119,11 @@ def roll_out(
     new = out.sequences[:, width:]
     is_end = new == end
     own = (is_end.cumsum(1) - is_end.long()) == 0  # up to the first <eos>, whatever the padding is
-    sampled = torch.stack([step.float() for step in out.logits], 1).log_softmax(-1)
-    sampled = sampled.gather(2, new[..., None])[..., 0]
+    sampled = wide(torch.stack(out.logits, 1)).log_softmax(-1).gather(2, new[..., None])[..., 0]
     rows = [[*ids, *new[i][own[i]].tolist()] for i, ids in enumerate(asked)]
     ids, attention = torch.full((2, len(rows), max(map(len, rows))), pad, device=device)
     attention.zero_()
-    mask = torch.zeros(len(rows), ids.shape[1] - 1, device=device)
+    mask = torch.zeros(len(rows), ids.shape[1] - 1, device=device, dtype=sampled.dtype)
     log_p = torch.zeros_like(mask)
     for i, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
         ids[i, : len(row)], attention[i, : len(row)] = torch.tensor(row), 1
@@ -134,10 +133,15 @@ def roll_out(
     return Rollouts(ids, attention, mask, log_p, [text.strip() for text in texts], (is_end & own).any(1))
 
 
+def wide(numbers: torch.Tensor) -> torch.Tensor:
+    """In at least float32, in which probabilities are added up."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
 def log_probs(model: torch.nn.Module, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
     """(log π of each next token (n, T−1), log π of every word there (n, T−1, V))."""
     logits = model(input_ids=rollouts.ids, attention_mask=rollouts.attention).logits[:, :-1]
-    every = logits.float().log_softmax(-1)
+    every = wide(logits).log_softmax(-1)
     return every.gather(2, rollouts.ids[:, 1:, None])[..., 0], every
 
 

@@ -130,8 +130,8 @@ class RewardModel(nn.Module):
         self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
         self.tuned = attach(copy.deepcopy(model), method or LoRA(rank=8), seed=seed)
         table = model.get_input_embeddings().weight
-        self.head = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False, device=table.device)
-        nn.init.zeros_(self.head.weight)
+        dtype = torch.promote_types(table.dtype, torch.float32)
+        self.w = nn.Parameter(table.new_zeros(model.config.get_text_config().hidden_size, dtype=dtype))
         self.pad, self.context = padding(model, self.tokenizer), longest(model)
 
     def read(self, texts: Sequence[str]) -> list[list[int]]:
@@ -139,13 +139,13 @@ class RewardModel(nn.Module):
 
     def forward(self, rows: list[list[int]]) -> torch.Tensor:
         """Scores (n,) of n rows of token ids, each with its <eos>."""
-        ends = torch.tensor([len(row) - 1 for row in rows], device=self.head.weight.device)
+        ends = torch.tensor([len(row) - 1 for row in rows], device=self.w.device)
         width = max(map(len, rows))
         ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=ends.device)
         mask = (torch.arange(width, device=ends.device) <= ends[:, None]).long()
         hidden = self.tuned(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
         # by the length of the row: the first pad may be the end mark itself
-        return self.head(hidden[torch.arange(len(rows)), ends].float())[:, 0]
+        return hidden[torch.arange(len(rows)), ends].to(self.w.dtype) @ self.w
 
     @torch.no_grad()
     def score(self, texts: Sequence[str], batch: int = 64) -> list[float]:
@@ -202,7 +202,10 @@ def fit_reward(
             scores = rewards([chosen[i] for i in drawn] + [rejected[i] for i in drawn])
         loss = preference_loss(*scores.chunk(2))
         if not math.isfinite(loss.item()):
-            raise ValueError(f"The loss became {loss.item()} at step {step}: use a learning rate below {plan.lr:g}.")
+            raise ValueError(
+                f"The loss became {loss.item()} at step {step}: use a learning rate below {plan.lr:g}, or look for NaN "
+                "in the model."
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
