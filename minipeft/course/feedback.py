@@ -54,7 +54,9 @@ def continued(model, n: int, seed: int) -> list[tuple[str, str, str]]:
     """`n` beginnings, each with two continuations that the model wrote."""
     found = []
     for i, prompt in enumerate(beginnings(n, seed)):
-        first, second = (text.removeprefix(prompt).strip() for text in write(model, model.tokenizer, prompt, 2, seed + i))
+        first, second = (
+            text.removeprefix(prompt).strip() for text in write(model, model.tokenizer, prompt, 2, seed + i)
+        )
         found.append((prompt, first, second))
     return found
 
@@ -78,7 +80,13 @@ def look(tuned: Tuned, seed: int, n: int = FRESH) -> dict[str, float]:
 
 
 def policy(
-    reward: Callable, seed: int, lr: float, rank: int = 8, beta: float = 0.1, trace: bool = False, tuned: Tuned | None = None
+    reward: Callable,
+    seed: int,
+    lr: float,
+    rank: int = 8,
+    beta: float = 0.1,
+    trace: bool = False,
+    tuned: Tuned | None = None,
 ) -> tuple[Tuned, Trail, list[list[float]]]:
     """(the tuned model, its trail; with `trace`, what each step's stories are truly worth too)."""
     tuned, seen = tuned or attach(load("pocket")[0], LoRA(rank=rank), seed=seed), []
@@ -86,7 +94,9 @@ def policy(
     def callback(step, trail, rollouts):
         if trace:
             texts = rollouts.texts
-            mean = [sum(map(f, texts)) / len(texts) for f in (rewards.happy, rewards.true(rewards.happy), rewards.parses)]
+            mean = [
+                sum(map(f, texts)) / len(texts) for f in (rewards.happy, rewards.true(rewards.happy), rewards.parses)
+            ]
             seen.append([round(v, 4) for v in (trail.rewards[-1], *mean, trail.kl[-1])])
 
     trail = improve(tuned, reward, plan=Plan(STEPS, lr, BATCH, seed), beta=beta, callback=callback, progress=False)
@@ -107,7 +117,9 @@ def judges(report: Callable) -> dict:
         for n in (30, 100, 300):
             for seed in SEEDS:
                 model = judge(rated(n, seed, noise), seed)
-                runs.append({"pairs": n, "noise": noise, "seed": seed, "agreement": round(agreement(model, held_out), 4)})
+                runs.append(
+                    {"pairs": n, "noise": noise, "seed": seed, "agreement": round(agreement(model, held_out), 4)}
+                )
                 report(runs[-1])
                 if n == 300 and noise:
                     differences = [round(d, 3) for d in model.differences(noisy)]

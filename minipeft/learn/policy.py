@@ -114,12 +114,13 @@ def roll_out(
         torch.manual_seed(seed)
         out = model.generate(
             input_ids=left, attention_mask=seen, max_new_tokens=length - width, do_sample=True, temperature=1.0, top_k=0,
-            top_p=1.0, pad_token_id=pad, eos_token_id=end, return_dict_in_generate=True, output_logits=True,
+            top_p=1.0, pad_token_id=pad, eos_token_id=end, return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
     new = out.sequences[:, width:]
     is_end = new == end
     own = (is_end.cumsum(1) - is_end.long()) == 0  # up to the first <eos>, whatever the padding is
-    sampled = wide(torch.stack(out.logits, 1)).log_softmax(-1).gather(2, new[..., None])[..., 0]
+    # the scores as they were drawn from, so that a setting which leaves words out is seen
+    sampled = wide(torch.stack(out.scores, 1)).log_softmax(-1).gather(2, new[..., None])[..., 0]
     rows = [[*ids, *new[i][own[i]].tolist()] for i, ids in enumerate(asked)]
     ids, attention = torch.full((2, len(rows), max(map(len, rows))), pad, device=device)
     attention.zero_()
@@ -256,7 +257,9 @@ def improve(
 def _check(tuned: Tuned, prompts: Sequence[str], plan: Plan, beta: float, rule: str, epochs: int) -> int:
     """How many texts each prompt gets."""
     if not isinstance(tuned, Tuned):
-        raise TypeError("improve needs a Tuned, whose base stays beside it: attach a method first, e.g. mp.LoRA(rank=8).")
+        raise TypeError(
+            "improve needs a Tuned, whose base stays beside it: attach a method first, e.g. mp.LoRA(rank=8)."
+        )
     tuned.check_acting("improve")
     if rule not in RULES:
         raise ValueError(f'rule is "reinforce" or "grpo", but is {rule!r}.')
@@ -277,7 +280,9 @@ def _check(tuned: Tuned, prompts: Sequence[str], plan: Plan, beta: float, rule: 
 def _worth(reward: Callable, texts: list[str], step: int) -> torch.Tensor:
     rewards = torch.as_tensor(reward(texts), dtype=torch.float32)
     if rewards.shape != (len(texts),):
-        raise ValueError(f"The reward gives {tuple(rewards.shape)} numbers for {len(texts)} texts: it needs one for each.")
+        raise ValueError(
+            f"The reward gives {tuple(rewards.shape)} numbers for {len(texts)} texts: it needs one for each."
+        )
     if not rewards.isfinite().all():
         worst = int((~rewards.isfinite()).nonzero()[0])
         raise ValueError(

@@ -227,5 +227,7 @@ def calibration(rewards: RewardModel, pairs: Sequence[Pair], bins: int = 8) -> t
 
     decided = check_pairs(pairs)
     predicted = torch.sigmoid(torch.tensor(rewards.differences(decided), dtype=torch.float64)).numpy()
-    observed, mean = calibration_curve([p.better == "first" for p in decided], predicted, n_bins=bins, strategy="quantile")
+    observed, mean = calibration_curve(
+        [p.better == "first" for p in decided], predicted, n_bins=bins, strategy="quantile"
+    )
     return mean.tolist(), observed.tolist()

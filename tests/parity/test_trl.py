@@ -75,7 +75,12 @@ def in_layout(written, *values: torch.Tensor):
     n = len(starts)
     batch = {
         name: torch.zeros(n, width, dtype=torch.long)
-        for name, width in (("prompt_ids", left), ("prompt_mask", left), ("completion_ids", right), ("completion_mask", right))
+        for name, width in (
+            ("prompt_ids", left),
+            ("prompt_mask", left),
+            ("completion_ids", right),
+            ("completion_mask", right),
+        )
     }
     moved = [value.new_zeros(n, right) for value in values]
     for i, (s, c) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
@@ -91,21 +96,25 @@ def slopes(loss, tuned):
 
 
 def alike(mine, theirs, tuned):
-    assert mine.item() == pytest.approx(theirs.item(), abs=1e-9)
+    assert mine.item() == pytest.approx(theirs.item(), abs=1e-6)
     alike_in_slope(mine, theirs, tuned)
 
 
 def alike_in_slope(mine, theirs, tuned):
     ours, other = slopes(mine, tuned), slopes(theirs, tuned)
     assert max(g.abs().max().item() for g in other) > 1e-3  # there is something to compare
-    assert max((a - b).abs().max().item() for a, b in zip(ours, other, strict=True)) < 1e-9
+    assert (
+        max((a - b).abs().max().item() for a, b in zip(ours, other, strict=True)) < 1e-6
+    )  # of which rotary positions, in float32, are most
 
 
 def references(tuned, written):
     with torch.no_grad(), tuned.disabled():
         base = log_probs(tuned, written)[0]
     generator = torch.Generator().manual_seed(0)
-    old = written.log_p + 0.3 * torch.randn(written.log_p.shape, generator=generator, dtype=torch.float64)  # off policy, so the clip acts
+    old = written.log_p + 0.3 * torch.randn(
+        written.log_p.shape, generator=generator, dtype=torch.float64
+    )  # off policy, so the clip acts
     return old, base, torch.randn(2, GROUP, generator=generator, dtype=torch.float64)
 
 
