@@ -10,17 +10,8 @@ import torch
 
 import minipeft as mp
 from minipeft.learn.plan import Plan
-from minipeft.learn.policy import (
-    Rollouts,
-    divergence,
-    group_relative,
-    grpo_loss,
-    improve,
-    leave_one_out,
-    log_probs,
-    reinforce_loss,
-    roll_out,
-)
+from minipeft.learn.policy import group_relative, grpo_loss, improve, leave_one_out, reinforce_loss
+from minipeft.learn.rollouts import Rollouts, divergence, log_probs, roll_out
 from minipeft.world import rewards
 
 FAST = Plan(steps=2, lr=1e-2, batch=4)
@@ -100,7 +91,7 @@ def test_what_is_masked_changes_nothing_and_each_text_weighs_the_same():
     mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0.0]])
     A = torch.tensor([1.0, -2.0, 3.0])
     other = [torch.where(mask.bool(), x, 9 + x) for x in (log_p, old, base)]
-    for loss in (lambda l, o, b: grpo_loss(l, o, b, mask, A, 0.2, 0.5), lambda l, o, b: reinforce_loss(l, mask, A)):
+    for loss in (lambda *x: grpo_loss(*x, mask, A, 0.2, 0.5), lambda x, *_: reinforce_loss(x, mask, A)):
         assert loss(*other).item() == pytest.approx(loss(log_p, old, base).item())
     alone = [grpo_loss(*(x[i : i + 1] for x in (log_p, old, base, mask, A)), 0.2, 0.5).item() for i in range(3)]
     assert grpo_loss(log_p, old, base, mask, A, 0.2, 0.5).item() == pytest.approx(sum(alone) / 3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 import tiny
+import torch
 from torch import nn
 
 import minipeft as mp

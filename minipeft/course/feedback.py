@@ -1,8 +1,8 @@
 """Lesson 13's measurements, run once and shipped: `python -m minipeft.course.feedback [part …]`.
 
-One budget everywhere: policies take STEPS steps on BATCH stories, reward models JUDGE's steps. Seeds 1 to 5 are reported;
-what is chosen (a learning rate) is chosen with seed 100, which reports nothing. Reward: a happy ending, exact or learnt
-from pairs of stories that a simulated rater compared.
+One budget everywhere: policies take STEPS steps on BATCH stories, reward models JUDGE's steps. Seeds 1 to 5 are
+reported; what is chosen (a learning rate) is chosen with seed 100, which reports nothing. The reward is a happy ending,
+exact or learnt from pairs of stories that a simulated rater compared.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from minipeft.attach import Tuned, attach
 from minipeft.learn.feedback import integrated
 from minipeft.learn.plan import Plan
-from minipeft.learn.policy import Trail, divergence, improve, log_probs, roll_out
+from minipeft.learn.policy import Trail, improve
 from minipeft.learn.reward import Pair, RewardModel, agreement, fit_reward, renamed, simulate
+from minipeft.learn.rollouts import divergence, log_probs, roll_out
 from minipeft.methods.lora import LoRA
 from minipeft.whole import write_whole
 from minipeft.world import corpus, load, rewards, write
@@ -114,7 +115,7 @@ def judges(report: Callable) -> dict:
         report(f"judge r={rank}: {rates[str(rank)]}")
     runs, points = [], []
     for noise in (0.0, 0.2):
-        for n in (30, 100, 300):
+        for n in (30, 300):
             for seed in SEEDS:
                 model = judge(rated(n, seed, noise), seed)
                 runs.append(
@@ -132,6 +133,7 @@ def hacking(report: Callable) -> dict:
     settings = {
         "30 pairs": {"pairs": 30, "rank": 8, "lr": 3e-3, "beta": 0.0},
         "30 pairs, β = 0.1": {"pairs": 30, "rank": 8, "lr": 3e-3, "beta": 0.1},
+        "30 pairs, β = 1": {"pairs": 30, "rank": 8, "lr": 3e-3, "beta": 1.0},
         "30 pairs, larger judge": {"pairs": 30, "rank": 64, "lr": 1e-3, "beta": 0.0},
         "300 pairs": {"pairs": 300, "rank": 8, "lr": 3e-3, "beta": 0.0},
     }

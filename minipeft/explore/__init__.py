@@ -4,6 +4,7 @@ from minipeft.explore.adapter import AdapterExplorer
 from minipeft.explore.budget import MemoryCalculator
 from minipeft.explore.lora import LoRAExplorer
 from minipeft.explore.predict import Predict
+from minipeft.explore.preferences import Preferences
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
 from minipeft.explore.rank import RankExplorer
@@ -14,6 +15,7 @@ __all__ = [
     "LoRAExplorer",
     "MemoryCalculator",
     "Predict",
+    "Preferences",
     "PrefixExplorer",
     "PromptExplorer",
     "QuantisationExplorer",

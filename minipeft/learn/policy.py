@@ -1,19 +1,20 @@
 """Policy gradient: a language model writes texts, a reward says what each is worth, and what was better than its
 companions becomes more likely.
 
-    J(θ) = E_{y∼π}[R(y)] − β·KL(π ‖ base)          the base is the same weights with the adapter off, so it costs no memory
+    J(θ) = E_{y∼π}[R(y)] − β·KL(π ‖ base)
 
-REINFORCE, leave one out (Kool et al. 2019; Ahmadian et al. 2024, §3.2): with R'_i = R_i − β·Σ_t log(π/base), over G texts,
+The base is the same weights with the adapter off, so it costs no memory. REINFORCE, leave one out (Kool et al. 2019;
+Ahmadian et al. 2024, §3.2), with R'_i = R_i − β·Σ_t log(π/base), over G texts:
 
     A_i = R'_i − mean of the other G−1 rewards,    loss = −mean_i A_i · Σ_t log π(y_t | y_<t)
 
-GRPO (Shao et al. 2024, §4.1), with ρ_t = π/π_old, and k₃ = e^d − d − 1 for d = log(base/π), an estimate of the KL that is
-never negative:
+GRPO (Shao et al. 2024, §4.1), with ρ_t = π/π_old, and k₃ = e^d − d − 1 for d = log(base/π), an estimate of the KL that
+is never negative:
 
     A_i = (R_i − mean) / (std + 10⁻⁴),    loss = mean_i mean_t [ −min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i) + β·k₃ ]
 
-Sums over t run over what the model itself wrote, its <eos> included: not the prompt, and nothing behind the first <eos>.
-A text that was cut off for its length counts with all of its tokens.
+Sums over t run over what the model itself wrote, its <eos> included (see `rollouts.py`): not the prompt, and nothing
+behind the first <eos>. A text that was cut off for its length counts with all of its tokens.
 """
 
 from __future__ import annotations
@@ -28,14 +29,12 @@ import torch
 from minipeft.attach import Tuned
 from minipeft.learn.fit import groups
 from minipeft.learn.plan import Plan
-from minipeft.learn.rows import padding
-from minipeft.reading import longest
+from minipeft.learn.rollouts import Rollouts, divergence, log_probs, roll_out
 
 RULES = ("reinforce", "grpo")
 SAME = 0.02  # nats a token by which the sampler and the loss may differ in float32; min-p or dropout differ by far more
 
 
-# the mathematics -----------------------------------------------------------------------------------------------------
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = R_i − mean of the others in its group; rewards and A have shape (groups, G), G at least 2."""
     others = (rewards.sum(-1, keepdim=True) - rewards) / (rewards.shape[-1] - 1)
@@ -72,86 +71,6 @@ def grpo_loss(
     return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-# writing -------------------------------------------------------------------------------------------------------------
-@dataclass
-class Rollouts:
-    """What a model wrote, a group of texts for each prompt. Rows are padded on the right.
-
-    `ids` and `attention` (n, T); `mask` (n, T−1), 1 where the *next* token is the model's own; `log_p` (n, T−1) of those
-    tokens, as the sampler had them; `texts` whole, in words; `ended` (n,): whether the text came to its <eos>.
-    """
-
-    ids: torch.Tensor
-    attention: torch.Tensor
-    mask: torch.Tensor
-    log_p: torch.Tensor
-    texts: list[str]
-    ended: torch.Tensor
-
-
-@torch.no_grad()
-def roll_out(
-    model: torch.nn.Module, prompts: Sequence[str], group: int, seed: int, tokenizer=None, length: int | None = None
-) -> Rollouts:
-    """`group` texts for each prompt, drawn from the model's own distribution: no word is left out, none made likelier.
-
-    `length`: the most tokens of a text, prompt included; the default leaves room for an <eos>.
-    """
-    tokenizer = tokenizer if tokenizer is not None else model.tokenizer
-    pad, end = padding(model, tokenizer), tokenizer.eos_token_id
-    limit = longest(model)
-    length = length or (128 if limit is None else limit - 1)
-    asked = [ids[:-1] if ids[-1:] == [end] else ids for ids in tokenizer(list(prompts)).input_ids]
-    if empty := [prompt for prompt, ids in zip(prompts, asked, strict=True) if not ids]:
-        raise ValueError(f"The prompt {empty[0]!r} has no tokens, and the model must begin with one: give it a word.")
-    if long := [prompt for prompt, ids in zip(prompts, asked, strict=True) if len(ids) >= length]:
-        raise ValueError(f"The prompt {long[0]!r} leaves no room for a text of at most {length} tokens: shorten it.")
-    asked = [ids for ids in asked for _ in range(group)]
-    width, device = max(map(len, asked)), next(model.parameters()).device
-    left = torch.tensor([[pad] * (width - len(ids)) + ids for ids in asked], device=device)
-    seen = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in asked], device=device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=left, attention_mask=seen, max_new_tokens=length - width, do_sample=True, temperature=1.0, top_k=0,
-            top_p=1.0, pad_token_id=pad, eos_token_id=end, return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
-    new = out.sequences[:, width:]
-    is_end = new == end
-    own = (is_end.cumsum(1) - is_end.long()) == 0  # up to the first <eos>, whatever the padding is
-    # the scores as they were drawn from, so that a setting which leaves words out is seen
-    sampled = wide(torch.stack(out.scores, 1)).log_softmax(-1).gather(2, new[..., None])[..., 0]
-    rows = [[*ids, *new[i][own[i]].tolist()] for i, ids in enumerate(asked)]
-    ids, attention = torch.full((2, len(rows), max(map(len, rows))), pad, device=device)
-    attention.zero_()
-    mask = torch.zeros(len(rows), ids.shape[1] - 1, device=device, dtype=sampled.dtype)
-    log_p = torch.zeros_like(mask)
-    for i, (row, prompt) in enumerate(zip(rows, asked, strict=True)):
-        ids[i, : len(row)], attention[i, : len(row)] = torch.tensor(row), 1
-        mask[i, len(prompt) - 1 : len(row) - 1] = 1
-        log_p[i, len(prompt) - 1 : len(row) - 1] = sampled[i][own[i]]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return Rollouts(ids, attention, mask, log_p, [text.strip() for text in texts], (is_end & own).any(1))
-
-
-def wide(numbers: torch.Tensor) -> torch.Tensor:
-    """In at least float32, in which probabilities are added up."""
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-
-
-def log_probs(model: torch.nn.Module, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log π of each next token (n, T−1), log π of every word there (n, T−1, V))."""
-    logits = model(input_ids=rollouts.ids, attention_mask=rollouts.attention).logits[:, :-1]
-    every = wide(logits).log_softmax(-1)
-    return every.gather(2, rollouts.ids[:, 1:, None])[..., 0], every
-
-
-def divergence(every: torch.Tensor, base: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """KL(π ‖ base) of each text (n,) in nats: exact over the next word, Σ_v π·log(π/base), summed along what was written."""
-    return ((every.exp() * (every - base)).sum(-1) * mask).sum(1)
-
-
-# training ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Trail:
     """What a run did, step by step, before each step's update: mean `rewards`, `kl` to the base in nats a text, mean
@@ -183,7 +102,8 @@ def improve(
 
     Each step writes `plan.batch` new texts, equally many for each prompt, and takes `epochs` steps of AdamW on them.
     Nothing is dropped out, for the model that writes must be the model that learns; a check at every step says so where
-    it is not. β = ∞ leaves only the base. `callback(step, trail, rollouts)` runs before the update; False stops the run.
+    it is not. β = ∞ leaves only the base. `callback(step, trail, rollouts)` runs before the update; False stops the
+    run.
 
     Raises:
         ValueError: for settings that do not fit together, and for rewards that are all the same at first: nothing has
@@ -272,7 +192,7 @@ def _check(tuned: Tuned, prompts: Sequence[str], plan: Plan, beta: float, rule: 
     group, rest = divmod(plan.batch, len(prompts))
     if rest or group < 2:
         raise ValueError(
-            f"A batch of {plan.batch} texts gives {len(prompts)} prompts no equal groups of two or more: change the batch."
+            f"A batch of {plan.batch} texts gives {len(prompts)} prompts no equal groups of two or more: change either."
         )
     return group
 

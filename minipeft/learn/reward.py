@@ -4,8 +4,8 @@ Bradley and Terry (1952): each text has a score r, and the first is preferred wi
 
     p(first ≻ second) = σ(r(first) − r(second)),        loss = −mean log σ(r(chosen) − r(rejected))      (nats a pair)
 
-Only differences count, so the scores have no zero and, beyond what noise sets, no unit. The score is read off the hidden
-state at the end of the text, r = wᵀ·h(<eos>), and the model under it is tuned by LoRA (Ouyang et al. 2022, §3.5).
+Only differences count, so the scores have no zero. The score is read off the hidden state at the end of the text,
+r = wᵀ·h(<eos>), and the model under it is tuned by LoRA (Ouyang et al. 2022, §3.5).
 """
 
 from __future__ import annotations
@@ -100,6 +100,22 @@ def simulate(
     return pairs
 
 
+def self_agreement(pairs: Sequence[Pair]) -> float | None:
+    """The share of pairs that were answered the same when they came again, in whichever order; None if none came again.
+
+    It bounds what a reward model can reach: nobody can be predicted better than they repeat themselves.
+    """
+    first: dict[tuple, str | None] = {}
+    same = []
+    for pair in pairs:
+        shown = (pair.prompt, *sorted((pair.first, pair.second)))
+        choice = None if pair.better == "tie" else getattr(pair, pair.better)
+        if shown in first:
+            same.append(choice == first[shown])
+        first.setdefault(shown, choice)
+    return sum(same) / len(same) if same else None
+
+
 RENAMED = ("NAME", "FRIEND", "COLOUR", "DAY", "THING")  # what a story may exchange and stay as good as it was
 
 
@@ -110,7 +126,7 @@ def renamed(pair: Pair, seed: int) -> Pair:
 
     rng, mapping = random.Random(seed), {}
     for rule in stories().rules:
-        if (name := rule.partition(".")[0]) in RENAMED:
+        if rule.partition(".")[0] in RENAMED:
             words = family(rule)
             mapping |= dict(zip(words, rng.sample(words, len(words)), strict=True))
     said = (" ".join(mapping.get(w, w) for w in text.split()) for text in (pair.prompt, pair.first, pair.second))
@@ -123,7 +139,7 @@ def preference_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tenso
 
 
 class RewardModel(nn.Module):
-    """r(text) = wᵀ·h(<eos>), with w zero at first: every pair is a coin toss. The given model is copied, not touched."""
+    """r(text) = wᵀ·h(<eos>), with w zero at first: every pair is a coin toss. The given model is copied."""
 
     def __init__(self, model: nn.Module, method: Method | None = None, tokenizer=None, seed: int = 0):
         super().__init__()
@@ -170,7 +186,7 @@ def check_pairs(pairs: Sequence[Pair]) -> list[Pair]:
         raise ValueError(f"Both texts of pair {same[0]} are the same, so neither can be better: drop it.")
     if len(decided) >= 8 and len({pair.better for pair in decided}) == 1:
         warnings.warn(
-            f"All {len(decided)} pairs prefer the {decided[0].better} text: was it the text, or the place where it stood?",
+            f"All {len(decided)} pairs prefer the {decided[0].better} text: was it the text, or where it stood?",
             stacklevel=3,
         )
     return decided

@@ -14,15 +14,9 @@ import tiny
 import torch
 
 import minipeft as mp
-from minipeft.learn.policy import (
-    group_relative,
-    grpo_loss,
-    leave_one_out,
-    log_probs,
-    reinforce_loss,
-    roll_out,
-)
+from minipeft.learn.policy import group_relative, grpo_loss, leave_one_out, reinforce_loss
 from minipeft.learn.reward import RewardModel, preference_loss
+from minipeft.learn.rollouts import log_probs, roll_out
 
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl compares the losses of feedback with it")
 CLIP, BETA, GROUP, PROMPTS = 0.2, 0.3, 4, ("on sunday", "tom walked to the river . the sun")
