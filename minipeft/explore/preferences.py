@@ -1,7 +1,7 @@
 """The preference widget: two continuations of one beginning, and somebody who says which is better.
 
-The field holds the answers, one key a pair: 1 for the first, 2 for the second, 0 for a tie. Whoever types in it needs no
-mouse, and whoever presses the buttons types in it; to undo is to delete its last key.
+The field holds the answers, one key a pair: 1 for the first, 2 for the second, 0 for a tie. Whoever types in it needs
+no mouse, and whoever presses the buttons types in it; to undo is to delete its last key.
 """
 
 from __future__ import annotations
