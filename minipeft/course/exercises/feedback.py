@@ -1,4 +1,4 @@
-"""Assignment `feedback`: a loss for preferences, a baseline, a price for leaving the base, a clip, a sum, and a mask."""
+"""Assignment `feedback`: a loss for preferences, a baseline, a price for leaving the base, a clip, a sum, a mask."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def preference_cases(rng: Random):
                 "it is the loss of the mean difference": lambda o=odds, f=value: f(
                     math.log1p(math.exp(-statistics.fmean(o)))
                 ),
-                "each score has a loss of its own, and only the difference should": lambda c=chosen, r=rejected, f=value: (
+                "each score has a loss of its own, and only differences should": lambda c=chosen, r=rejected, f=value: (
                     f(
                         statistics.fmean(
                             math.log1p(math.exp(-a)) + math.log1p(math.exp(b))
@@ -274,8 +274,8 @@ def token_cases(rng: Random):
             (tokens, end),
             right,
             wrong={
-                "the end mark itself is left out: the model decided to end, and must learn when": lambda f=first, n=length: (
-                    torch.tensor([[t < stop for t in range(n)] for stop in f])
+                "the end mark itself is left out, which the model chose too": lambda f=first, n=length: torch.tensor(
+                    [[t < stop for t in range(n)] for stop in f]
                 ),
                 "every end mark is left out, and what follows the first is kept": lambda t=tokens, e=end: t != e,
                 "a text that was cut off, and has no end mark, loses all of its tokens": lambda f=first, n=length: (
@@ -326,7 +326,7 @@ EXERCISES = (
         "integrate", "Subtasks put together", sum_cases,
         (
             "Go over the weights of the base; for each, over the subtasks that change it.",
-            "total = weight.clone(); for each subtask: if key in its changes: total = total + alphas.get(name, 0.0) * it.",
+            "total = weight.clone(); for each subtask that has the key: total = total + alphas.get(name, 0.0) * change",
         ),
         ("integrate",),
     ),
@@ -334,7 +334,7 @@ EXERCISES = (
         "own_tokens", "Find the bug", token_cases,
         (
             "Try it on a text that was cut off before its end mark, and on one that ends at once.",
-            "Count the end marks *before* each token: ends.cumsum(1) - ends. A token is its text's own while that is 0.",
+            "Count the end marks *before* each token, ends.cumsum(1) - ends: the token is an own one while that is 0.",
         ),
         ("own_tokens",),
     ),
