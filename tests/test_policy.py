@@ -155,6 +155,21 @@ def test_the_same_seed_writes_the_same_and_leaves_the_global_seed_alone():
     assert one == two != other
 
 
+@pytest.mark.parametrize("method", [mp.PromptTuning(3), mp.PrefixTuning(2), mp.Adapter(4), mp.BitFit(), mp.DoRA(2)])
+def test_whatever_is_tuned_can_be_improved(method):
+    """The sampler is checked against the loss at every step, also with a prompt before the text."""
+    tuned = mp.attach(brief(), method)
+    before = tiny.snapshot(tuned.adapters)
+    assert improve(tuned, letters, ["tom", "anna ran"], FAST, progress=False).stopped == "finished"
+    assert not tiny.same(tiny.snapshot(tuned.adapters), before)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "classifier"])
+def test_what_writes_nothing_is_refused(family):
+    with pytest.raises(ValueError, match="Only a causal language model"):
+        roll_out(tiny.MODELS[family](), ["tom"], 2, 0, tiny.small().tokenizer)
+
+
 def test_prompts_that_cannot_be_gone_on_from():
     model = tiny.small()
     with pytest.raises(ValueError, match="leaves no room"):

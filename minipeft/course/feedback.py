@@ -107,24 +107,20 @@ def policy(
 # the parts -----------------------------------------------------------------------------------------------------------
 def judges(report: Callable) -> dict:
     """Agreement of reward models with held-out pairs, by number of pairs and the rater's noise; and calibration."""
-    held_out, noisy = rated(300, 50_000), rated(300, 60_000, noise=0.2)
+    held_out, noisy = rated(150, 50_000), rated(300, 60_000, noise=0.2)
     rates = {}
     for rank in (8, 64):
         by_rate = {lr: agreement(judge(rated(30, CHOOSING), CHOOSING, lr, rank), held_out) for lr in (1e-3, 3e-3, 1e-2)}
         rates[str(rank)] = {f"{lr:g}": value for lr, value in by_rate.items()}
         report(f"judge r={rank}: {rates[str(rank)]}")
     runs, points = [], []
-    for noise in (0.0, 0.2):
-        for n in (30, 300):
-            for seed in SEEDS:
-                model = judge(rated(n, seed, noise), seed)
-                runs.append(
-                    {"pairs": n, "noise": noise, "seed": seed, "agreement": round(agreement(model, held_out), 4)}
-                )
-                report(runs[-1])
-                if n == 300 and noise:
-                    differences = [round(d, 3) for d in model.differences(noisy)]
-                    points.append({"seed": seed, "differences": differences})
+    for n, noise in ((30, 0.0), (30, 0.2), (300, 0.2)):
+        for seed in SEEDS:
+            model = judge(rated(n, seed, noise), seed)
+            runs.append({"pairs": n, "noise": noise, "seed": seed, "agreement": round(agreement(model, held_out), 4)})
+            report(runs[-1])
+            if n == 300:
+                points.append({"seed": seed, "differences": [round(d, 3) for d in model.differences(noisy)]})
     return {"rates": rates, "runs": runs, "calibration": points, "first": [p.better == "first" for p in noisy]}
 
 
@@ -151,7 +147,7 @@ def hacking(report: Callable) -> dict:
 
 
 def ranks(report: Callable) -> dict:
-    """Rank 1 and rank 64 on the exact reward, each at its own rate, and rank 64 at the rate of rank 1."""
+    """Rank 1 and rank 64 on the exact reward, each at its own rate."""
     chosen, tried, runs = {}, {}, []
 
     def run(rank: int, lr: float, seed: int) -> dict:
@@ -175,7 +171,7 @@ def ranks(report: Callable) -> dict:
                 report(f"r={rank} at {lr:g}: {tried[f'{rank}, {lr:g}']}")
             best = max(found, key=found.get)
         chosen[rank] = best
-    for rank, lr in ((1, chosen[1]), (64, chosen[64]), (64, chosen[1])):
+    for rank, lr in chosen.items():
         for seed in SEEDS:
             runs.append(run(rank, lr, seed))
             report(runs[-1])
@@ -184,7 +180,7 @@ def ranks(report: Callable) -> dict:
 
 def sums(report: Callable) -> dict:
     """Two subtasks, their sum under every α, and one adapter trained for both rewards at once."""
-    grid = [(a, b) for a in (0.0, 0.5, 1.0, 1.5) for b in (0.0, 0.5, 1.0, 1.5)]
+    grid = [(a, b) for a in (0.0, 1.0, 1.5) for b in (0.0, 1.0, 1.5)]
     corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
 
     def both(texts: list[str]) -> list[float]:

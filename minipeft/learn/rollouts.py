@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from minipeft.learn.rows import padding
-from minipeft.reading import longest
+from minipeft.reading import is_pair, longest
 
 
 @dataclass
@@ -42,10 +42,13 @@ def roll_out(
 
     `length`: the most tokens of a text, prompt included; the default leaves room for an <eos>.
     """
+    if is_pair(model) or not model.can_generate():
+        raise ValueError("Only a causal language model goes on from a prompt: load one without labels, such as pocket.")
     tokenizer = tokenizer if tokenizer is not None else model.tokenizer
     pad, end = padding(model, tokenizer), tokenizer.eos_token_id
     limit = longest(model)
-    length = length or (128 if limit is None else limit - 1)
+    if length is None:
+        length = 128 if limit is None else limit - 1 - getattr(model, "in_front", 0)
     asked = [ids[:-1] if ids[-1:] == [end] else ids for ids in tokenizer(list(prompts)).input_ids]
     if empty := [prompt for prompt, ids in zip(prompts, asked, strict=True) if not ids]:
         raise ValueError(f"The prompt {empty[0]!r} has no tokens, and the model must begin with one: give it a word.")
