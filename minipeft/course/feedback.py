@@ -81,27 +81,19 @@ def look(tuned: Tuned, seed: int, n: int = FRESH) -> dict[str, float]:
 
 
 def policy(
-    reward: Callable,
-    seed: int,
-    lr: float,
-    rank: int = 8,
-    beta: float = 0.1,
-    trace: bool = False,
-    tuned: Tuned | None = None,
-) -> tuple[Tuned, Trail, list[list[float]]]:
-    """(the tuned model, its trail; with `trace`, what each step's stories are truly worth too)."""
-    tuned, seen = tuned or attach(load("pocket")[0], LoRA(rank=rank), seed=seed), []
+    reward: Callable, seed: int, lr: float, rank: int = 8, beta: float = 0.1, tuned: Tuned | None = None
+) -> tuple[Tuned, Trail, list[list[float]], list[str]]:
+    """(the tuned model, its trail, what each step's stories are truly worth, the first story of each step)."""
+    tuned, seen, stories = tuned or attach(load("pocket")[0], LoRA(rank=rank), seed=seed), [], []
 
     def callback(step, trail, rollouts):
-        if trace:
-            texts = rollouts.texts
-            mean = [
-                sum(map(f, texts)) / len(texts) for f in (rewards.happy, rewards.true(rewards.happy), rewards.parses)
-            ]
-            seen.append([round(v, 4) for v in (trail.rewards[-1], *mean, trail.kl[-1])])
+        texts = rollouts.texts
+        mean = [sum(map(f, texts)) / len(texts) for f in (rewards.happy, rewards.true(rewards.happy), rewards.parses)]
+        seen.append([round(v, 4) for v in (trail.rewards[-1], *mean, trail.kl[-1])])
+        stories.append(texts[0])
 
     trail = improve(tuned, reward, plan=Plan(STEPS, lr, BATCH, seed), beta=beta, callback=callback, progress=False)
-    return tuned, trail, seen
+    return tuned, trail, seen, stories
 
 
 # the parts -----------------------------------------------------------------------------------------------------------
@@ -140,8 +132,10 @@ def hacking(report: Callable) -> dict:
             key = (s["pairs"], s["rank"])
             if key not in known:
                 known[key] = judge(rated(s["pairs"], seed), seed, s["lr"], s["rank"])
-            tuned, trail, seen = policy(known[key].score, seed, 1e-2, beta=s["beta"], trace=True)
+            _, trail, seen, stories = policy(known[key].score, seed, 1e-2, beta=s["beta"])
             runs.append({"setting": name, "seed": seed, "stopped": trail.stopped, "trace": seen})
+            if (name, seed) == ("30 pairs", SEEDS[0]):
+                runs[-1]["stories"] = stories
             report(f"{name}, seed {seed}: {seen[len(seen) // 2]} {seen[-1]}")
     return {"settings": settings, "runs": runs}
 
@@ -151,7 +145,7 @@ def ranks(report: Callable) -> dict:
     chosen, tried, runs = {}, {}, []
 
     def run(rank: int, lr: float, seed: int) -> dict:
-        tuned, trail, _ = policy(rewards.each(rewards.happy), seed, lr, rank)
+        tuned, trail, *_ = policy(rewards.each(rewards.happy), seed, lr, rank)
         return {"rank": rank, "lr": lr, "seed": seed, "stopped": trail.stopped} | look(tuned, seed)
 
     def worth(found: dict) -> float:
@@ -221,7 +215,7 @@ def clicks(report: Callable) -> dict:
             model = judge(more, seed)
             found = {"pairs": kind, "seed": seed, "agreement": round(agreement(model, held_out), 4)}
             if kind == "one beginning":
-                tuned, trail, _ = policy(model.score, seed, 3e-3)
+                tuned, trail, *_ = policy(model.score, seed, 3e-3)
                 found |= {"stopped": trail.stopped} | look(tuned, seed)
             runs.append(found)
             report(runs[-1])
