@@ -286,6 +286,11 @@ def test_a_reward_that_breaks_later_leaves_the_last_good_step():
     assert len(kept[0].rewards) == 2 and all(p.isfinite().all() for p in tuned.parameters())
 
 
+def test_far_too_large_a_step_is_said_in_a_sentence():
+    with pytest.raises(ValueError, match="probabilities are no numbers"):
+        improve(policy(), letters, plan=Plan(3, 1e30, 4), progress=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -159,6 +160,11 @@ def improve(
                     loss = grpo_loss(log_p, old, base, rollouts.mask, advantages, clip, beta)
                 if not math.isfinite(loss.item()):
                     trail.stopped = "diverged"
+                    warnings.warn(
+                        f"The loss became {loss.item()} at step {step}, so training stopped: start again with a learning "
+                        f"rate ten times smaller than {plan.lr:g}.",
+                        stacklevel=2,
+                    )
                     return trail
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

@@ -60,10 +60,19 @@ def roll_out(
     seen = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in asked], device=device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=left, attention_mask=seen, max_new_tokens=length - width, do_sample=True, temperature=1.0,
-            top_k=0, top_p=1.0, pad_token_id=pad, eos_token_id=end, return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
+        try:
+            out = model.generate(
+                input_ids=left, attention_mask=seen, max_new_tokens=length - width, do_sample=True, temperature=1.0,
+                top_k=0, top_p=1.0, pad_token_id=pad, eos_token_id=end, return_dict_in_generate=True,
+                output_scores=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise ValueError(
+                "The model's probabilities are no numbers, so it cannot write: attach a fresh adapter, and train it with a "
+                "learning rate ten times smaller."
+            ) from None
     new = out.sequences[:, width:]
     is_end = new == end
     own = (is_end.cumsum(1) - is_end.long()) == 0  # up to the first <eos>, whatever the padding is
