@@ -161,8 +161,8 @@ def improve(
                 if not math.isfinite(loss.item()):
                     trail.stopped = "diverged"
                     warnings.warn(
-                        f"The loss became {loss.item()} at step {step}, so training stopped: start again with a learning "
-                        f"rate ten times smaller than {plan.lr:g}.",
+                        f"The loss became {loss.item()} at step {step} with lr={plan.lr:g}, so training stopped: "
+                        "start again with a learning rate ten times smaller.",
                         stacklevel=2,
                     )
                     return trail
