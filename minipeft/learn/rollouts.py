@@ -70,8 +70,8 @@ def roll_out(
             if "probability tensor" not in str(error):
                 raise
             raise ValueError(
-                "The model's probabilities are no numbers, so it cannot write: attach a fresh adapter, and train it with "
-                "a learning rate ten times smaller."
+                "The model's probabilities are no numbers, so it cannot write: attach a fresh adapter, and train it "
+                "with a learning rate ten times smaller."
             ) from None
     new = out.sequences[:, width:]
     is_end = new == end
