@@ -5,6 +5,7 @@ from minipeft.explore.budget import MemoryCalculator
 from minipeft.explore.lora import LoRAExplorer
 from minipeft.explore.mixture import MixtureExplorer
 from minipeft.explore.predict import Predict
+from minipeft.explore.preferences import Preferences
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
 from minipeft.explore.rank import RankExplorer
@@ -16,6 +17,7 @@ __all__ = [
     "MemoryCalculator",
     "MixtureExplorer",
     "Predict",
+    "Preferences",
     "PrefixExplorer",
     "PromptExplorer",
     "QuantisationExplorer",

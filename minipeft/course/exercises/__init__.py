@@ -18,6 +18,7 @@ from minipeft.course.verdict import Exercise
 ASSIGNMENTS = (
     *("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "budget", "rank"),
     "serving",
+    "feedback",
 )
 
 

@@ -1,0 +1,382 @@
+# Answers to the assignment `feedback`: wrong ones, named after the misconception, and right ones written differently.
+
+import torch
+from torch.nn import functional as F
+
+
+# %% preference_loss wrong: a sum
+def preference_loss(chosen, rejected):
+    return -F.logsigmoid(chosen - rejected).sum()
+
+
+# %% preference_loss wrong: log of sigmoid
+def preference_loss(chosen, rejected):
+    return -(chosen - rejected).sigmoid().log().mean()
+
+
+# %% preference_loss wrong: exchanged
+def preference_loss(chosen, rejected):
+    return -F.logsigmoid(rejected - chosen).mean()
+
+
+# %% preference_loss wrong: the probability
+def preference_loss(chosen, rejected):
+    return -(chosen - rejected).sigmoid().mean()
+
+
+# %% preference_loss wrong: clamped, so far pairs teach nothing
+def preference_loss(chosen, rejected):
+    return -(chosen - rejected).sigmoid().clamp(min=1e-7).log().mean()
+
+
+# %% preference_loss wrong: each score alone
+def preference_loss(chosen, rejected):
+    return -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)).mean()
+
+
+# %% preference_loss wrong: a number without a gradient
+def preference_loss(chosen, rejected):
+    return torch.tensor((-F.logsigmoid(chosen - rejected)).mean().item(), dtype=chosen.dtype)
+
+
+# %% preference_loss wrong: a hinge
+def preference_loss(chosen, rejected):
+    return (1 - (chosen - rejected)).clamp(min=0).mean()
+
+
+# %% preference_loss right: softplus
+def preference_loss(chosen, rejected):
+    return F.softplus(rejected - chosen).mean()
+
+
+# %% preference_loss right: cross-entropy of two classes
+def preference_loss(chosen, rejected):
+    scores = torch.stack([chosen, rejected], dim=1)
+    return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
+
+
+# %% leave_one_out wrong: its own reward too
+def leave_one_out(rewards):
+    return rewards - rewards.mean(1, keepdim=True)
+
+
+# %% leave_one_out wrong: divided by G
+def leave_one_out(rewards):
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / rewards.shape[1]
+
+
+# %% leave_one_out wrong: one baseline for all groups
+def leave_one_out(rewards):
+    return rewards - (rewards.sum() - rewards) / (rewards.numel() - 1)
+
+
+# %% leave_one_out wrong: over the groups
+def leave_one_out(rewards):
+    return rewards - (rewards.sum(0) - rewards) / max(1, len(rewards) - 1)
+
+
+# %% leave_one_out wrong: divided by the spread
+def leave_one_out(rewards):
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+
+
+# %% leave_one_out wrong: the baseline alone
+def leave_one_out(rewards):
+    return (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+
+
+# %% leave_one_out wrong: in place
+def leave_one_out(rewards):
+    rewards -= (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return rewards
+
+
+# %% leave_one_out right: the mean, scaled
+def leave_one_out(rewards):
+    size = rewards.shape[1]
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * (size / (size - 1))
+
+
+# %% leave_one_out right: a matrix without its diagonal
+def leave_one_out(rewards):
+    size = rewards.shape[1]
+    others = (torch.ones(size, size) - torch.eye(size)).to(rewards.dtype) / (size - 1)
+    return rewards - rewards @ others
+
+
+# %% priced_reward wrong: with a gradient
+def priced_reward(rewards, log_p, base, mask, beta):
+    return rewards - beta * ((log_p - base) * mask).sum(1)
+
+
+# %% priced_reward wrong: without the mask
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards - beta * (log_p - base).sum(1)).detach()
+
+
+# %% priced_reward wrong: a mean
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards - beta * ((log_p - base) * mask).sum(1) / mask.sum(1).clamp(min=1)).detach()
+
+
+# %% priced_reward wrong: the sign
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards + beta * ((log_p - base) * mask).sum(1)).detach()
+
+
+# %% priced_reward wrong: never negative
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards - beta * ((log_p - base) * mask).sum(1).clamp(min=0)).detach()
+
+
+# %% priced_reward wrong: absolute differences
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards - beta * ((log_p - base).abs() * mask).sum(1)).detach()
+
+
+# %% priced_reward wrong: one KL for all texts
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards - beta * ((log_p - base) * mask).sum(1).mean()).detach()
+
+
+# %% priced_reward wrong: the base left out
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards - beta * (log_p * mask).sum(1)).detach()
+
+
+# %% priced_reward right: no_grad and einsum
+def priced_reward(rewards, log_p, base, mask, beta):
+    with torch.no_grad():
+        return rewards - beta * torch.einsum("nt,nt->n", log_p - base, mask.to(log_p.dtype))
+
+
+# %% priced_reward right: a text at a time
+def priced_reward(rewards, log_p, base, mask, beta):
+    found = []
+    for reward, p, q, m in zip(rewards, log_p, base, mask, strict=True):
+        found.append(reward - beta * (p[m > 0] - q[m > 0]).sum())
+    return torch.stack(found).detach()
+
+
+# %% group_relative_loss wrong: one mean over all tokens
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp(), base - log_p
+    each = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return (each * mask).sum() / mask.sum().clamp(min=1)
+
+
+# %% group_relative_loss wrong: only the clipped ratio
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp(), base - log_p
+    each = -ratio.clamp(1 - clip, 1 + clip) * A + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss wrong: the minimum of the ratios
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp(), base - log_p
+    each = -ratio.clamp(max=1 + clip) * A + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss wrong: the population's spread
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp(), base - log_p
+    each = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss wrong: d the other way round
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp(), log_p - base
+    each = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss wrong: an empty text is NaN
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp(), base - log_p
+    each = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1)).mean()
+
+
+# %% group_relative_loss wrong: equal rewards are NaN
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / rewards.std())[:, None]
+    ratio, d = (log_p - old).exp(), base - log_p
+    each = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss wrong: the ratio is detached
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp().detach(), base - log_p
+    each = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss wrong: other defaults
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.1, beta=0.04):
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp(), base - log_p
+    each = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss right: the larger loss
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    ratio = torch.exp(log_p - old)
+    loss = torch.maximum(-A[:, None] * ratio, -A[:, None] * torch.clamp(ratio, 1 - clip, 1 + clip))
+    loss = loss + beta * (torch.expm1(base - log_p) - (base - log_p))
+    count = torch.where(mask.sum(1) > 0, mask.sum(1), torch.ones_like(mask.sum(1)))
+    return ((loss * mask).sum(1) / count).sum() / len(rewards)
+
+
+# %% group_relative_loss right: a text at a time
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    texts = []
+    for i in range(len(rewards)):
+        ratio = (log_p[i] - old[i]).exp()
+        held = torch.where(A[i] > 0, ratio.clamp(max=1 + clip), ratio.clamp(min=1 - clip))
+        d = base[i] - log_p[i]
+        each = (beta * (d.exp() - d - 1) - held * A[i]) * mask[i]
+        texts.append(each.sum() / mask[i].sum().clamp(min=1))
+    return torch.stack(texts).mean()
+
+
+# %% integrate wrong: in place
+def integrate(base, deltas, alphas):
+    for name, changes in deltas.items():
+        for key, change in changes.items():
+            base[key] += alphas.get(name, 0.0) * change
+    return base
+
+
+# %% integrate wrong: unchanged weights are the base's own
+def integrate(base, deltas, alphas):
+    found = dict(base)
+    for name, changes in deltas.items():
+        for key, change in changes.items():
+            found[key] = found[key] + alphas.get(name, 0.0) * change
+    return found
+
+
+# %% integrate wrong: a missing α is 1
+def integrate(base, deltas, alphas):
+    found = {key: weight.clone() for key, weight in base.items()}
+    for name, changes in deltas.items():
+        for key, change in changes.items():
+            found[key] = found[key] + alphas.get(name, 1.0) * change
+    return found
+
+
+# %% integrate wrong: shares
+def integrate(base, deltas, alphas):
+    total = sum(alphas.values()) or 1.0
+    found = {key: weight.clone() for key, weight in base.items()}
+    for name, changes in deltas.items():
+        for key, change in changes.items():
+            found[key] = found[key] + alphas.get(name, 0.0) / total * change
+    return found
+
+
+# %% integrate wrong: only what changes
+def integrate(base, deltas, alphas):
+    found = {}
+    for name, changes in deltas.items():
+        for key, change in changes.items():
+            found[key] = found.get(key, base[key]) + alphas.get(name, 0.0) * change
+    return found
+
+
+# %% integrate wrong: a missing α is an error
+def integrate(base, deltas, alphas):
+    found = {key: weight.clone() for key, weight in base.items()}
+    for name, changes in deltas.items():
+        for key, change in changes.items():
+            found[key] = found[key] + alphas[name] * change
+    return found
+
+
+# %% integrate wrong: by place, not by name
+def integrate(base, deltas, alphas):
+    found = {key: weight.clone() for key, weight in base.items()}
+    for changes, alpha in zip(deltas.values(), alphas.values(), strict=False):
+        for key, change in sorted(changes.items()):
+            found[key] = found[key] + alpha * change
+    return dict(sorted(found.items()))
+
+
+# %% integrate right: changes first
+def integrate(base, deltas, alphas):
+    found = {key: weight.clone() for key, weight in base.items()}
+    for name, changes in deltas.items():
+        alpha = alphas[name] if name in alphas else 0
+        found |= {key: found[key] + change * alpha for key, change in changes.items()}
+    return found
+
+
+# %% integrate right: one sum a weight
+def integrate(base, deltas, alphas):
+    def change(key):
+        return [alphas.get(name, 0.0) * changes[key] for name, changes in deltas.items() if key in changes]
+
+    return {key: sum(change(key), weight * 1) for key, weight in base.items()}
+
+
+# %% own_tokens wrong: without the end mark
+def own_tokens(tokens, end):
+    return (tokens == end).cumsum(1) == 0
+
+
+# %% own_tokens wrong: all that is no end mark
+def own_tokens(tokens, end):
+    return tokens != end
+
+
+# %% own_tokens wrong: a text that was cut off is dropped
+def own_tokens(tokens, end):
+    first = (tokens == end).int().argmax(1)
+    return torch.arange(tokens.shape[1]) <= first[:, None]
+
+
+# %% own_tokens wrong: up to the last end mark
+def own_tokens(tokens, end):
+    later = (tokens == end).int().flip(1).cumsum(1).flip(1)
+    return (later > 0) | ~(tokens == end).any(1, keepdim=True)
+
+
+# %% own_tokens wrong: numbers instead of bools
+def own_tokens(tokens, end):
+    ends = (tokens == end).long()
+    return (ends.cumsum(1) - ends == 0).float()
+
+
+# %% own_tokens wrong: padding is the last token
+def own_tokens(tokens, end):
+    return (tokens != tokens[:, -1:]) | (tokens == end)
+
+
+# %% own_tokens right: a loop
+def own_tokens(tokens, end):
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, row in enumerate(tokens.tolist()):
+        mask[i, : row.index(end) + 1 if end in row else len(row)] = True
+    return mask
+
+
+# %% own_tokens right: places
+def own_tokens(tokens, end):
+    length = tokens.shape[1]
+    found = tokens == end
+    first = torch.where(found.any(1), found.int().argmax(1), torch.full((len(tokens),), length))
+    return torch.arange(length) <= first[:, None]
