@@ -22,6 +22,8 @@ _HOME = {
     "evaluate": "learn.fit",
     "batches": "learn.fit",
     "report": "learn.fit",
+    "Distil": "learn.distill",
+    "Adversarial": "learn.robust",
     "load_adapter": "serve.checkpoint",
     "shipped": "course.shipped",
     "Predict": "explore.predict",
