@@ -31,7 +31,8 @@ from minipeft.learn.distill import Distil
 from minipeft.learn.fit import batches, evaluate, fit
 from minipeft.methods.lora import LoRA
 from minipeft.methods.select import Full
-from minipeft.world import corpus, tasks
+from minipeft.whole import write_whole
+from minipeft.world import tasks
 from minipeft.world.base import load, write
 
 FILE = Path(__file__).with_name("teaching.json")
@@ -223,4 +224,4 @@ def measured() -> dict:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(FILE, json.dumps(measure(), indent=1, ensure_ascii=False) + "\n")

@@ -129,12 +129,23 @@ class Distil:
             raise ValueError(
                 "The teacher is the student itself: leave teacher out, and its base with the adapters off is the teacher."
             )
+        known, needed = (_words(model) for model in (self.teacher, student))
+        if known is not None and needed is not None and known < needed:
+            raise ValueError(
+                f"The teacher knows {known:,} tokens and the student {needed:,}, so it cannot read all of the student's "
+                "texts: take a teacher with the student's tokenizer."
+            )
         mine, theirs = (getattr(model, "tokenizer", None) for model in (student, self.teacher))
         if self.teacher is not None and mine is not None and theirs is not None and not _alike(mine, theirs):
             raise ValueError(
                 "Teacher and student have different vocabularies, so the same number means another token to each: take a "
                 "teacher with the student's tokenizer."
             )
+
+
+def _words(model: nn.Module | None) -> int | None:
+    """How many tokens a model has embeddings for, where it says so."""
+    return model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else None
 
 
 @functools.lru_cache(maxsize=8)
