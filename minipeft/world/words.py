@@ -30,7 +30,7 @@ WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 PARTS = re.compile(r"(?:^|-- )(N|V|Adj|Adv|Phr|Int)\. ", re.MULTILINE)
 RULES = (
     ("do not", "don't"), ("does not", "doesn't"), ("did not", "didn't"), ("is not", "isn't"), ("are not", "aren't"),
-    ("was not", "wasn't"), ("were not", "weren't"), ("will not", "won't"), ("would not", "wouldn't"),
+    ("was not", "wasn't"), ("were not", "weren't"), ("would not", "wouldn't"),
     ("could not", "couldn't"), ("has not", "hasn't"), ("have not", "haven't"), ("it is", "it's"), ("that is", "that's"),
     ("there is", "there's"), ("you are", "you're"), ("they are", "they're"), ("we are", "we're"), ("i am", "i'm"),
     ("film", "movie"), ("films", "movies"), ("nearly", "almost"), ("until", "till"),
