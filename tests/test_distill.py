@@ -33,9 +33,12 @@ def test_loss_and_gradient_are_the_closed_forms_and_torchs(temperature):
     assert torch.allclose(slope.double(), temperature * (p - q) / len(z), atol=1e-6)
 
     other = z.detach().clone().requires_grad_()  # as torch, and transformers' distillation examples, write it
-    theirs = torch.nn.KLDivLoss(reduction="batchmean")(
-        F.log_softmax(other / temperature, -1), F.softmax(t / temperature, -1)
-    ) * temperature**2
+    theirs = (
+        torch.nn.KLDivLoss(reduction="batchmean")(
+            F.log_softmax(other / temperature, -1), F.softmax(t / temperature, -1)
+        )
+        * temperature**2
+    )
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert torch.allclose(slope, torch.autograd.grad(theirs, other)[0], atol=1e-6)
 
@@ -72,7 +75,9 @@ def test_the_objective_is_the_mixture_at_the_labelled_places(kind):
         z, t, labels = z[:, :-1], t[:, :-1], labels[:, 1:]
     kept = labels != -100
     hard = F.cross_entropy(z[kept], labels[kept])
-    soft = 4 * F.kl_div(F.log_softmax(z[kept] / 2, -1), F.log_softmax(t[kept] / 2, -1), log_target=True, reduction="sum")
+    soft = 4 * F.kl_div(
+        F.log_softmax(z[kept] / 2, -1), F.log_softmax(t[kept] / 2, -1), log_target=True, reduction="sum"
+    )
     want = 0.75 * hard + 0.25 * soft / kept.sum()
     assert Distil(teacher, 2.0, 0.25)(tuned, inputs).item() == pytest.approx(want.item(), rel=1e-5)
     assert Distil(teacher, 2.0, 0.0)(tuned, inputs).item() == pytest.approx(hard.item(), rel=1e-5)

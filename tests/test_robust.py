@@ -45,7 +45,9 @@ def test_one_text_alone_and_one_token_get_the_same_as_in_a_batch():
     model = tiny.bert("SequenceClassification")
     inputs = padded(model)
     together = worst_shift(model, inputs, 0.7)
-    alone = worst_shift(model, {name: value[1:2, :4] if value.ndim > 1 else value[1:2] for name, value in inputs.items()}, 0.7)
+    alone = worst_shift(
+        model, {name: value[1:2, :4] if value.ndim > 1 else value[1:2] for name, value in inputs.items()}, 0.7
+    )
     assert torch.allclose(together[1:2, :4], alone, atol=1e-5) and not together[1, 4:].any()
     single = {"input_ids": torch.tensor([[5]]), "labels": torch.tensor([2])}
     assert worst_shift(model, single, 0.1).norm() == pytest.approx(0.1, rel=1e-5)

@@ -80,7 +80,9 @@ def test_a_share_is_a_share_of_the_replaceable_words(fetched):
 
 
 def test_rules_say_it_another_way(fetched):
-    said = {words.paraphrase("I am not sure that it is a film; it's been long, and it isn't.", seed) for seed in range(60)}
+    said = {
+        words.paraphrase("I am not sure that it is a film; it's been long, and it isn't.", seed) for seed in range(60)
+    }
     assert "I'm not sure that it is a film; it's been long, and it isn't." in said
     assert any("movie" in text for text in said) and any("is not." in text for text in said)
     assert all("it's been" in text for text in said), "not: it is been"

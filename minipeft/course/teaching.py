@@ -1,4 +1,4 @@
-"""What a teacher gives, and what self-distillation keeps: measured once and shipped, `python -m minipeft.course.teaching`.
+"""What a teacher gives, and what self-distillation keeps, measured once: `python -m minipeft.course.teaching`.
 
 1. **Few labels.** LoRA learns `flip` from 64 labelled rows: from the labels, from labels that are smoothed, from a
    teacher's probabilities on the same rows at three temperatures, and from both. The teacher is the pocket model, fully
@@ -205,9 +205,7 @@ def measure(report: Callable[[str], object] = print) -> dict:
     result["base"] = {"loss": (score := evaluate(model, flip())).loss, "accuracy": score.accuracy}
     result["rows"] = -sum(flip().data["test"]["log_p"]) / (3 * len(flip().data["test"]))  # the source on these rows
     for name, objective in ways().items():
-        lr, grid = best_rate(
-            lambda lr, o=objective: learn_few(o, lr, SELECT, "validation")["loss"], (1e-3, 3e-3, 1e-2)
-        )
+        lr, grid = best_rate(lambda lr, o=objective: learn_few(o, lr, SELECT, "validation")["loss"], (1e-3, 3e-3, 1e-2))
         runs = [learn_few(objective, lr, seed) for seed in SEEDS]
         result["ways"][name] = {"grid": list(grid.items()), "runs": runs}
         report(f"{name}: {lr:g} {[round(run['loss'], 3) for run in runs]} {time.process_time() - started:.0f} s")

@@ -55,8 +55,8 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float 
     _check_temperature(temperature)
     if student.shape != teacher.shape:
         raise ValueError(
-            f"The student's logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}: both must choose "
-            "among the same tokens or classes, at the same places."
+            f"The student's logits are {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}: both must "
+            "choose among the same tokens or classes, at the same places."
         )
     if torch.isnan(teacher).any():
         raise ValueError("The teacher's logits hold NaN, so it can teach nothing: run it in float32, or take another.")
@@ -125,10 +125,10 @@ class Distil:
 
     def _check(self, student: nn.Module) -> None:
         if self.teacher is None and not isinstance(student, Tuned):
-            raise ValueError("Only a model with adapters has a base to learn from: attach a method, or give a teacher.")
+            raise ValueError("Only a model with adapters has a base to learn from: attach one, or give a teacher.")
         if self.teacher is student or (isinstance(student, Tuned) and self.teacher is student.base):
             raise ValueError(
-                "The teacher is the student itself: leave teacher out, and its base with the adapters off is the teacher."
+                "The teacher is the student itself: leave teacher out, and its base with the adapters off teaches."
             )
         known, needed = (_words(model) for model in (self.teacher, student))
         if known is not None and needed is not None and known < needed:
@@ -139,8 +139,8 @@ class Distil:
         mine, theirs = (getattr(model, "tokenizer", None) for model in (student, self.teacher))
         if self.teacher is not None and mine is not None and theirs is not None and not _alike(mine, theirs):
             raise ValueError(
-                "Teacher and student have different vocabularies, so the same number means another token to each: take a "
-                "teacher with the student's tokenizer."
+                "Teacher and student have different vocabularies, so the same number means another token to each: "
+                "take a teacher with the student's tokenizer."
             )
 
 

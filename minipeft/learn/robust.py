@@ -31,7 +31,9 @@ from minipeft.reading import is_pair
 def shifted(model: nn.Module, shift: torch.Tensor):
     """Within it, the model's token embeddings are e + shift, of shape (batch, length, d)."""
     if is_pair(model):
-        raise ValueError("An encoder–decoder embeds two texts with one table; only models that read one can be shifted.")
+        raise ValueError(
+            "An encoder–decoder embeds two texts with one table; only models that read one can be shifted."
+        )
     handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + shift)
     try:
         yield
@@ -45,9 +47,7 @@ def unit(gradient: torch.Tensor) -> torch.Tensor:
     return gradient / norm.where(norm > 0, torch.ones_like(norm))
 
 
-def worst_shift(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], epsilon: float, steps: int = 1
-) -> torch.Tensor:
+def worst_shift(model: nn.Module, inputs: Mapping[str, torch.Tensor], epsilon: float, steps: int = 1) -> torch.Tensor:
     """r (batch, length, d) with ‖r_i‖₂ ≤ epsilon that raises the loss of a batch: FGM for one step, PGD for more.
 
     Padding is not shifted. The model, its gradients and its embedding table stay as they were; the model must give a
@@ -66,7 +66,9 @@ def worst_shift(
         with torch.enable_grad(), shifted(model, shift):
             (gradient,) = torch.autograd.grad(own_loss(model, inputs), shift)
         if not torch.isfinite(gradient).all():
-            raise ValueError("The gradient at the embeddings is no number: the model diverged; train it at a lower rate.")
+            raise ValueError(
+                "The gradient at the embeddings is no number: the model diverged; train it at a lower rate."
+            )
         shift = shift.detach() + length * unit(gradient * real)
         norm = shift.flatten(1).norm(dim=1).view(-1, 1, 1)
         shift = shift * (epsilon / norm.clamp_min(epsilon)) if steps > 1 else shift

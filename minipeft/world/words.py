@@ -49,7 +49,9 @@ def thesaurus() -> dict[str, tuple[str, ...]]:
         with zipfile.ZipFile(path) as wheel:
             text = html.unescape(wheel.read("roget/10681-body.py").decode("utf-8", "replace"))
     except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(f"Could not read the thesaurus in {path} ({error}): delete that file and try again.") from None
+        raise SourceError(
+            f"Could not read the thesaurus in {path} ({error}): delete that file and try again."
+        ) from None
     return grouped(text)
 
 
@@ -72,7 +74,7 @@ def grouped(text: str) -> dict[str, tuple[str, ...]]:
 
 @cache
 def sentiment_words() -> frozenset[str]:
-    """The words of VADER's lexicon, in lower case: each was rated by ten people for its sentiment (Hutto & Gilbert 2014)."""
+    """The words of VADER's lexicon, in lower case: ten people rated each for its sentiment (Hutto & Gilbert 2014)."""
     text = _member(fetch_ratings().read_bytes(), "vaderSentiment-3.3.2/vaderSentiment/vader_lexicon.txt").decode()
     return frozenset(line.split("\t")[0].lower() for line in text.splitlines() if line.strip())
 

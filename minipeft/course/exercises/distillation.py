@@ -58,9 +58,7 @@ def soft_cases(rng: Random):
                 "logits are multiplied by T": lambda z=z, t=t, T=T: tensor(T * T * mean_wasted(z, t, 1 / T)),
                 "it adds over the rows: take the mean": lambda r=right, n=n: tensor(r * n),
                 "it takes the mean over the classes too": lambda r=right, c=classes: tensor(r / c),
-                "only the teacher is softened": lambda z=z, t=t, T=T: tensor(
-                    T * T * mean_wasted(z * T, t, T)
-                ),
+                "only the teacher is softened": lambda z=z, t=t, T=T: tensor(T * T * mean_wasted(z * T, t, T)),
                 "the sign is wrong": lambda r=right: tensor(-r),
             },
         )
@@ -201,8 +199,8 @@ def mixed_cases(rng: Random):
             (z, t, labels, T, w),
             mixed(soft),
             wrong={
-                "the labels' loss is taken at temperature T: T is for the teacher's half": lambda m=mixed, s=soft, T=T: m(
-                    s, T=T
+                "the labels' loss is softened: T is for the teacher's half": lambda m=mixed, s=soft, T=T: (
+                    m(s, T=T)
                 ),
                 "T² is missing": lambda m=mixed, s=soft, T=T: m(s / T**2),
                 "KL is reversed": lambda m=mixed, z=z, t=t, T=T: m(T * T * mean_wasted(t, z, T)),
@@ -240,7 +238,7 @@ EXERCISES = (
         "fgm_gradients", "A step that is taken back", shake_cases,
         (
             "The gradient of the table from the clean loss alone is needed: torch.autograd.grad gives it by itself.",
-            "Keep a clone of the table, add ε·g/‖g‖ under no_grad, call backward on the second loss, copy the clone back.",
+            "Keep a clone of the table, add ε·g/‖g‖ under no_grad, call backward again, copy the clone back.",
         ),
         ("fgm_gradients",), "distillation.shake",
     ),
@@ -248,7 +246,7 @@ EXERCISES = (
         "mixed_loss", "Find the bug", mixed_cases,
         (
             "Four things are wrong: try weight = 0, weight = 1, and a student that agrees with its teacher.",
-            "Labels' loss: cross_entropy(student, labels) without T. Teacher's: KL from the teacher, T², no gradient to it.",
+            "Labels: cross_entropy(student, labels) without T. Teacher: KL from the teacher, T², no gradient to it.",
         ),
         ("mixed_loss",),
     ),

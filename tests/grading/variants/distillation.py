@@ -1,11 +1,9 @@
-# Answers to the assignment `distillation`: wrong ones, named after the misconception, and right ones written differently.
+# Answers to the assignment `distillation`: wrong ones, named after the misconception, and right ones of another form.
 import math
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-import minipeft as mp
 from minipeft.learn.distill import divergence
 
 
@@ -71,7 +69,7 @@ def soft_loss(student, teacher, temperature=2.0):
 # %% soft_loss right: by logsumexp, row by row
 def soft_loss(student, teacher, temperature=2.0):
     total = 0
-    for z, t in zip(student / temperature, teacher.detach() / temperature):
+    for z, t in zip(student / temperature, teacher.detach() / temperature, strict=True):
         q = t.softmax(0)
         total = total + (q * (t - z)).sum() - t.logsumexp(0) + z.logsumexp(0)
     return temperature**2 * total / len(student)
@@ -406,7 +404,7 @@ def fgm_gradients(model, ids, labels, epsilon):
         p.requires_grad_(True)
     loss = F.cross_entropy(torch.func.functional_call(model, moved, (ids,)), labels)
     worse = torch.autograd.grad(loss, list(moved.values()))
-    for p, a, b in zip(named.values(), clean, worse):
+    for p, a, b in zip(named.values(), clean, worse, strict=True):
         p.grad = a + b if p.grad is None else p.grad + a + b
 
 
@@ -423,7 +421,7 @@ def fgm_gradients(model, ids, labels, epsilon):
         model.embed.weight.data.add_(g * (epsilon / norm))
     F.cross_entropy(model(ids), labels).backward()
     model.embed.weight.data.copy_(kept)
-    for p, old in zip(model.parameters(), before):
+    for p, old in zip(model.parameters(), before, strict=True):
         if old is not None:
             p.grad += old
 
