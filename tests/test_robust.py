@@ -41,6 +41,24 @@ def test_fgm_is_epsilon_times_the_unit_gradient_of_each_text(kind):
     assert torch.allclose(worst_shift(tuned, inputs, 0.7), want, atol=1e-6)
 
 
+def test_vectors_in_front_are_not_shifted():
+    """A shift of the tokens behind a soft prompt is what it is when the prompt is handed over as embeddings."""
+    model = tiny.gpt2()
+    inputs, table = padded(model), model.get_input_embeddings().weight.detach().clone()
+    tuned = mp.attach(model, mp.PromptTuning(3))
+    shift = worst_shift(tuned, inputs, 0.5)
+    assert shift.shape == (3, 7, tiny.D) and (shift.flatten(1).norm(dim=1) - 0.5).abs().max() < 1e-5
+    with torch.no_grad(), shifted(tuned, shift):
+        seen = tuned(**inputs).logits
+    vectors = next(p for p in tuned.adapters.parameters()).detach().expand(3, -1, -1)
+    embeds = torch.cat([vectors, table[inputs["input_ids"]] + shift], 1)
+    mask = torch.cat([torch.ones(3, 3, dtype=torch.int64), inputs["attention_mask"]], 1)
+    with torch.no_grad(), tuned.disabled():
+        want = model(inputs_embeds=embeds, attention_mask=mask).logits[:, 3:]
+    real = inputs["attention_mask"].bool()
+    assert torch.allclose(seen[real], want[real], atol=1e-4)
+
+
 def test_one_text_alone_and_one_token_get_the_same_as_in_a_batch():
     model = tiny.bert("SequenceClassification")
     inputs = padded(model)

@@ -2,9 +2,9 @@
 
 MiniLM with LoRA r=8 and a new classifier learns 192 film snippets of at most 16 words: as they are, with a copy of
 each whose words are Roget's neighbours, with a copy said another way by rule, or with FGM. Then 100 test snippets are
-asked as they are and under three attacks: synonyms for every replaceable word, FGM, and PGD of five steps; beside them a
-random shift as long as theirs. One learning rate for all, chosen for the plain training with seed 10 on validation rows
-from a grid half a decade apart that grows; seeds 0 to 4 draw the rows, their order and the initial values.
+asked as they are and under three attacks: synonyms for every replaceable word, FGM, and PGD of five steps. A random
+shift as long as theirs is the control. All trainings have one learning rate, chosen for the plain one with seed 10 on
+validation rows from a grid, half a decade apart, that grows. Seeds 0 to 4 draw rows, their order and initial values.
 """
 
 from __future__ import annotations

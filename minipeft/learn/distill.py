@@ -128,12 +128,12 @@ class Distil:
             raise ValueError("Only a model with adapters has a base to learn from: attach one, or give a teacher.")
         if self.teacher is student or (isinstance(student, Tuned) and self.teacher is student.base):
             raise ValueError(
-                "The teacher is the student itself: leave teacher out, and its base with the adapters off teaches."
+                "The teacher is the student itself: leave teacher out, and its base, adapters off, teaches."
             )
         known, needed = (_words(model) for model in (self.teacher, student))
         if known is not None and needed is not None and known < needed:
             raise ValueError(
-                f"The teacher knows {known:,} tokens and the student {needed:,}, so it cannot read all of the student's "
+                f"The teacher knows {known:,} tokens and the student {needed:,}, so it cannot read the student's "
                 "texts: take a teacher with the student's tokenizer."
             )
         mine, theirs = (getattr(model, "tokenizer", None) for model in (student, self.teacher))

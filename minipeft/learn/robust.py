@@ -29,12 +29,17 @@ from minipeft.reading import is_pair
 
 @contextlib.contextmanager
 def shifted(model: nn.Module, shift: torch.Tensor):
-    """Within it, the model's token embeddings are e + shift, of shape (batch, length, d)."""
+    """Within it, the model's token embeddings are e + shift, of shape (batch, length, d); what a prompt method puts
+    before them is not shifted."""
     if is_pair(model):
         raise ValueError(
             "An encoder–decoder embeds two texts with one table; only models that read one can be shifted."
         )
-    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + shift)
+
+    def hook(module, args, output):
+        return output + nn.functional.pad(shift, (0, 0, output.shape[1] - shift.shape[1], 0))
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
     try:
         yield
     finally:
