@@ -25,6 +25,8 @@ _HOME = {
     "fit_reward": "learn.reward",
     "improve": "learn.policy",
     "integrated": "learn.feedback",
+    "Distil": "learn.distill",
+    "Adversarial": "learn.robust",
     "load_adapter": "serve.checkpoint",
     "Bank": "serve.tenants",
     "shipped": "course.shipped",

@@ -15,7 +15,6 @@ from functools import cache
 from torch import nn
 
 from minipeft.attach import attach
-from minipeft.layer import Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.learn.plan import Plan
 from minipeft.world import corpus, tasks
@@ -59,7 +58,7 @@ class Forgetting:
 
 def forgetting(
     model: nn.Module,
-    methods: Mapping[str, tuple[Method, float]],
+    methods: Mapping[str, tuple],
     task: Task,
     target: float,
     steps: int = 200,
@@ -68,8 +67,10 @@ def forgetting(
     seed: int = 0,
     n: int = 100,
 ) -> list[Forgetting]:
-    """Trains each of `methods` {name: (method, learning rate)} until the loss on `n` test rows of `task` is at most
-    `target`, looked at `every` few steps, or for `steps` at most; then asks what is left of the base.
+    """Trains each of `methods` until the loss on `n` test rows of `task` is at most `target`, looked at `every` few
+    steps, or for `steps` at most; then asks what is left of the base.
+
+    `methods`: {name: (method, learning rate)}, or with an objective for `fit` as a third.
 
     The model is given back as it was. Raises ValueError for a target that the base meets already, or below the floor.
     """
@@ -81,12 +82,12 @@ def forgetting(
         raise ValueError(f"target={target:g} is below the floor of {task.name!r}, {task.floor:.3f}; choose one above.")
     before = evaluate(model, stories, n=n).loss, evaluate(model, questions, n=n).accuracy
     found = []
-    for name, (method, lr) in methods.items():
+    for name, (method, lr, *objective) in methods.items():
         tuned, history, loss = attach(model, method, seed=seed), History(), math.inf
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a diverged run shows as a target that was not reached
-                run = training(tuned, task, history, Plan(steps, lr, batch, seed))
+                run = training(tuned, task, history, Plan(steps, lr, batch, seed), None, *objective)
                 for step in run:
                     if (step + 1) % every == 0 or step == steps - 1:
                         loss = evaluate(tuned, task, n=n).loss

@@ -38,6 +38,8 @@ from minipeft.world.tasks import Task
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+Objective = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]  # (model, batch) -> the loss, a scalar
+
 
 @dataclass
 class History:
@@ -91,6 +93,7 @@ def fit(
     tokenizer=None,
     callback: Callable[[int, History], object] | None = None,
     progress: bool = True,
+    objective: Objective | None = None,
 ) -> History:
     """Train whatever of `model` requires a gradient on `task.data["train"]`.
 
@@ -104,6 +107,8 @@ def fit(
         lr: the learning rate; constant, or with `schedule="linear"` rising over the first tenth of the steps and then
             falling to 0.
         tokenizer: the default is the one that `load` put on the model.
+        objective: what is minimised, as a function of the model and a batch; None is the model's own loss. `mp.Distil`
+            adds a teacher, `mp.Adversarial` the worst step aside. `History.losses` are its values.
 
     Raises:
         ValueError: for settings, data, model and tokenizer that do not fit together; nothing has changed then.
@@ -111,7 +116,7 @@ def fit(
     from tqdm.auto import tqdm
 
     history, task = History(), as_task(task)
-    run = training(model, task, history, Plan(steps, lr, batch, seed, schedule), tokenizer)
+    run = training(model, task, history, Plan(steps, lr, batch, seed, schedule), tokenizer, objective)
     with tqdm(total=steps, disable=not progress, leave=False, desc=task.name) as bar:
         try:
             for step in run:
@@ -126,7 +131,14 @@ def fit(
     return history
 
 
-def training(model: nn.Module, task: Task, history: History, plan: Plan, tokenizer=None) -> Iterator[int]:
+def own_loss(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss that the model itself gives for a batch: cross-entropy with the labels."""
+    return model(**inputs).loss
+
+
+def training(
+    model: nn.Module, task: Task, history: History, plan: Plan, tokenizer=None, objective: Objective | None = None
+) -> Iterator[int]:
     """The loop inside `fit` as a generator: it yields after each step, so a widget can draw, or stop by closing it."""
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     if isinstance(model, Tuned):
@@ -135,11 +147,13 @@ def training(model: nn.Module, task: Task, history: History, plan: Plan, tokeniz
     warn_of_unknown(encoded, tokenizer)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of the model requires a gradient: attach a method first, e.g. mp.LoRA(rank=8).")
-    return _train(model, task.kind, encoded, tokenizer, history, plan)
+    return _train(model, task.kind, encoded, tokenizer, history, plan, objective or own_loss)
 
 
 def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: History, plan: Plan) -> Iterator[int]:
     optimizer = adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
+def _train(model, kind: str, encoded: list, tokenizer, history: History, plan: Plan, objective) -> Iterator[int]:
+    optimizer = torch.optim.AdamW(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
     rows = order([len(ids) for ids, _ in encoded], plan.batch, plan.seed)
     pad = padding(model, tokenizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)
@@ -157,6 +171,10 @@ def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: Histo
                 else:
                     with memory:
                         loss = _step(model, inputs, optimizer)
+                    loss = _step(model, inputs, optimizer, step + 1, objective)
+                else:
+                    with memory:
+                        loss = _step(model, inputs, optimizer, step + 1, objective)
                     history.peak_memory = memory.peak
             if not math.isfinite(loss):
                 history.stopped = "diverged"
@@ -199,6 +217,17 @@ def _step(model, inputs, optimizer) -> float:
         loss.backward()
         optimizer.step()
     return loss.item() if torch.isfinite(loss) else math.nan
+def _step(model, inputs, optimizer, step: int, objective: Objective) -> float:
+    """One step; returns the objective's value, without what the method adds to it."""
+    loss = objective(model, inputs)
+    total = loss + model.penalty() if isinstance(model, Tuned) else loss
+    if torch.isfinite(total):  # a step along a NaN would spoil the model for good
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+        if isinstance(model, Tuned):
+            model.stepped(step)
+    return loss.item() if torch.isfinite(total) else math.nan
 
 
 def _warn_of_idle(layers: list[Layer]) -> None:

@@ -100,28 +100,33 @@ def cache_dir() -> Path:
 
 
 def fetch_ratings() -> Path:
-    """Path of the cached source distribution with the rated sentences; fetched through pip (2.5 MB) if need be.
+    """Path of the cached source distribution with the rated sentences (2.5 MB); see `fetch`."""
+    return fetch(REQUIREMENT, FILE, SHA256)
 
-    pip compares the archive with SHA256 before it opens it, `setup.py` is not run (see STAND_IN), and the file is moved
+
+def fetch(requirement: str, file: str, sha256: str) -> Path:
+    """Path of a cached file of PyPI, fetched through pip if need be.
+
+    pip compares the file with `sha256` before it opens it, no `setup.py` is run (see STAND_IN), and the file is moved
     into the cache only after a second check here, so the cache holds the right file or is left as it was. A cached
     file that has been damaged is fetched again.
 
     Raises SourceError: pip absent, a failed download, another checksum, or a cache folder that cannot be written.
     """
-    path = cache_dir() / FILE
+    path = cache_dir() / file
     try:
         before = _sha256(path) if path.exists() else None
-        if before == SHA256:
+        if before == sha256:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=path.parent) as folder:
-            if problem := _download(Path(folder)):
+            if problem := _download(Path(folder), requirement, file, sha256):
                 damaged = f" (the file there now has SHA-256 {before})" if before else ""
                 raise SourceError(
-                    f"Could not fetch {REQUIREMENT} from PyPI: {problem}; when offline, put {FILE}, "
-                    f"whose SHA-256 is {SHA256}, at {path}{damaged}."
+                    f"Could not fetch {requirement} from PyPI: {problem}; when offline, put {file}, "
+                    f"whose SHA-256 is {sha256}, at {path}{damaged}."
                 )
-            os.replace(Path(folder) / FILE, path)
+            os.replace(Path(folder) / file, path)
     except SourceError:
         raise
     except OSError as error:
@@ -131,13 +136,13 @@ def fetch_ratings() -> Path:
     return path
 
 
-def _download(folder: Path) -> str | None:
-    """Let pip put FILE, with the right checksum, into `folder`; returns what went wrong, in words."""
+def _download(folder: Path, requirement: str, file: str, sha256: str) -> str | None:
+    """Let pip put `file`, with the right checksum, into `folder`; returns what went wrong, in words."""
     package = folder / "stand_in" / "setuptools"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "build_meta.py").write_text(STAND_IN)
-    (folder / "requirement.txt").write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
+    (folder / "requirement.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
     options = "--no-deps --require-hashes --no-build-isolation --use-pep517 --no-input --retries 2 --progress-bar off"
     command = [sys.executable, "-m", "pip", "download", *options.split(), "--no-binary", "vaderSentiment"]
     command += ["--dest", str(folder), "--requirement", str(folder / "requirement.txt")]
@@ -153,9 +158,9 @@ def _download(folder: Path) -> str | None:
     if run.returncode:
         last = ([line for line in said if line.startswith("ERROR:")] or said or [f"exit status {run.returncode}"])[-1]
         return f"pip said “{last}”"
-    if not (folder / FILE).is_file():
-        return f"pip did not leave a file named {FILE}"
-    if (found := _sha256(folder / FILE)) != SHA256:
+    if not (folder / file).is_file():
+        return f"pip did not leave a file named {file}"
+    if (found := _sha256(folder / file)) != sha256:
         return f"the archive's checksum has changed (its SHA-256 is {found})"
     return None
 

@@ -19,6 +19,16 @@ ASSIGNMENTS = (
     *("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "budget", "rank"),
     "serving",
     "feedback",
+    "lora",
+    "select",
+    "quantisation",
+    "adapters",
+    "lora_family",
+    "prompts",
+    "prefixes",
+    "budget",
+    "rank",
+    "distillation",
 )
 
 
