@@ -57,7 +57,7 @@ def beside(rate: float, down: bool) -> float:
 
 # Domains: from films to tweets, products and editorials, with few labelled sentences ----------------------------------
 SOURCE, TARGETS, SIZES = "films", ("tweets", "products", "editorials"), (16, 64, 256)
-SOURCE_STEPS, STEPS, TESTED = 150, 60, 400
+SOURCE_STEPS, STEPS, TESTED = 150, 40, 300
 BELOW = 4  # of MiniLM's six layers are below every adapter
 
 
