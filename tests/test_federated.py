@@ -27,6 +27,7 @@ from minipeft.learn.federated import (
     epsilon,
     federate,
     fresh,
+    parted,
     seated,
     train,
 )
@@ -295,6 +296,21 @@ def test_executors_change_nothing():
         check(pool)
     with distributed.Client(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
         check(cluster.get_executor())
+
+
+def test_parted_by_dialect_and_by_mood():
+    pirate, plain = tasks.pirate(60, 8).data["train"], tasks.plain(60, 8).data["train"]
+    for difference, wanted in ((0.0, [5, 5, 5]), (0.5, [2, 5, 8]), (1.0, [0, 5, 10])):
+        found = parted((plain, pirate), 3, difference, 10, seed=1)
+        texts = [set(c.data["text"]) for c in found]
+        assert [len(t & set(pirate["text"])) for t in texts] == wanted and {len(c.data) for c in found} == {10}
+        assert not texts[0] & texts[1] and not texts[1] & texts[2]
+    mood = tasks.mood(60, 8).data["train"]
+    sad, glad = (mood.filter(lambda row, m=m: row["label"] == m) for m in (0, 1))
+    assert [sum(c.data["label"]) for c in parted((sad, glad), 2, 1.0, 6)] == [0, 6]
+    for settings_, message in (((1, 0.5, 4), "2 clients"), ((2, 1.5, 4), "from 0 to 1"), ((3, 1.0, 900), "has 6. rows|need")):
+        with pytest.raises(ValueError, match=message):
+            parted((plain, pirate), *settings_)
 
 
 def test_privacy_clips_and_hides():

@@ -361,6 +361,33 @@ def train(
         torch.set_num_threads(threads)
 
 
+def parted(pools: tuple, clients: int, difference: float, rows: int, seed: int = 0) -> list[Client]:
+    """Clients with `rows` rows each, none in two, of two pools (`Dataset`s) that they mix in different shares.
+
+    Client k of K takes the share 1/2 + difference·(k/(K−1) − 1/2) from the second pool: at 0 all are alike, at 1 the
+    first has only the first pool and the last only the second. Two dialects, or the glad and the sad, are such pools.
+
+    Raises ValueError for fewer than 2 clients, a difference outside [0, 1], and pools with too few rows.
+    """
+    from datasets import concatenate_datasets
+
+    if clients < 2 or not 0 <= difference <= 1:
+        raise ValueError(f"It takes 2 clients and a difference from 0 to 1, not {clients} and {difference}.")
+    shares = [0.5 + difference * (k / (clients - 1) - 0.5) for k in range(clients)]
+    second = [round(share * rows) for share in shares]
+    takes = [[rows - n for n in second], second]
+    for pool, take in zip(pools, takes, strict=True):
+        if len(pool) < sum(take):
+            raise ValueError(f"A pool has {len(pool)} rows, and the clients need {sum(take)}.")
+    shuffled = [pool.shuffle(seed=seed) for pool in pools]
+    found = []
+    for k in range(clients):
+        starts = [sum(take[:k]) for take in takes]
+        parts = [p.select(range(s, s + t[k])) for p, s, t in zip(shuffled, starts, takes, strict=True)]
+        found.append(Client(f"site {k + 1}", concatenate_datasets(parts)))
+    return found
+
+
 def count(data) -> int:
     """The training rows of a list of texts, a `Dataset` or a `DatasetDict`."""
     return len(data["train"]) if isinstance(data, dict) else len(data)
