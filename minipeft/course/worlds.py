@@ -195,7 +195,199 @@ def domains(notes: Notes) -> dict:
     return {"source rate": rate, "rates": named, "steps": STEPS, "runs": runs}
 
 
-PARTS: dict[str, Callable[[Notes], dict]] = {"domains": domains}
+# Sites: four clients, alike or with a dialect each, and six ways to average ------------------------------------------
+CLIENTS, ROWS, ROUNDS, LOCAL = 4, 40, 4, 5
+DIFFERENCES = (0.0, 1.0)
+SITE_RATES = (3e-3, 1e-2, 3e-2)
+
+
+def dialects(split: str, seed: int, n: int | None = None):
+    """Pirate stories and forecasts, as two pools of rows. Validation rows are of a seed that no training has."""
+    from minipeft.world import tasks
+
+    pools = [make(600, 100, 50 + seed if split == "train" else 90 + (split == "test")) for make in
+             (tasks.pirate, tasks.forecast)]  # fmt: skip
+    rows = [task.data["train" if split == "train" else "test"] for task in pools]
+    return [each.select(range(n)) for each in rows] if n else rows
+
+
+def both(model, split: str) -> float:
+    """The mean loss on the two dialects, in nats a token, on 50 rows of each."""
+    from minipeft.learn.fit import evaluate
+
+    return statistics.fmean(evaluate(model, rows).loss for rows in dialects(split, 0, 50))
+
+
+def site(rule: str, difference: float, lr: float, seed: int, split: str, privacy=None, rank: int = 4) -> dict:
+    from minipeft.learn.federated import federate, parted
+    from minipeft.learn.plan import Plan
+    from minipeft.methods.lora import LoRA
+    from minipeft.world.base import load
+
+    model, plan = load("pocket")[0], Plan(steps=LOCAL, lr=lr, batch=8, seed=seed)
+    clients = parted(dialects("train", seed), CLIENTS, difference, ROWS, seed)
+    if rule == "pooled":
+        from datasets import concatenate_datasets
+
+        from minipeft.attach import attach
+        from minipeft.learn.fit import fit
+
+        tuned = attach(model, LoRA(rank=rank), seed=seed)
+        rows = concatenate_datasets([client.data for client in clients])
+        fit(tuned, rows, steps=ROUNDS * LOCAL, lr=lr, batch=8 * CLIENTS, seed=seed, progress=False)
+        return {"loss": both(tuned, split)}
+    done = federate(model, LoRA(rank=rank), clients, rule, ROUNDS, plan, privacy=privacy)
+    last = done.rounds[-1]
+    up, down = (sum(values) for values in zip(*((r.up[clients[0].name], r.down) for r in done.rounds), strict=True))
+    return {"loss": both(done.tuned(model), split), "missed": last.missed, "up": up, "down": down}
+
+
+def sites(notes: Notes) -> dict:
+    """Loss on both dialects together after four rounds of five local steps; "pooled" trains in one place on all rows,
+    in batches four times as large."""
+    from minipeft.learn.averaging import RULES
+    from minipeft.world.base import load
+
+    rules, runs, rates = ("pooled", *RULES), [], {}
+    before = notes.get("sites before", lambda: {"loss": both(load("pocket")[0], "test")})["loss"]
+    for rule in rules:
+        rates[rule] = notes.best_rate(
+            f"sites {rule}", lambda lr, rule=rule: site(rule, 0.5, lr, CHOOSING, "validation")["loss"], SITE_RATES
+        )
+    for seed in SEEDS:
+        for difference in DIFFERENCES:
+            for rule in rules:
+                found = notes.get(
+                    f"sites {rule} {difference:g} {seed}",
+                    lambda r=rule, d=difference, s=seed: site(r, d, rates[r], s, "test"),
+                )
+                runs.append({"rule": rule, "difference": difference, "seed": seed} | found)
+    return {"before": before, "rates": rates, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS, "local": LOCAL}
+
+
+# Privacy: the same, with noise ---------------------------------------------------------------------------------------
+CLIP, NOISES = 1.0, (0.0, 1e-3, 1e-2, 1e-1)
+
+
+def privacy(notes: Notes) -> dict:
+    """FFA-LoRA, clipped to length 1 and noised, at rank 1 and 8, and ε for each noise (None: no promise)."""
+    from minipeft.learn.federated import Privacy, epsilon
+
+    runs, rates = [], {}
+    for rank in (1, 8):
+        rates[rank] = notes.best_rate(
+            f"privacy {rank}",
+            lambda lr, rank=rank: site("ffa", 0.0, lr, CHOOSING, "validation", Privacy(CLIP, 0.0), rank)["loss"],
+            SITE_RATES,
+        )
+    for seed in SEEDS:
+        for rank in (1, 8):
+            for noise in NOISES:
+                found = notes.get(
+                    f"privacy {rank} {noise:g} {seed}",
+                    lambda n=noise, r=rank, s=seed: site("ffa", 0.0, rates[r], s, "test", Privacy(CLIP, n, s), r),
+                )
+                runs.append({"rank": rank, "noise": noise, "seed": seed, "loss": found["loss"]})
+    spent = {f"{noise:g}": epsilon(noise, ROUNDS) if noise else None for noise in NOISES}
+    return {"clip": CLIP, "rates": {str(r): lr for r, lr in rates.items()}, "epsilon": spent, "runs": runs}
+
+
+# Drift: pirate, then forecasts, then pirate again -------------------------------------------------------------------
+LENGTHS, BATCH, THRESHOLDS = (20, 20, 10), 8, (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def meet(way: str, lr: float, seed: int) -> dict:
+    """One way through the stream: the prequential losses, alarms, adapters, and what is kept at the end."""
+    from minipeft.learn.stream import follow, forgetting, regimes
+    from minipeft.methods.lora import LoRA
+    from minipeft.world import corpus, tasks
+    from minipeft.world.base import load
+
+    worlds = [tasks.pirates(), corpus.forecasts(), tasks.pirates()]
+    found = follow(load("pocket")[0], LoRA(rank=4), regimes(worlds, LENGTHS, BATCH, seed), way, lr, seed=seed)
+    kept = forgetting(found, {"pirate": dialects("test", 0, 50)[0], "forecast": dialects("test", 0, 50)[1]})
+    return {"losses": found.losses, "alarms": found.alarms, "used": found.used, "kept": kept}
+
+
+def still(seed: int) -> dict:
+    """A stream that does not change, met by one adapter: its losses, of which every alarm is false."""
+    from minipeft.learn.stream import follow, regimes
+    from minipeft.methods.lora import LoRA
+    from minipeft.world import tasks
+    from minipeft.world.base import load
+
+    return {"losses": follow(load("pocket")[0], LoRA(rank=4), regimes([tasks.pirates()], [50], BATCH, seed)).losses}
+
+
+def drift(notes: Notes) -> dict:
+    from minipeft.learn.stream import WAYS
+
+    rates, runs = {"frozen": 1e-2}, []
+    for way in WAYS[1:]:
+        rates[way] = notes.best_rate(
+            f"drift {way}", lambda lr, w=way: statistics.fmean(meet(w, lr, CHOOSING)["losses"]), SITE_RATES
+        )
+    for seed in SEEDS:
+        for way in WAYS:
+            found = notes.get(f"drift {way} {seed}", lambda w=way, s=seed: meet(w, rates[w], s))
+            runs.append({"way": way, "seed": seed} | found)
+    quiet = [notes.get(f"drift still {seed}", lambda s=seed: still(200 + s))["losses"] for seed in range(10)]
+    return {"rates": rates, "lengths": LENGTHS, "batch": BATCH, "runs": runs, "still": quiet}
+
+
+# Tasks: together, apart, summed --------------------------------------------------------------------------------------
+def several(split: str) -> dict:
+    from minipeft.world import tasks
+
+    names = {"pirate": tasks.pirate, "forecast": tasks.forecast, "flip": tasks.flip}
+    return {name: make(2000, 200, 0 if split == "test" else 95) for name, make in names.items()}
+
+
+def together(arrangement: str, lr: float, seed: int, split: str) -> dict:
+    """{task: loss on 100 rows} of separate adapters each on its own task, of their sum, their mean, and of one joint
+    adapter of three times the rank: equal numbers, equal batches."""
+    from minipeft.learn import multitask
+    from minipeft.learn.plan import Plan
+    from minipeft.methods.lora import LoRA
+    from minipeft.world.base import load
+
+    training, scored = several("test"), several(split)
+    model, plan = load("pocket")[0], Plan(steps=40, lr=lr, batch=10, seed=seed)
+    if arrangement == "joint":
+        return {"joint": multitask.losses(multitask.joint(model, LoRA(rank=12), training, plan), scored, 100)}
+    tuned, found = multitask.separate(model, LoRA(rank=4), training, plan), {}
+    found["separate"] = {}
+    for name in scored:
+        tuned.use(name)
+        found["separate"] |= multitask.losses(tuned, {name: scored[name]}, 100)
+    for label, alpha in (("summed", 1.0), ("mean", 1 / 3)):
+        with multitask.weighted(tuned, dict.fromkeys(scored, alpha)):
+            found[label] = multitask.losses(tuned, scored, 100)
+    return found
+
+
+def tasks(notes: Notes) -> dict:
+    from minipeft.learn.multitask import losses
+    from minipeft.world.base import load
+
+    rates, runs = {}, []
+    for which in ("separate", "joint"):
+        rates[which] = notes.best_rate(
+            f"tasks {which}",
+            lambda lr, w=which: statistics.fmean(together(w, lr, CHOOSING, "validation")[w].values()),
+            SITE_RATES,
+        )
+    for seed in SEEDS:
+        for which in rates:
+            found = notes.get(f"tasks {which} {seed}", lambda w=which, s=seed: together(w, rates[w], s, "test"))
+            runs += [{"arrangement": name, "seed": seed} | each for name, each in found.items()]
+    before = notes.get("tasks before", lambda: losses(load("pocket")[0], several("test"), 100))
+    return {"rates": rates, "before": before, "floors": {n: t.floor for n, t in several("test").items()}, "runs": runs}
+
+
+PARTS: dict[str, Callable[[Notes], dict]] = {
+    "drift": drift, "sites": sites, "tasks": tasks, "privacy": privacy, "domains": domains,
+}  # fmt: skip
 
 
 def measure(notes: Notes, parts=PARTS) -> Iterator[tuple[str, dict]]:
