@@ -33,6 +33,7 @@ _HOME = {
     "TemplateExplorer": "explore.prompt",
     "MemoryCalculator": "explore.budget",
     "RankExplorer": "explore.rank",
+    "SitesExplorer": "explore.sites",
     "load": "world.base",
     "write": "world.base",
     "pretty": "world.corpus",

@@ -7,6 +7,7 @@ from minipeft.explore.predict import Predict
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
 from minipeft.explore.rank import RankExplorer
+from minipeft.explore.sites import SitesExplorer
 from minipeft.explore.slider import SliderPlot
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PromptExplorer",
     "QuantisationExplorer",
     "RankExplorer",
+    "SitesExplorer",
     "SliderPlot",
     "TemplateExplorer",
 ]
