@@ -42,8 +42,7 @@ def clients(sizes=(9, 5, 7)) -> list[Client]:
     several = (tasks.pirate(60, 8), tasks.forecast(60, 8), tasks.plain(60, 8))
     names = ("zoë", "Amt 10", "b")
     return [
-        Client(name, task.data["train"].select(range(n)))
-        for name, task, n in zip(names, several, sizes, strict=True)
+        Client(name, task.data["train"].select(range(n))) for name, task, n in zip(names, several, sizes, strict=True)
     ]
 
 
@@ -62,7 +61,13 @@ def as_numpy(pairs, weights):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), k=st.integers(1, 5), r=st.integers(1, 4), d_out=st.integers(4, 9), d_in=st.integers(4, 9))
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 5),
+    r=st.integers(1, 4),
+    d_out=st.integers(4, 9),
+    d_in=st.integers(4, 9),
+)
 def test_each_rule_is_its_definition(seed, k, r, d_out, d_in):
     pairs, rows = drawn(seed, (r,) * k, d_out, d_in), np.random.default_rng(seed).integers(1, 50, k).tolist()
     weights = averaging.shares(rows)
@@ -230,7 +235,9 @@ def test_who_cannot_be_used_is_refused_by_name():
     done = federate(model, METHOD, [*many, Client("far", gone)], rounds=1, plan=PLAN)
     assert done.rounds[0].refused == {"far": "dropped out: ConnectionError no route to the site"}
     with ThreadPoolExecutor(4) as pool:
-        done = federate(model, METHOD, [many[1], Client("slow", slow)], rounds=1, plan=PLAN, executor=pool, deadline=0.8)
+        done = federate(
+            model, METHOD, [many[1], Client("slow", slow)], rounds=1, plan=PLAN, executor=pool, deadline=0.8
+        )
     assert done.rounds[0].refused == {"slow": "late: it took more than 0.8 s"}
     with pytest.raises(ValueError, match="far: dropped out"):
         federate(model, METHOD, [Client("far", gone)], rounds=1, plan=PLAN)
@@ -308,7 +315,11 @@ def test_parted_by_dialect_and_by_mood():
     mood = tasks.mood(60, 8).data["train"]
     sad, glad = (mood.filter(lambda row, m=m: row["label"] == m) for m in (0, 1))
     assert [sum(c.data["label"]) for c in parted((sad, glad), 2, 1.0, 6)] == [0, 6]
-    for settings_, message in (((1, 0.5, 4), "2 clients"), ((2, 1.5, 4), "from 0 to 1"), ((3, 1.0, 900), "has 6. rows|need")):
+    for settings_, message in (
+        ((1, 0.5, 4), "2 clients"),
+        ((2, 1.5, 4), "from 0 to 1"),
+        ((3, 1.0, 900), "has 6. rows|need"),
+    ):
         with pytest.raises(ValueError, match=message):
             parted((plain, pirate), *settings_)
 

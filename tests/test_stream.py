@@ -23,7 +23,10 @@ def alarms(detector, values) -> list[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    values=st.lists(st.floats(-5, 5), max_size=120), delta=st.floats(0, 0.5), threshold=st.floats(0.2, 9), least=st.integers(1, 20)
+    values=st.lists(st.floats(-5, 5), max_size=120),
+    delta=st.floats(0, 0.5),
+    threshold=st.floats(0.2, 9),
+    least=st.integers(1, 20),
 )
 def test_page_hinkley_is_rivers(values, delta, threshold, least):
     """river forgets a little unless alpha is 1, and watches for falls too unless told."""
@@ -47,7 +50,7 @@ def near_a_tie(values, delta, threshold, least) -> bool:
 
 
 def test_page_hinkley_by_hand():
-    """0, 0, 0, 1, 1 with δ = 0.1, λ = 1: means 0, 0, 0, 1/4, 2/5; m = −0.1, −0.2, −0.3, 0.35, 0.85: alarm at the last."""
+    """0, 0, 0, 1, 1 with δ = 0.1, λ = 1: means 0, 0, 0, 1/4, 2/5; m = −0.1, −0.2, −0.3, 0.35, 0.85: the last one rings."""
     assert alarms(PageHinkley(0.1, 1.0, 2), [0, 0, 0, 1, 1]) == [4]
     assert alarms(PageHinkley(0.1, 1.2, 2), [0, 0, 0, 1, 1]) == []
     assert alarms(PageHinkley(0.1, 1.0, 6), [0, 0, 0, 1, 1]) == []

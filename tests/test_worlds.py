@@ -9,32 +9,32 @@ import tiny
 import torch
 
 import minipeft as mp
-from minipeft.course import worlds
+from minipeft.course import notes, worlds
 from minipeft.learn.averaging import RULES
 from minipeft.learn.federated import State, Update, aggregate, fresh
 
 
 def test_verdicts_on_both_sides():
     low, high = [1.0, 1.1, 0.9, 1.05, 0.95], [2.0, 2.1, 2.2, 2.0, 1.9]
-    assert worlds.verdict(low, high, 0.1) == "lower" and worlds.verdict(high, low, 0.1) == "higher"
-    assert worlds.verdict(low, [v + 0.01 for v in low], 0.1) == "no different"
-    assert worlds.verdict(low, [0.5, 1.9, 1.0, 0.4, 1.6], 0.1) == "cannot tell"
-    assert worlds.verdict(low, [v + 0.15 + (i % 2) / 9 for i, v in enumerate(low)], 0.1) == "cannot tell"
-    mean, below, above = worlds.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    assert notes.verdict(low, high, 0.1) == "lower" and notes.verdict(high, low, 0.1) == "higher"
+    assert notes.verdict(low, [v + 0.01 for v in low], 0.1) == "no different"
+    assert notes.verdict(low, [0.5, 1.9, 1.0, 0.4, 1.6], 0.1) == "cannot tell"
+    assert notes.verdict(low, [v + 0.1 + (i % 2) / 9 for i, v in enumerate(low)], 0.1) == "cannot tell"
+    mean, below, above = notes.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     assert mean == 2.0 and above - 2 == pytest.approx(4.302653 / 3**0.5, abs=1e-5) and below == pytest.approx(4 - above)
 
 
 def test_the_grid_of_rates_grows(tmp_path):
-    notes = worlds.Notes(tmp_path, report=lambda text: None)
+    kept = notes.Notes(tmp_path, report=lambda text: None)
     asked = []
 
     def loss(lr):
         asked.append(lr)
         return abs(lr - 0.3)
 
-    assert notes.best_rate("x", loss, (1e-2, 3e-2)) == 0.3 and asked == [1e-2, 3e-2, 1e-1, 3e-1, 1.0]
-    assert notes.best_rate("x", loss, (1e-2, 3e-2)) == 0.3 and len(asked) == 5, "what is done is not done again"
-    assert [worlds.beside(r, down=True) for r in (1e-2, 3e-2)] == [3e-3, 1e-2]
+    assert kept.best_rate("x", loss, (1e-2, 3e-2)) == 0.3 and asked == [1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+    assert kept.best_rate("x", loss, (1e-2, 3e-2)) == 0.3 and len(asked) == 5, "what is done is not done again"
+    assert [notes.beside(r, down=True) for r in (1e-2, 3e-2)] == [3e-3, 1e-2]
 
 
 def test_what_is_shipped_is_whole():
@@ -43,7 +43,9 @@ def test_what_is_shipped_is_whole():
     for name, part in found.items():
         groups: dict[tuple, list[int]] = {}
         for run in part["runs"]:
-            key = tuple(run[k] for k in ("domain", "arm", "size", "rule", "difference", "way", "rank", "noise") if k in run)
+            key = tuple(
+                run[k] for k in ("domain", "arm", "size", "rule", "difference", "way", "rank", "noise") if k in run
+            )
             groups.setdefault(key, []).append(run["seed"])
         assert all(sorted(seeds) == list(worlds.SEEDS) for seeds in groups.values()), name
         assert part["measured"]["torch"]

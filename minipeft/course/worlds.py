@@ -17,47 +17,17 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 
+from minipeft.course.notes import Notes
 from minipeft.whole import write_whole
 
 FILE = Path(__file__).with_name("worlds.json")
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), 100  # the second is the seed with which a learning rate is chosen
-RATES = (3e-4, 1e-3, 3e-3)
-
-
-class Notes:
-    """What is done already: {name: figures}, a file a run."""
-
-    def __init__(self, folder: Path, report: Callable[[str], object] = print):
-        self.folder, self.report = folder, report
-
-    def get(self, name: str, run: Callable[[], dict]) -> dict:
-        path = self.folder / f"{name.replace(' ', '_').replace('/', '-')}.json"
-        if not path.exists():
-            found = run()
-            write_whole(path, json.dumps(found))
-            self.report(f"{name}: {found}")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def best_rate(self, name: str, loss: Callable[[float], float], rates=RATES) -> float:
-        """The rate with the least loss; the row is widened while the best is at an end of it."""
-        rates = list(rates)
-        found = {lr: self.get(f"{name} rate {lr:g}", lambda lr=lr: {"loss": loss(lr)})["loss"] for lr in rates}
-        while (best := min(rates, key=found.get)) in (rates[0], rates[-1]) and 1e-5 < best < 1:
-            new = beside(best, down=best == rates[0])
-            rates = sorted([*rates, new])
-            found[new] = self.get(f"{name} rate {new:g}", lambda lr=new: {"loss": loss(lr)})["loss"]
-        return best
-
-
-def beside(rate: float, down: bool) -> float:
-    """Half a decade further: 1e-2 → 3e-2 → 1e-1, or down."""
-    mantissa, exponent = f"{rate:.0e}".split("e")
-    return float(f"3e{int(exponent) - down}" if mantissa == "1" else f"1e{int(exponent) + 1 - down}")
 
 
 # Domains: from films to tweets, products and editorials, with few labelled sentences ----------------------------------
 SOURCE, TARGETS, SIZES = "films", ("tweets", "products", "editorials"), (16, 64, 256)
 SOURCE_STEPS, STEPS, TESTED = 150, 40, 300
+RATES = (3e-4, 1e-3, 3e-3)
 BELOW = 4  # of MiniLM's six layers are below every adapter
 
 
@@ -133,7 +103,9 @@ def start(tuned, seed: int) -> None:
             layer.B.data.zero_()
 
 
-def adapt(domain: str, size: int | None, steps: int, lr: float, seed: int, split: str, before=None) -> tuple[dict, dict]:
+def adapt(
+    domain: str, size: int | None, steps: int, lr: float, seed: int, split: str, before=None
+) -> tuple[dict, dict]:
     """Trains from `before` (a state, or a fresh start) on `size` sentences and scores: (figures, the state after)."""
     from minipeft.learn.fit import evaluate, fit
     from minipeft.world.real import majority_rate, reviews
@@ -154,7 +126,7 @@ def adapt(domain: str, size: int | None, steps: int, lr: float, seed: int, split
 def domains(notes: Notes) -> dict:
     """Accuracy on each target: the source's adapter as it is, adapted with k sentences, and k sentences alone."""
     rate = notes.best_rate(
-        "domains source", lambda lr: adapt(SOURCE, None, SOURCE_STEPS, lr, CHOOSING, "validation")[0]["loss"]
+        "domains source", lambda lr: adapt(SOURCE, None, SOURCE_STEPS, lr, CHOOSING, "validation")[0]["loss"], RATES
     )
     sources: dict[int, dict] = {}
 
@@ -175,12 +147,11 @@ def domains(notes: Notes) -> dict:
                 lambda lr, arm=arm, size=size: adapt(
                     "products", size, STEPS, lr, CHOOSING, "validation", before(arm, CHOOSING)
                 )[0]["loss"],
+                RATES,
             )
     runs = []
     for seed in SEEDS:
-        own = notes.get(
-            f"domains source {seed}", lambda s=seed: adapt(SOURCE, None, 0, rate, s, "test", source(s))[0]
-        )
+        own = notes.get(f"domains source {seed}", lambda s=seed: adapt(SOURCE, None, 0, rate, s, "test", source(s))[0])
         runs.append({"domain": SOURCE, "arm": "from films", "size": 0, "seed": seed} | own)
         for domain in TARGETS:
             for arm, size in [("from films", 0), *((arm, size) for size in SIZES for arm in arms)]:
@@ -397,44 +368,24 @@ def measure(notes: Notes, parts=PARTS) -> Iterator[tuple[str, dict]]:
     for name in parts:
         started = time.process_time()
         found = PARTS[name](notes)
-        yield name, found | {
-            "measured": {
-                "device": "CPU, 1 thread",
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "date": date.today().isoformat(),
-                "CPU seconds": round(time.process_time() - started),
-            }
-        }
+        yield (
+            name,
+            found
+            | {
+                "measured": {
+                    "device": "CPU, 1 thread",
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                    "date": date.today().isoformat(),
+                    "CPU seconds": round(time.process_time() - started),
+                }
+            },
+        )
 
 
 def measured() -> dict:
     """What `measure` found when the course was made, by part."""
     return json.loads(FILE.read_text(encoding="utf-8"))
-
-
-def spread(values: list[float]) -> str:
-    """The mean over the seeds with the least and the largest, for a table."""
-    return f"{statistics.fmean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
-
-
-def paired(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """The mean of ours − theirs, seed by seed, and its 95 % interval (Student's t)."""
-    from scipy.stats import t
-
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, n = statistics.fmean(differences), len(differences)
-    half = t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
-    return mean, mean - half, mean + half
-
-
-def verdict(ours: list[float], theirs: list[float], least: float) -> str:
-    """ "lower", "higher" or "no different" where the whole interval says so beyond `least`, the smallest difference that
-    matters; else "cannot tell"."""
-    _, low, high = paired(ours, theirs)
-    if high < -least or low > least:
-        return "lower" if high < -least else "higher"
-    return "no different" if -least <= low and high <= least else "cannot tell"
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Flower's pins clash with the course's, so it has an environment of its own:
     python -m venv .venv-flower && .venv-flower/bin/pip install -e . "flwr[simulation]>=1.42" pytest hypothesis
     .venv-flower/bin/python -m pytest tests/test_flower.py
 
-A deployment uses the same two parts: a `ClientApp` made by `client_app` at every site, and `Averaging` in the `ServerApp`.
+A deployment uses the same two parts: a `ClientApp` by `client_app` at every site, and `Averaging` in the `ServerApp`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     joint:      ΔW from batches of all tasks in turn             separate:   ΔW_s from batches of task s alone
     summed:     ΔW = Σ_s ΔW_s                                    weighted:   ΔW = Σ_s α_s·ΔW_s   (task arithmetic,
-                                                                 Ilharco et al. 2023, "Editing Models with Task Arithmetic")
+                                                             Ilharco et al. 2023, "Editing Models with Task Arithmetic")
 
 `separate` and `joint` see the same batches: `plan.steps` of each task.
 """
@@ -63,7 +63,9 @@ def joint(model: nn.Module, method: Method, tasks: Mapping[str, Task], plan: Pla
             torch.manual_seed(plan.seed * 1_000_003 + step)
             loss = _step(tuned, inputs, optimizer, step + 1)
         if not math.isfinite(loss):
-            raise ValueError(f"The loss became {loss} at step {step} with lr={plan.lr:g}; take a rate ten times smaller.")
+            raise ValueError(
+                f"The loss became {loss} at step {step} with lr={plan.lr:g}; take a rate ten times smaller."
+            )
         scheduler.step()
     tuned.eval()
     return tuned

@@ -4,8 +4,8 @@ Every batch is scored before it is learnt from (the *prequential* loss, Dawid 19
 
     batch t:   loss_t = loss of the model on the batch;   then one step of AdamW on the batch
 
-A detector that watches loss_t says when the world has changed. Page and Hinkley's test (Page 1954; Hinkley 1971) adds up
-how far each loss lies above the mean of all so far, and raises an alarm when the sum has climbed λ above its lowest point:
+A detector that watches loss_t says when the world has changed. Page and Hinkley's test (Page 1954; Hinkley 1971) adds
+up how far each loss lies above the mean of all so far; the alarm is raised when the sum has climbed λ above its lowest:
 
     m_t = m_{t−1} + (x_t − x̄_t − δ),     alarm when m_t − min_{s≤t} m_s > λ
 
@@ -35,7 +35,7 @@ WAYS = ("frozen", "one", "replay", "fresh")
 
 @dataclass
 class PageHinkley:
-    """Page and Hinkley's test for a rise of the mean. `delta`: δ, the rise per value that is let pass; `threshold`: λ, in
+    """Page and Hinkley's test for a rise of the mean. `delta`: δ, the rise a value that is let pass; `threshold`: λ, in
     the unit of the values; no alarm before `least` values. `update(x)` takes the next value and says whether there is
     an alarm; after one it begins anew.
 

@@ -100,7 +100,9 @@ def cut_cases(rng: Random):
                 },
             )
         for rank in (0, n + 1):
-            yield Case(f"raise a ValueError for rank {rank} of {d_out}×{d_in}", (assemble(U, s, V), rank), Raises("ValueError"))
+            yield Case(
+                f"raise a ValueError for rank {rank} of {d_out}×{d_in}", (assemble(U, s, V), rank), Raises("ValueError")
+            )
 
 
 # stacking ------------------------------------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ def stack_cases(rng: Random):
             shapes = {"A": ((total, pairs[0][0].shape[1]), str(DOUBLE)), "B": ((len(pairs[0][1]), total), str(DOUBLE))}
             return shapes | {"B·A": product}
 
-        squared = [n * n / sum(rows) for n in rows]
+        squared, all_rows = [n * n / sum(rows) for n in rows], sum(rows)
         yield Case(
             f"stack {k} client{'s' * (k > 1)} into one LoRA of rank {total}",
             (pairs, rows),
@@ -122,7 +124,7 @@ def stack_cases(rng: Random):
             wrong={
                 "the weights are left out": lambda f=seen, k=k: f([1] * k, 1.0),
                 "all clients count alike": lambda f=seen, k=k: f([1] * k),
-                "the weight is on A and on B, so it counts twice": lambda f=seen, q=squared: f(q, sum(rows)),
+                "the weight is on A and on B, so it counts twice": lambda f=seen, q=squared, t=all_rows: f(q, t),
             }
             if k > 1
             else {},
@@ -147,7 +149,12 @@ def alarms(values, delta, threshold, least, fresh=True, mean_before=False, total
 
 
 def hinkley_cases(rng: Random):
-    for length, delta, threshold, least in ((40, 0.1, 1.5, 3), (60, 0.05, 1.0, 5), (50, 0.0, 2.0, 8), (30, 0.3, 0.7, 1)):
+    for length, delta, threshold, least in (
+        (40, 0.1, 1.5, 3),
+        (60, 0.05, 1.0, 5),
+        (50, 0.0, 2.0, 8),
+        (30, 0.3, 0.7, 1),
+    ):
         level, values = 0.0, []
         for t in range(length):
             level = rng.uniform(-3, 3) if t % (length // 3) == 0 else level
@@ -189,9 +196,9 @@ def robust_cases(rng: Random):
             (updates, rows),
             (right, refused),
             wrong={
-                "what was refused still counts in the weights": lambda m=mean, n=left, r=rows: (
+                "what was refused still counts in the weights": lambda m=mean, n=left, r=rows, f=refused: (
                     m(n, [r[x] for x in n], sum(r.values())),
-                    refused,
+                    f,
                 ),
                 "NaN is replaced by zeros instead of refused": lambda m=mean, n=names, r=rows, f=refused: (
                     m(n, [r[x] for x in n]),
@@ -246,7 +253,7 @@ EXERCISES = (
         "page_hinkley", "Page and Hinkley's test", hinkley_cases,
         (
             "Keep four numbers: how many values since the last alarm, their mean, the sum m, and the lowest m.",
-            "mean += (x - mean) / count; m += x - mean - delta; lowest = min(lowest, m); alarm if m - lowest > threshold.",
+            "mean += (x - mean) / count; m += x - mean - delta; lowest = min(lowest, m); alarm: m - lowest > threshold.",
         ),
         ("page_hinkley",),
     ),

@@ -1,3 +1,4 @@
+# ruff: noqa: B905
 # Answers to the assignment `worlds`: wrong ones, named after the misconception, and right ones written differently.
 import math
 

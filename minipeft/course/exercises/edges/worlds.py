@@ -127,6 +127,8 @@ EDGES = {
     "robust_average": {
         "reference": (robust_average,),
         "edges": robust_edges,
-        "without": {"gradient": "a client that is refused has none, and the judge of gradients asks for finite numbers"},
+        "without": {
+            "gradient": "a client that is refused has none, and the judge of gradients asks for finite numbers"
+        },
     },
 }
