@@ -50,7 +50,7 @@ def near_a_tie(values, delta, threshold, least) -> bool:
 
 
 def test_page_hinkley_by_hand():
-    """0, 0, 0, 1, 1 with δ = 0.1, λ = 1: means 0, 0, 0, 1/4, 2/5; m = −0.1, −0.2, −0.3, 0.35, 0.85: the last one rings."""
+    """0, 0, 0, 1, 1 with δ = 0.1, λ = 1: means 0, 0, 0, 1/4, 2/5; m = −0.1, −0.2, −0.3, 0.35, 0.85; the last rings."""
     assert alarms(PageHinkley(0.1, 1.0, 2), [0, 0, 0, 1, 1]) == [4]
     assert alarms(PageHinkley(0.1, 1.2, 2), [0, 0, 0, 1, 1]) == []
     assert alarms(PageHinkley(0.1, 1.0, 6), [0, 0, 0, 1, 1]) == []

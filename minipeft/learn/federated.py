@@ -71,7 +71,7 @@ class Update:
 @dataclass(frozen=True)
 class Privacy:
     """`clip`: C, the longest change that a client may send; `noise`: σ, in units of C. The noise follows from `seed`,
-    so that a lesson can be repeated; None draws it from the system, as it must be where somebody's privacy depends on it.
+    so that a lesson can be repeated; None draws it from the system, as it must be where privacy depends on it.
     """
 
     clip: float

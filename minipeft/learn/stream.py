@@ -210,7 +210,7 @@ def forgetting(found: Following, tests: Mapping[str, object]) -> dict[str, float
 
 
 def regimes(grammars: Sequence, lengths: Sequence[int], batch: int = 8, seed: int = 0) -> Iterator[list[str]]:
-    """A stream of batches of texts that changes at once: `lengths[i]` batches from `grammars[i]`, one after the other."""
+    """A stream of batches of texts that changes at once: `lengths[i]` batches from `grammars[i]`, then the next."""
     rng = random.Random(seed)
     for grammar, length in zip(grammars, lengths, strict=True):
         for _ in range(length):

@@ -253,7 +253,7 @@ EXERCISES = (
         "page_hinkley", "Page and Hinkley's test", hinkley_cases,
         (
             "Keep four numbers: how many values since the last alarm, their mean, the sum m, and the lowest m.",
-            "mean += (x - mean) / count; m += x - mean - delta; lowest = min(lowest, m); alarm: m - lowest > threshold.",
+            "mean += (x - mean) / count; m += x - mean - delta; lowest = min(lowest, m); then compare m - lowest.",
         ),
         ("page_hinkley",),
     ),
