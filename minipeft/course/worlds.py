@@ -280,14 +280,14 @@ def meet(way: str, lr: float, seed: int) -> dict:
     return {"losses": found.losses, "alarms": found.alarms, "used": found.used, "kept": kept}
 
 
-def still(seed: int) -> dict:
-    """A stream that does not change, met by one adapter: its losses, of which every alarm is false."""
+def still(way: str, seed: int) -> dict:
+    """The losses on a stream that does not change, so that every alarm is false."""
     from minipeft.learn.stream import follow, regimes
     from minipeft.methods.lora import LoRA
     from minipeft.world import tasks
     from minipeft.world.base import load
 
-    return {"losses": follow(load("pocket")[0], LoRA(rank=4), regimes([tasks.pirates()], [50], BATCH, seed)).losses}
+    return {"losses": follow(load("pocket")[0], LoRA(rank=4), regimes([tasks.pirates()], [50], BATCH, seed), way).losses}
 
 
 def drift(notes: Notes) -> dict:
@@ -302,7 +302,10 @@ def drift(notes: Notes) -> dict:
         for way in WAYS:
             found = notes.get(f"drift {way} {seed}", lambda w=way, s=seed: meet(w, rates[w], s))
             runs.append({"way": way, "seed": seed} | found)
-    quiet = [notes.get(f"drift still {seed}", lambda s=seed: still(200 + s))["losses"] for seed in range(5)]
+    quiet = {
+        way: [notes.get(f"drift still {way} {s}", lambda w=way, s=s: still(w, 200 + s))["losses"] for s in range(5)]
+        for way in ("frozen", "one")
+    }
     return {"rates": rates, "lengths": LENGTHS, "batch": BATCH, "runs": runs, "still": quiet}
 
 
