@@ -124,17 +124,15 @@ def adapt(
 
 
 def domains(notes: Notes) -> dict:
-    """Accuracy on each target: the source's adapter as it is, adapted with k sentences, and k sentences alone."""
+    """Accuracy on each target: the source's adapter as it is, adapted with k sentences, and k sentences alone. There is one
+    adapter of the source; the seeds draw the target's sentences, their order, and the fresh adapters."""
     rate = notes.best_rate(
         "domains source", lambda lr: adapt(SOURCE, None, SOURCE_STEPS, lr, CHOOSING, "validation")[0]["loss"], RATES
     )
-    sources: dict[int, dict] = {}
 
+    @cache
     def source(seed: int) -> dict:
-        if seed not in sources:
-            sources.clear()
-            sources[seed] = adapt(SOURCE, None, SOURCE_STEPS, rate, seed, "test")[1]
-        return sources[seed]
+        return adapt(SOURCE, None, SOURCE_STEPS, rate, seed, "test")[1]
 
     def before(arm: str, seed: int):
         return source(seed) if arm == "from films" else None
@@ -149,21 +147,22 @@ def domains(notes: Notes) -> dict:
                 )[0]["loss"],
                 RATES,
             )
-    runs = []
+    runs, own = [], notes.get("domains source", lambda: adapt(SOURCE, None, 0, rate, 0, "test", source(0))[0])
+    known = {
+        d: notes.get(f"domains {d} none", lambda d=d: adapt(d, None, 0, rate, 0, "test", source(0))[0]) for d in TARGETS
+    }
     for seed in SEEDS:
-        own = notes.get(f"domains source {seed}", lambda s=seed: adapt(SOURCE, None, 0, rate, s, "test", source(s))[0])
-        runs.append({"domain": SOURCE, "arm": "from films", "size": 0, "seed": seed} | own)
         for domain in TARGETS:
-            for arm, size in [("from films", 0), *((arm, size) for size in SIZES for arm in arms)]:
+            runs.append({"domain": domain, "arm": "from films", "size": 0, "seed": seed} | known[domain])
+            for arm, size in [(arm, size) for size in SIZES for arm in arms]:
 
                 def run(domain=domain, arm=arm, size=size, seed=seed) -> dict:
-                    steps, lr = (STEPS, rates[arm, size]) if size else (0, 1.0)
-                    return adapt(domain, size, steps, lr, seed, "test", before(arm, seed))[0]
+                    return adapt(domain, size, STEPS, rates[arm, size], seed, "test", before(arm, 0))[0]
 
                 figures = notes.get(f"domains {domain} {arm} {size} {seed}", run)
                 runs.append({"domain": domain, "arm": arm, "size": size, "seed": seed} | figures)
     named = {f"{arm}, {size}": lr for (arm, size), lr in rates.items()}
-    return {"source rate": rate, "rates": named, "steps": STEPS, "runs": runs}
+    return {"source rate": rate, "source": own, "rates": named, "steps": STEPS, "runs": runs}
 
 
 # Sites: four clients, alike or with a dialect each, and six ways to average ------------------------------------------
@@ -287,7 +286,9 @@ def still(way: str, seed: int) -> dict:
     from minipeft.world import tasks
     from minipeft.world.base import load
 
-    return {"losses": follow(load("pocket")[0], LoRA(rank=4), regimes([tasks.pirates()], [50], BATCH, seed), way).losses}
+    return {
+        "losses": follow(load("pocket")[0], LoRA(rank=4), regimes([tasks.pirates()], [50], BATCH, seed), way).losses
+    }
 
 
 def drift(notes: Notes) -> dict:
