@@ -41,6 +41,7 @@ _HOME = {
     "RankExplorer": "explore.rank",
     "MixtureExplorer": "explore.mixture",
     "Preferences": "explore.preferences",
+    "SitesExplorer": "explore.sites",
     "load": "world.base",
     "write": "world.base",
     "pretty": "world.corpus",

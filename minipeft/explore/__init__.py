@@ -9,6 +9,7 @@ from minipeft.explore.preferences import Preferences
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
 from minipeft.explore.rank import RankExplorer
+from minipeft.explore.sites import SitesExplorer
 from minipeft.explore.slider import SliderPlot
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PromptExplorer",
     "QuantisationExplorer",
     "RankExplorer",
+    "SitesExplorer",
     "SliderPlot",
     "TemplateExplorer",
 ]

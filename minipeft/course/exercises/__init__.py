@@ -29,6 +29,7 @@ ASSIGNMENTS = (
     "budget",
     "rank",
     "distillation",
+    "worlds",
 )
 
 

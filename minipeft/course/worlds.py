@@ -1,0 +1,166 @@
+"""Changing worlds, measured once and shipped: `python -m minipeft.course.worlds --folder runs` writes `worlds.json`.
+
+Every part is a list of runs. A finished run has a small file in the folder, so whoever kills the script starts it again
+and it goes on. Learning rates are the best of a row, half a decade apart, on validation rows and with a seed that no
+reported run has; the row grows until its best lies inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+
+from minipeft.course.notes import Notes
+from minipeft.whole import write_whole
+
+FILE = Path(__file__).with_name("worlds.json")
+SEEDS, CHOOSING = (0, 1, 2, 3, 4), 100  # the second is the seed with which a learning rate is chosen
+
+
+# Sites: four clients with a dialect each, and six ways to average ------------------------------------------
+CLIENTS, ROWS, ROUNDS, LOCAL = 4, 40, 3, 5
+SITE_RATES = (1e-2, 3e-2, 1e-1)
+
+
+def dialects(split: str, seed: int, n: int | None = None):
+    """Pirate stories and forecasts, as two pools of rows. Validation rows are of a seed that no training has."""
+    from minipeft.world import tasks
+
+    pools = [make(600, 100, 50 + seed if split == "train" else 90 + (split == "test")) for make in
+             (tasks.pirate, tasks.forecast)]  # fmt: skip
+    rows = [task.data["train" if split == "train" else "test"] for task in pools]
+    return [each.select(range(n)) for each in rows] if n else rows
+
+
+def both(model, split: str) -> float:
+    """The mean loss on the two dialects, in nats a token, on 50 rows of each."""
+    from minipeft.learn.fit import evaluate
+
+    return statistics.fmean(evaluate(model, rows).loss for rows in dialects(split, 0, 50))
+
+
+def site(rule: str, lr: float, seed: int, split: str) -> dict:
+    from minipeft.learn.federated import federate, parted
+    from minipeft.learn.plan import Plan
+    from minipeft.methods.lora import LoRA
+    from minipeft.world.base import load
+
+    model, plan = load("pocket")[0], Plan(steps=LOCAL, lr=lr, batch=8, seed=seed)
+    clients = parted(dialects("train", seed), CLIENTS, 1.0, ROWS, seed)
+    if rule == "pooled":
+        from datasets import concatenate_datasets
+
+        from minipeft.attach import attach
+        from minipeft.learn.fit import fit
+
+        tuned = attach(model, LoRA(rank=4), seed=seed)
+        rows = concatenate_datasets([client.data for client in clients])
+        fit(tuned, rows, steps=ROUNDS * LOCAL, lr=lr, batch=8 * CLIENTS, seed=seed, progress=False)
+        return {"loss": both(tuned, split)}
+    done = federate(model, LoRA(rank=4), clients, rule, ROUNDS, plan)
+    last = done.rounds[-1]
+    up, down = (sum(values) for values in zip(*((r.up[clients[0].name], r.down) for r in done.rounds), strict=True))
+    return {"loss": both(done.tuned(model), split), "missed": last.missed, "up": up, "down": down}
+
+
+def sites(notes: Notes) -> dict:
+    """Loss on both dialects together after three rounds of five local steps; "pooled" trains in one place on all rows,
+    in batches four times as large."""
+    from minipeft.learn.averaging import RULES
+    from minipeft.world.base import load
+
+    rules, runs, rates = ("pooled", *RULES), [], {}
+    before = notes.get("sites before", lambda: {"loss": both(load("pocket")[0], "test")})["loss"]
+    for rule in rules:
+        rates[rule] = notes.best_rate(
+            f"sites {rule}", lambda lr, rule=rule: site(rule, lr, CHOOSING, "validation")["loss"], SITE_RATES
+        )
+    for seed in SEEDS:
+        for rule in rules:
+            found = notes.get(f"sites {rule} 1 {seed}", lambda r=rule, s=seed: site(r, rates[r], s, "test"))
+            runs.append({"rule": rule, "seed": seed} | found)
+    return {"before": before, "rates": rates, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS, "local": LOCAL}
+
+
+# Drift: pirate, then forecasts, then pirate again -------------------------------------------------------------------
+LENGTHS, BATCH, THRESHOLDS = (20, 20, 10), 8, (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def meet(way: str, lr: float, seed: int) -> dict:
+    """One way through the stream: the prequential losses, alarms, adapters, and what is kept at the end."""
+    from minipeft.learn.stream import follow, forgetting, regimes
+    from minipeft.methods.lora import LoRA
+    from minipeft.world import corpus, tasks
+    from minipeft.world.base import load
+
+    worlds = [tasks.pirates(), corpus.forecasts(), tasks.pirates()]
+    found = follow(load("pocket")[0], LoRA(rank=4), regimes(worlds, LENGTHS, BATCH, seed), way, lr, seed=seed)
+    kept = forgetting(found, {"pirate": dialects("test", 0, 50)[0], "forecast": dialects("test", 0, 50)[1]})
+    return {"losses": found.losses, "alarms": found.alarms, "used": found.used, "kept": kept}
+
+
+def still(way: str, seed: int) -> dict:
+    """The losses on a stream that does not change, so that every alarm is false."""
+    from minipeft.learn.stream import follow, regimes
+    from minipeft.methods.lora import LoRA
+    from minipeft.world import tasks
+    from minipeft.world.base import load
+
+    return {
+        "losses": follow(load("pocket")[0], LoRA(rank=4), regimes([tasks.pirates()], [50], BATCH, seed), way).losses
+    }
+
+
+def drift(notes: Notes) -> dict:
+    from minipeft.learn.stream import WAYS
+
+    rates, runs = {"frozen": 1e-2}, []
+    for way in WAYS[1:]:
+        rates[way] = notes.best_rate(
+            f"drift {way}", lambda lr, w=way: statistics.fmean(meet(w, lr, CHOOSING)["losses"]), (3e-3, 1e-2, 3e-2)
+        )
+    for seed in SEEDS:
+        for way in WAYS:
+            found = notes.get(f"drift {way} {seed}", lambda w=way, s=seed: meet(w, rates[w], s))
+            runs.append({"way": way, "seed": seed} | found)
+    quiet = {
+        way: [notes.get(f"drift still {way} {s}", lambda w=way, s=s: still(w, 200 + s))["losses"] for s in range(5)]
+        for way in ("frozen", "one")
+    }
+    return {"rates": rates, "lengths": LENGTHS, "batch": BATCH, "runs": runs, "still": quiet}
+
+
+PARTS: dict[str, Callable[[Notes], dict]] = {"drift": drift, "sites": sites}
+
+
+def measure(notes: Notes, parts=PARTS) -> Iterator[tuple[str, dict]]:
+    import torch
+
+    torch.set_num_threads(1)
+    for name in parts:
+        where = {"device": "CPU, 1 thread", "torch": torch.__version__, "python": platform.python_version()}
+        yield name, PARTS[name](notes) | {"measured": where | {"date": date.today().isoformat()}}
+
+
+def measured() -> dict:
+    """What `measure` found when the course was made, by part."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where each finished run is kept")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    options = parser.parse_args()
+    for name, found in measure(Notes(options.folder, lambda text: print(text, flush=True)), options.parts):
+        whole = measured() if FILE.exists() else {}
+        write_whole(FILE, json.dumps(whole | {name: found}, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

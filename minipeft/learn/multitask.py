@@ -1,0 +1,103 @@
+"""Several tasks and one base: one adapter for all (joint), one for each (separate), or the sum of those.
+
+    joint:      ΔW from batches of all tasks in turn             separate:   ΔW_s from batches of task s alone
+    summed:     ΔW = Σ_s ΔW_s                                    weighted:   ΔW = Σ_s α_s·ΔW_s   (task arithmetic,
+                                                             Ilharco et al. 2023, "Editing Models with Task Arithmetic")
+
+`separate` and `joint` see the same batches: `plan.steps` of each task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from minipeft.attach import Tuned, attach
+from minipeft.layer import Method, WeightLayer
+from minipeft.learn.fit import History, _step, batches, evaluate, groups, training
+from minipeft.learn.plan import Plan
+from minipeft.world.tasks import Task
+
+
+def named(tasks: Mapping[str, Task]) -> Mapping[str, Task]:
+    """The tasks themselves. Raises ValueError for none, or one without training rows."""
+    if not tasks:
+        raise ValueError("There are no tasks; give {name: task}.")
+    for name, task in tasks.items():
+        if not len(task.data["train"]):
+            raise ValueError(f"Task {name!r} has no rows to train on; leave it out.")
+    return tasks
+
+
+def separate(model: nn.Module, method: Method, tasks: Mapping[str, Task], plan: Plan) -> Tuned:
+    """An adapter for each task, under the task's name, each trained alone as by `fit`; none is in use afterwards."""
+    tuned = None
+    for name, task in named(tasks).items():
+        if tuned is None:
+            tuned = attach(model, method, name=name, seed=plan.seed)
+        else:
+            tuned.add(name, method, seed=plan.seed)
+        tuned.use(name)
+        for _ in training(tuned, task, History(), plan):
+            pass
+    tuned.use()
+    return tuned
+
+
+def joint(model: nn.Module, method: Method, tasks: Mapping[str, Task], plan: Plan) -> Tuned:
+    """One adapter, "joint", and one AdamW: `plan.steps` batches of every task in turn."""
+    several = named(tasks)
+    tuned = attach(model, method, name="joint", seed=plan.seed)
+    streams = [batches(tuned, task, plan.steps, plan.batch, plan.seed) for task in several.values()]
+    optimizer = torch.optim.AdamW(groups(tuned, plan.lr), lr=plan.lr, weight_decay=0.0)
+    whole = replace(plan, steps=plan.steps * len(streams))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, whole.share)
+    tuned.train()
+    for step, inputs in enumerate(inputs for turn in zip(*streams, strict=True) for inputs in turn):
+        with torch.random.fork_rng():
+            torch.manual_seed(plan.seed * 1_000_003 + step)
+            loss = _step(tuned, inputs, optimizer, step + 1)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss became {loss} at step {step} with lr={plan.lr:g}; take a rate ten times smaller."
+            )
+        scheduler.step()
+    tuned.eval()
+    return tuned
+
+
+@contextlib.contextmanager
+def weighted(tuned: Tuned, weights: Mapping[str, float]) -> Iterator[Tuned]:
+    """Within it, the model computes with W + Σ_s α_s·ΔW_s; afterwards the adapters are as they were.
+
+    Raises ValueError for α that is no number, an unknown adapter, and one that has no γ to scale.
+    """
+    before, gammas = tuned.active, []
+    for name, alpha in weights.items():
+        if name not in tuned.adapters:
+            raise ValueError(f"There is no adapter {name!r}; this model carries {list(tuned.adapters)}.")
+        if not math.isfinite(alpha):
+            raise ValueError(f"The weight of {name!r} is {alpha}; give a number.")
+        for layer in tuned.adapters[name].values():
+            if not (isinstance(layer, WeightLayer) and hasattr(layer, "gamma")):
+                raise ValueError(f"{name!r} holds a {type(layer).__name__}, which has no γ; use LoRA.")
+            gammas.append((layer, layer.gamma, alpha))
+    try:
+        for layer, gamma, alpha in gammas:
+            layer.gamma = alpha * gamma
+        tuned.use(*weights)
+        yield tuned
+    finally:
+        for layer, gamma, _ in gammas:
+            layer.gamma = gamma
+        tuned.use(*before)
+
+
+def losses(model: nn.Module, tasks: Mapping[str, Task], n: int | None = None) -> dict[str, float]:
+    """{task: loss on its first `n` test rows}, of the model as it is."""
+    return {name: evaluate(model, task, n=n).loss for name, task in named(tasks).items()}

@@ -1,0 +1,527 @@
+# ruff: noqa: B905
+# Answers to the assignment `worlds`: wrong ones, named after the misconception, and right ones written differently.
+import math
+
+import numpy as np
+import torch
+
+
+# %% average_factors wrong: all clients alike
+def average_factors(pairs, rows):
+    return sum(A for A, _ in pairs) / len(pairs), sum(B for _, B in pairs) / len(pairs)
+
+
+# %% average_factors wrong: a sum
+def average_factors(pairs, rows):
+    return sum(n * A for (A, _), n in zip(pairs, rows)), sum(n * B for (_, B), n in zip(pairs, rows))
+
+
+# %% average_factors wrong: divided by the number of clients
+def average_factors(pairs, rows):
+    k = len(rows)
+    return sum(n / k * A for (A, _), n in zip(pairs, rows)), sum(n / k * B for (_, B), n in zip(pairs, rows))
+
+
+# %% average_factors wrong: B first
+def average_factors(pairs, rows):
+    t = sum(rows)
+    return sum(n / t * B for (_, B), n in zip(pairs, rows)), sum(n / t * A for (A, _), n in zip(pairs, rows))
+
+
+# %% average_factors wrong: without the last client
+def average_factors(pairs, rows):
+    t = sum(rows[:-1]) or 1
+    pairs, rows = (pairs[:-1], rows[:-1]) if len(rows) > 1 else (pairs, [1])
+    return sum(n / t * A for (A, _), n in zip(pairs, rows)), sum(n / t * B for (_, B), n in zip(pairs, rows))
+
+
+# %% average_factors wrong: in place
+def average_factors(pairs, rows):
+    t = sum(rows)
+    A, B = pairs[0]
+    A *= rows[0] / t
+    B *= rows[0] / t
+    for (A_k, B_k), n in zip(pairs[1:], rows[1:]):
+        A += n / t * A_k
+        B += n / t * B_k
+    return A, B
+
+
+# %% average_factors wrong: detached
+def average_factors(pairs, rows):
+    t = sum(rows)
+    with torch.no_grad():
+        return sum(n / t * A for (A, _), n in zip(pairs, rows)), sum(n / t * B for (_, B), n in zip(pairs, rows))
+
+
+# %% average_factors wrong: only A is weighted
+def average_factors(pairs, rows):
+    t = sum(rows)
+    return sum(n / t * A for (A, _), n in zip(pairs, rows)), sum(B for _, B in pairs) / len(pairs)
+
+
+# %% average_factors right: einsum over a stack
+def average_factors(pairs, rows):
+    A, B = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
+    weights = torch.tensor(rows, dtype=torch.float64) / sum(rows)
+    return torch.einsum("k,kij->ij", weights.to(A.dtype), A), torch.einsum("k,kij->ij", weights.to(B.dtype), B)
+
+
+# %% average_factors right: a running mean
+def average_factors(pairs, rows):
+    seen, A, B = 0, torch.zeros_like(pairs[0][0]), torch.zeros_like(pairs[0][1])
+    for (A_k, B_k), n in zip(pairs, rows):
+        seen += n
+        A, B = A + (A_k - A) * (n / seen), B + (B_k - B) * (n / seen)
+    return A, B
+
+
+# %% average_product wrong: the product of the means
+def average_product(pairs, rows):
+    t = sum(rows)
+    A, B = (sum(n / t * pair[i] for pair, n in zip(pairs, rows)) for i in (0, 1))
+    return B @ A
+
+
+# %% average_product wrong: all clients alike
+def average_product(pairs, rows):
+    return sum(B @ A for A, B in pairs) / len(pairs)
+
+
+# %% average_product wrong: a sum
+def average_product(pairs, rows):
+    return sum(n * (B @ A) for (A, B), n in zip(pairs, rows))
+
+
+# %% average_product wrong: the weight twice
+def average_product(pairs, rows):
+    t = sum(rows)
+    return sum((n / t * B) @ (n / t * A) for (A, B), n in zip(pairs, rows))
+
+
+# %% average_product wrong: transposed
+def average_product(pairs, rows):
+    t = sum(rows)
+    return sum(n / t * (B @ A) for (A, B), n in zip(pairs, rows)).T
+
+
+# %% average_product wrong: without the first
+def average_product(pairs, rows):
+    t = sum(rows)
+    return sum(n / t * (B @ A) for (A, B), n in list(zip(pairs, rows))[1:] or zip(pairs, rows))
+
+
+# %% average_product wrong: through numpy
+def average_product(pairs, rows):
+    t = sum(rows)
+    found = sum(n / t * (B.detach().numpy() @ A.detach().numpy()) for (A, B), n in zip(pairs, rows))
+    return torch.from_numpy(found)
+
+
+# %% average_product wrong: in float32
+def average_product(pairs, rows):
+    t = sum(rows)
+    return sum(n / t * (B.float() @ A.float()) for (A, B), n in zip(pairs, rows))
+
+
+# %% average_product right: by stacking
+def average_product(pairs, rows):
+    t = sum(rows)
+    A = torch.cat([A for A, _ in pairs])
+    return torch.cat([B * (n / t) for (_, B), n in zip(pairs, rows)], dim=1) @ A
+
+
+# %% average_product right: a loop
+def average_product(pairs, rows):
+    result = None
+    for i in range(len(pairs)):
+        part = torch.matmul(pairs[i][1], pairs[i][0]).mul(rows[i]).div(sum(rows))
+        result = part if result is None else result + part
+    return result
+
+
+# %% cut_back wrong: sigma in both
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError("rank")
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return s[:rank, None] * Vh[:rank], U[:, :rank] * s[:rank]
+
+
+# %% cut_back wrong: sigma in neither
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError("rank")
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return Vh[:rank], U[:, :rank]
+
+
+# %% cut_back wrong: the smallest
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError("rank")
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return s[-rank:, None].sqrt() * Vh[-rank:], U[:, -rank:] * s[-rank:].sqrt()
+
+
+# %% cut_back wrong: no error
+def cut_back(delta, rank):
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return s[:rank, None].sqrt() * Vh[:rank], U[:, :rank] * s[:rank].sqrt()
+
+
+# %% cut_back wrong: V instead of its transpose
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError("rank")
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return s[:rank, None].sqrt() * Vh[:, :rank].T, U[:, :rank] * s[:rank].sqrt()
+
+
+# %% cut_back wrong: B first
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError("rank")
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return U[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * Vh[:rank]
+
+
+# %% cut_back wrong: padded to full rank
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError("rank")
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    s = s.clone()
+    s[rank:] = 0
+    return s[:, None].sqrt() * Vh, U * s.sqrt()
+
+
+# %% cut_back wrong: the first columns
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError("rank")
+    A = torch.linalg.lstsq(delta[:, :rank], delta).solution
+    return A, delta[:, :rank].clone()
+
+
+# %% cut_back right: sigma on one side
+def cut_back(delta, rank):
+    if rank < 1 or rank > min(delta.shape):
+        raise ValueError("no such rank")
+    U, s, V = torch.svd(delta)
+    return V[:, :rank].T.clone(), U[:, :rank] @ torch.diag(s[:rank])
+
+
+# %% cut_back right: numpy
+def cut_back(delta, rank):
+    if rank not in range(1, min(delta.shape) + 1):
+        raise ValueError("no such rank")
+    U, s, Vh = np.linalg.svd(delta.numpy(), full_matrices=False)
+    root = np.sqrt(s[:rank])
+    return torch.from_numpy(root[:, None] * Vh[:rank]), torch.from_numpy(U[:, :rank] * root)
+
+
+# %% stack wrong: no weights
+def stack(pairs, rows):
+    return torch.cat([A for A, _ in pairs], 0), torch.cat([B for _, B in pairs], 1)
+
+
+# %% stack wrong: the weight twice
+def stack(pairs, rows):
+    t = sum(rows)
+    A = torch.cat([n / t * A for (A, _), n in zip(pairs, rows)], 0)
+    return A, torch.cat([n / t * B for (_, B), n in zip(pairs, rows)], 1)
+
+
+# %% stack wrong: all clients alike
+def stack(pairs, rows):
+    return torch.cat([A for A, _ in pairs], 0), torch.cat([B / len(pairs) for _, B in pairs], 1)
+
+
+# %% stack wrong: B below one another
+def stack(pairs, rows):
+    t = sum(rows)
+    return torch.cat([A for A, _ in pairs], 0), torch.cat([n / t * B for (_, B), n in zip(pairs, rows)], 0)
+
+
+# %% stack wrong: in another order
+def stack(pairs, rows):
+    t = sum(rows)
+    return torch.cat([A for A, _ in pairs], 0), torch.cat([n / t * B for (_, B), n in zip(pairs, rows)][::-1], 1)
+
+
+# %% stack wrong: an average of one rank
+def stack(pairs, rows):
+    t = sum(rows)
+    return sum(n / t * A for (A, _), n in zip(pairs, rows)), sum(n / t * B for (_, B), n in zip(pairs, rows))
+
+
+# %% stack wrong: torch.stack
+def stack(pairs, rows):
+    t = sum(rows)
+    return torch.stack([A for A, _ in pairs]), torch.stack([n / t * B for (_, B), n in zip(pairs, rows)])
+
+
+# %% stack wrong: rows that are not divided
+def stack(pairs, rows):
+    return torch.cat([A for A, _ in pairs], 0), torch.cat([n * B for (_, B), n in zip(pairs, rows)], 1)
+
+
+# %% stack right: the weight on A
+def stack(pairs, rows):
+    t = sum(rows)
+    return torch.vstack([A * (n / t) for (A, _), n in zip(pairs, rows)]), torch.hstack([B for _, B in pairs])
+
+
+# %% stack right: the root on both
+def stack(pairs, rows):
+    t = sum(rows)
+    A = torch.cat([A * math.sqrt(n / t) for (A, _), n in zip(pairs, rows)])
+    return A, torch.cat([B * math.sqrt(n / t) for (_, B), n in zip(pairs, rows)], dim=-1)
+
+
+# %% page_hinkley wrong: does not begin anew
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, mean, m, lowest = [], 0, 0.0, 0.0, math.inf
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        lowest = min(lowest, m)
+        if count >= least and m - lowest > threshold:
+            found.append(i)
+    return found
+
+
+# %% page_hinkley wrong: the mean of the values before
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, seen, m, lowest = [], [], 0.0, math.inf
+    for i, x in enumerate(values):
+        mean = sum(seen) / len(seen) if seen else x
+        seen.append(x)
+        m += x - mean - delta
+        lowest = min(lowest, m)
+        if len(seen) >= least and m - lowest > threshold:
+            found.append(i)
+            seen, m, lowest = [], 0.0, math.inf
+    return found
+
+
+# %% page_hinkley wrong: the sum against the threshold
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, mean, m = [], 0, 0.0, 0.0
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        if count >= least and m > threshold:
+            found.append(i)
+            count, mean, m = 0, 0.0, 0.0
+    return found
+
+
+# %% page_hinkley wrong: delta is added
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, mean, m, lowest = [], 0, 0.0, 0.0, math.inf
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean + delta
+        lowest = min(lowest, m)
+        if count >= least and m - lowest > threshold:
+            found.append(i)
+            count, mean, m, lowest = 0, 0.0, 0.0, math.inf
+    return found
+
+
+# %% page_hinkley wrong: one value too late
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, mean, m, lowest = [], 0, 0.0, 0.0, math.inf
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        lowest = min(lowest, m)
+        if count > least and m - lowest > threshold:
+            found.append(i)
+            count, mean, m, lowest = 0, 0.0, 0.0, math.inf
+    return found
+
+
+# %% page_hinkley wrong: the mean is kept over an alarm
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, total, since, m, lowest = [], 0, 0.0, 0, 0.0, math.inf
+    for i, x in enumerate(values):
+        count, since, total = count + 1, since + 1, total + x
+        m += x - total / count - delta
+        lowest = min(lowest, m)
+        if since >= least and m - lowest > threshold:
+            found.append(i)
+            since, m, lowest = 0, 0.0, math.inf
+    return found
+
+
+# %% page_hinkley wrong: only the first alarm
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    count, mean, m, lowest = 0, 0.0, 0.0, math.inf
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        lowest = min(lowest, m)
+        if count >= least and m - lowest > threshold:
+            return [i]
+    return []
+
+
+# %% page_hinkley wrong: falls too
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, mean, m, lowest, highest = [], 0, 0.0, 0.0, math.inf, -math.inf
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        lowest, highest = min(lowest, m), max(highest, m)
+        if count >= least and (m - lowest > threshold or highest - m > threshold):
+            found.append(i)
+            count, mean, m, lowest, highest = 0, 0.0, 0.0, math.inf, -math.inf
+    return found
+
+
+# %% page_hinkley right: looks back over all values
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, start = [], 0
+    for t in range(len(values)):
+        sums, m = [], 0.0
+        seen = values[start : t + 1]
+        for i, x in enumerate(seen):
+            m += x - math.fsum(seen[: i + 1]) / (i + 1) - delta
+            sums.append(m)
+        if len(seen) >= least and sums[-1] - min(sums) > threshold:
+            found.append(t)
+            start = t + 1
+    return found
+
+
+# %% page_hinkley right: the height above the lowest point
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, total, count, height = [], 0.0, 0, None
+    for i, x in enumerate(values):
+        total, count = total + x, count + 1
+        step = x - total / count - delta
+        height = 0.0 if height is None else max(0.0, height + step)
+        if count >= least and height > threshold:
+            found.append(i)
+            total, count, height = 0.0, 0, None
+    return found
+
+
+# %% robust_average wrong: the refused count in the total
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if not t.isfinite().all())
+    left = [n for n in updates if n not in refused]
+    if not left:
+        raise ValueError(", ".join(refused))
+    total = sum(rows.values())
+    return sum(rows[n] / total * updates[n] for n in left), refused
+
+
+# %% robust_average wrong: zeros for NaN
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if not t.isfinite().all())
+    if len(refused) == len(updates):
+        raise ValueError(", ".join(refused))
+    total = sum(rows.values())
+    return sum(rows[n] / total * t.nan_to_num(0.0, 0.0, 0.0) for n, t in updates.items()), refused
+
+
+# %% robust_average wrong: infinity passes
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if t.isnan().any())
+    left = [n for n in updates if n not in refused]
+    if not left:
+        raise ValueError(", ".join(refused))
+    total = sum(rows[n] for n in left)
+    return sum(rows[n] / total * updates[n] for n in left), refused
+
+
+# %% robust_average wrong: the first row only
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if not t[0].isfinite().all())
+    left = [n for n in updates if n not in refused]
+    if not left:
+        raise ValueError(", ".join(refused))
+    total = sum(rows[n] for n in left)
+    return sum(rows[n] / total * updates[n] for n in left), refused
+
+
+# %% robust_average wrong: rows in their own order
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if not t.isfinite().all())
+    kept = [(t, n) for (name, t), n in zip(updates.items(), rows.values()) if name not in refused]
+    if not kept:
+        raise ValueError(", ".join(refused))
+    total = sum(n for _, n in kept)
+    return sum(n / total * t for t, n in kept), refused
+
+
+# %% robust_average wrong: nobody left is no error
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if not t.isfinite().all())
+    left = [n for n in updates if n not in refused]
+    total = sum(rows[n] for n in left)
+    return sum(rows[n] / total * updates[n] for n in left), refused
+
+
+# %% robust_average wrong: the error names nobody
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if not t.isfinite().all())
+    left = [n for n in updates if n not in refused]
+    if not left:
+        raise ValueError("Nobody is left!")
+    total = sum(rows[n] for n in left)
+    return sum(rows[n] / total * updates[n] for n in left), refused
+
+
+# %% robust_average wrong: all clients alike
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if not t.isfinite().all())
+    left = [n for n in updates if n not in refused]
+    if not left:
+        raise ValueError(", ".join(refused))
+    return sum(updates[n] for n in left) / len(left), refused
+
+
+# %% robust_average wrong: those that were used are named
+def robust_average(updates, rows):
+    refused = sorted(n for n, t in updates.items() if not t.isfinite().all())
+    left = [n for n in updates if n not in refused]
+    if not left:
+        raise ValueError(", ".join(refused))
+    total = sum(rows[n] for n in left)
+    return sum(rows[n] / total * updates[n] for n in left), sorted(left)
+
+
+# %% robust_average right: a loop
+def robust_average(updates, rows):
+    total, mean, refused = 0, None, []
+    for name, update in updates.items():
+        if torch.isnan(update).any() or torch.isinf(update).any():
+            refused.append(name)
+            continue
+        part = rows[name] * update
+        mean, total = part if mean is None else mean + part, total + rows[name]
+    if mean is None:
+        raise ValueError(f"nobody is left of {refused}")
+    return mean / total, sorted(refused)
+
+
+# %% robust_average right: einsum
+def robust_average(updates, rows):
+    good = {n: t for n, t in updates.items() if bool(torch.isfinite(t).all())}
+    bad = sorted(set(updates) - set(good))
+    if not good:
+        raise ValueError(str(bad))
+    weights = torch.tensor([rows[n] for n in good], dtype=torch.float64)
+    values = torch.stack(list(good.values()))
+    return torch.einsum("k,k...->...", (weights / weights.sum()).to(values.dtype), values), bad
