@@ -74,6 +74,7 @@ class Tuned(StandIn):
         self._originals: dict[Slot, nn.Parameter] = {}  # what the installed pointers replaced
         self._merged: dict[Slot, nn.Parameter] | None = None
         self._disabled = False
+        self._brings = True  # the penalty, along with the model's own loss
         self.told = False  # of the last optimizer step, by the optimizer itself
         self._required = {slot: p.requires_grad for slot, p in slots(base)}
         self.training = base.training
@@ -86,9 +87,8 @@ class Tuned(StandIn):
         """The base's forward; `adapters` gives each row of the batch its own adapter, None meaning the bare base."""
         if adapters is None:
             output = self.base(*args, **kwargs)
-            if torch.is_grad_enabled() and getattr(output, "loss", None) is not None:
-                penalty = 0.0 if self._state.silent else self.penalty()
-                output.loss = Along.apply(output.loss, penalty) if torch.is_tensor(penalty) else output.loss
+            if self._brings and torch.is_grad_enabled() and getattr(output, "loss", None) is not None:
+                output.loss = self.along(output.loss)
             return output
         with self._per_row(adapters, args, kwargs):
             return self.base(*args, **kwargs)
@@ -232,6 +232,20 @@ class Tuned(StandIn):
         """
         every = [(method, list(self.adapters[name].values())) for name in self.active for method in self.methods[name]]
         return sum((method.penalty(layers) for method, layers in every), 0.0)
+
+    def along(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, unchanged, which brings the penalty's gradient along on the way back."""
+        penalty = 0.0 if self._state.silent else self.penalty()
+        return Along.apply(loss, penalty) if torch.is_tensor(penalty) else loss
+
+    @contextlib.contextmanager
+    def by_itself(self):
+        """Within it, the model's loss brings nothing along: for an objective that is made of several, or of none."""
+        before, self._brings = self._brings, False
+        try:
+            yield
+        finally:
+            self._brings = before
 
     def stepped(self, step: int | None = None) -> None:
         """An optimizer step was taken, and its gradients are still there: AdaLoRA moves its ranks here.

@@ -395,11 +395,10 @@ def mistral():
 def test_rows_equal_texts_alone_on_other_architectures(make, tmp_path):
     import random
 
-    from minipeft.serve.tenants import Bank
-
     from minipeft.attach import attach
     from minipeft.methods.lora import LoRA
     from minipeft.serve.engine import Engine, Request
+    from minipeft.serve.tenants import Bank
 
     pick = random.Random(0)
     prompts = [[pick.randrange(3, tiny.V) for _ in range(pick.randrange(1, 12))] for _ in range(6)]
@@ -425,9 +424,8 @@ def test_rows_equal_texts_alone_on_other_architectures(make, tmp_path):
 
 
 def test_other_models_are_refused():
-    from minipeft.serve.tenants import Bank
-
     from minipeft.serve.engine import Engine
+    from minipeft.serve.tenants import Bank
 
     for model in (tiny.t5(), tiny.bert("SequenceClassification")):
         with pytest.raises(ValueError, match=r"\.$"):
@@ -438,9 +436,8 @@ def test_other_models_are_refused():
 
 
 def test_nan_breaks_its_own_row_alone(folder, tmp_path):
-    from minipeft.serve.tenants import Bank
-
     from minipeft.serve.engine import Engine, Request
+    from minipeft.serve.tenants import Bank
 
     engine, got = Engine(Bank(tiny.llama())), {"good": [], "bad": []}
     call = engine.bank.__class__.__call__

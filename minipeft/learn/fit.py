@@ -6,6 +6,7 @@ score = evaluate(tuned, task)                          # loss in nats a token, a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -150,10 +151,8 @@ def training(
     return _train(model, task.kind, encoded, tokenizer, history, plan, objective or own_loss)
 
 
-def _train(model: nn.Module, kind: str, encoded: list, tokenizer, history: History, plan: Plan) -> Iterator[int]:
-    optimizer = adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
 def _train(model, kind: str, encoded: list, tokenizer, history: History, plan: Plan, objective) -> Iterator[int]:
-    optimizer = torch.optim.AdamW(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
+    optimizer = adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
     rows = order([len(ids) for ids, _ in encoded], plan.batch, plan.seed)
     pad = padding(model, tokenizer)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)
@@ -167,14 +166,10 @@ def _train(model, kind: str, encoded: list, tokenizer, history: History, plan: P
             with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
                 torch.manual_seed(plan.seed * 1_000_003 + step)
                 if memory is None:
-                    loss = _step(model, inputs, optimizer)
+                    loss = _step(model, inputs, optimizer, objective)
                 else:
                     with memory:
-                        loss = _step(model, inputs, optimizer)
-                    loss = _step(model, inputs, optimizer, step + 1, objective)
-                else:
-                    with memory:
-                        loss = _step(model, inputs, optimizer, step + 1, objective)
+                        loss = _step(model, inputs, optimizer, objective)
                     history.peak_memory = memory.peak
             if not math.isfinite(loss):
                 history.stopped = "diverged"
@@ -209,25 +204,16 @@ def groups(model: nn.Module, lr: float) -> list[dict]:
     return [{"params": parameters, "lr": lr * rate} for rate, parameters in found.items()]
 
 
-def _step(model, inputs, optimizer) -> float:
-    """One step; returns the task's loss. What the method adds to it has its effect on the way back; see `steps.py`."""
-    loss = model(**inputs).loss
+def _step(model, inputs, optimizer, objective: Objective) -> float:
+    """One step; returns the objective's value. What the method adds to it acts on the way back; see `steps.py`."""
+    with model.by_itself() if isinstance(model, Tuned) else contextlib.nullcontext():
+        loss = objective(model, inputs)
+    total = model.along(loss) if isinstance(model, Tuned) else loss
     if torch.isfinite(loss):  # a step along a NaN would spoil the model for good
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return loss.item() if torch.isfinite(loss) else math.nan
-def _step(model, inputs, optimizer, step: int, objective: Objective) -> float:
-    """One step; returns the objective's value, without what the method adds to it."""
-    loss = objective(model, inputs)
-    total = loss + model.penalty() if isinstance(model, Tuned) else loss
-    if torch.isfinite(total):  # a step along a NaN would spoil the model for good
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()
-        if isinstance(model, Tuned):
-            model.stepped(step)
-    return loss.item() if torch.isfinite(total) else math.nan
+    return loss.item() if torch.isfinite(loss) else math.nan
 
 
 def _warn_of_idle(layers: list[Layer]) -> None:

@@ -169,7 +169,6 @@ def improve(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                tuned.stepped(step * epochs + epoch + 1)
             scheduler.step()
         trail.stopped = "finished"
     except KeyboardInterrupt:

@@ -17,19 +17,7 @@ from minipeft.course.verdict import Exercise
 
 ASSIGNMENTS = (
     *("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "budget", "rank"),
-    "serving",
-    "feedback",
-    "lora",
-    "select",
-    "quantisation",
-    "adapters",
-    "lora_family",
-    "prompts",
-    "prefixes",
-    "budget",
-    "rank",
-    "distillation",
-    "worlds",
+    *("distillation", "serving", "feedback", "worlds"),
 )
 
 

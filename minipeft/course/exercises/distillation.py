@@ -199,9 +199,7 @@ def mixed_cases(rng: Random):
             (z, t, labels, T, w),
             mixed(soft),
             wrong={
-                "the labels' loss is softened: T is for the teacher's half": lambda m=mixed, s=soft, T=T: (
-                    m(s, T=T)
-                ),
+                "the labels' loss is softened: T is for the teacher's half": lambda m=mixed, s=soft, T=T: m(s, T=T),
                 "T² is missing": lambda m=mixed, s=soft, T=T: m(s / T**2),
                 "KL is reversed": lambda m=mixed, z=z, t=t, T=T: m(T * T * mean_wasted(t, z, T)),
                 "the weights are exchanged": lambda m=mixed, s=soft, w=w: m(s, weight=1 - w),
