@@ -24,7 +24,7 @@ from minipeft.targets import numbers
 from minipeft.whole import write_whole
 
 FILE = Path(__file__).with_name("serving.json")
-ROWS, RANK, PROMPT, WRITTEN, ROUNDS = 32, 8, 8, 12, 9
+ROWS, RANK, PROMPT, WRITTEN, ROUNDS = 32, 8, 8, 12, 5
 NUMBERS = (1, 2, 4, 8, 16, 32)
 
 
