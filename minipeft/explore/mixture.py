@@ -49,7 +49,7 @@ class MixtureExplorer(SliderPlot):
         draw_losses(
             figure.subplots(), base, self.losses(**weights), {n: t.floor for n, t in self.tasks.items()}, weights
         )
-        figure.subplots_adjust(left=0.07, right=0.76, top=0.88, bottom=0.1)
+        figure.subplots_adjust(left=0.07, right=0.82, top=0.88, bottom=0.1)
         return f"<i>{html.escape(self.written[tuple(weights.values())])}</i>"
 
 

@@ -119,17 +119,15 @@ def concatenated(A, B, gammas, weights):
 # %% concatenated wrong: the root on both sides
 def concatenated(A, B, gammas, weights):
     s = [abs(g * w) ** 0.5 for g, w in zip(gammas, weights, strict=False)]
-    return torch.cat([v * b for v, b in zip(s, B, strict=False)], 1), torch.cat(
-        [v * a for v, a in zip(s, A, strict=False)]
-    )
+    up, down = [v * b for v, b in zip(s, B, strict=False)], [v * a for v, a in zip(s, A, strict=False)]
+    return torch.cat(up, 1), torch.cat(down)
 
 
 # %% concatenated wrong: scaled twice
 def concatenated(A, B, gammas, weights):
     s = [g * w for g, w in zip(gammas, weights, strict=False)]
-    return torch.cat([v * b for v, b in zip(s, B, strict=False)], 1), torch.cat(
-        [v * a for v, a in zip(s, A, strict=False)]
-    )
+    up, down = [v * b for v, b in zip(s, B, strict=False)], [v * a for v, a in zip(s, A, strict=False)]
+    return torch.cat(up, 1), torch.cat(down)
 
 
 # %% concatenated wrong: A first
