@@ -1,9 +1,10 @@
-"""Adapters that ship with the course, and the script that trained them: `python -m minipeft.course.shipped`."""
+"""Adapters that ship with the course, and what trained them: `python -m minipeft.course.shipped [name …]`."""
 
 from __future__ import annotations
 
 import json
 import platform
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -22,21 +23,27 @@ def shipped(name: str) -> Path:
     return FOLDER / name
 
 
-def train_pirate(steps: int = 600, lr: float = 3e-3, rank: int = 8, seed: int = 0) -> dict:
-    """Train the pirate adapter, write it with a card beside it, and return the card."""
+RECIPES = {  # {task: settings}
+    "pirate": {"steps": 600, "lr": 3e-3, "rank": 8},
+    "forecast": {"steps": 300, "lr": 1e-2, "rank": 4},
+}
+
+
+def train(name: str, steps: int, lr: float, rank: int, seed: int = 0) -> dict:
+    """Train the adapter of the task `name`, write it with a card beside it, and return the card."""
     import torch
 
     from minipeft.attach import attach
     from minipeft.learn.fit import evaluate, fit
     from minipeft.methods.lora import LoRA
-    from minipeft.world import load, pirate
+    from minipeft.world import load, tasks
 
     model, _ = load("pocket")
-    task = pirate(train=steps * 16)
+    task = getattr(tasks, name)(train=steps * 16)
     tuned = attach(model, LoRA(rank=rank, gamma=2.0), seed=seed)
     before = evaluate(tuned, task).loss
     history = fit(tuned, task, steps=steps, lr=lr, seed=seed)
-    tuned.save(FOLDER / "pirate")
+    tuned.save(FOLDER / name)
     card = {
         "method": f"LoRA, rank {rank}, γ = 2, all linear layers",
         "trainable parameters": tuned.count().trainable,
@@ -54,9 +61,10 @@ def train_pirate(steps: int = 600, lr: float = 3e-3, rank: int = 8, seed: int = 
             "wall time in seconds": round(history.seconds[-1]),
         },
     }
-    (FOLDER / "pirate" / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    (FOLDER / name / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return card
 
 
 if __name__ == "__main__":
-    print(json.dumps(train_pirate(), indent=2, ensure_ascii=False))
+    for name in sys.argv[1:] or RECIPES:
+        print(json.dumps(train(name, **RECIPES[name]), indent=2, ensure_ascii=False))

@@ -3,6 +3,7 @@
 from minipeft.explore.adapter import AdapterExplorer
 from minipeft.explore.budget import MemoryCalculator
 from minipeft.explore.lora import LoRAExplorer
+from minipeft.explore.mixture import MixtureExplorer
 from minipeft.explore.predict import Predict
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterExplorer",
     "LoRAExplorer",
     "MemoryCalculator",
+    "MixtureExplorer",
     "Predict",
     "PrefixExplorer",
     "PromptExplorer",

@@ -1,5 +1,6 @@
 """How are adapters shipped?"""
 
 from minipeft.serve.checkpoint import load_adapter
+from minipeft.serve.tenants import Bank
 
-__all__ = ["load_adapter"]
+__all__ = ["Bank", "load_adapter"]

@@ -1,14 +1,11 @@
-"""One frozen base, many adapters, one batch: each row of the batch chooses its own (Chen et al. 2023, "Punica:
-Multi-Tenant LoRA Serving", §4; Sheng et al. 2023, "S-LoRA: Serving Thousands of Concurrent LoRA Adapters", §4).
-
-    y_i = W·x_i + b + γ·B[own_i]·A[own_i]·x_i        for row i, whose adapter is own_i
-
-W·x is one product for the whole batch. A[own] of shape (n, r, d_in) and B[own] of shape (n, d_out, r) are gathered once
-for each composition of the batch, ranks filled up with zeros; two batched products do the rest. So the cost follows
-the rows, however many adapters they spread over.
+"""One frozen base, many adapters, one batch: each row chooses its own (Sheng et al. 2023, "S-LoRA: Serving Thousands of
+Concurrent LoRA Adapters"); what a row's adapter does is in `rows.py`.
 
     bank = Bank(model, folder="adapters", bytes=10_000_000)
     bank.generate(ids, attention_mask=mask, adapters=["pirate", None, "forecast"])
+
+The folder holds more adapters than memory. Those that were used last stay, up to a number of bytes; what a name stands
+for is its files' content, so an adapter that was trained again is read again.
 """
 
 from __future__ import annotations
@@ -27,28 +24,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from minipeft.attach import Tuned
 from minipeft.build import carries_adapters
-from minipeft.layer import Layer
-from minipeft.methods.dora import DoRALayer
-from minipeft.methods.ia3 import IA3Layer
-from minipeft.methods.lora import LoRALayer
 from minipeft.serve.checkpoint import CONFIG, WEIGHTS, contents, packed, parsed, unpacked
+from minipeft.serve.rows import Composition, Parts, act, gather, parts_of
 from minipeft.targets import is_matrix, mixtures
 
 RACY = 2.0  # seconds: a file that was written so recently may change again and keep its times
 
-# What an adapter does at one module, y' = s ⊙ (W·(l ⊙ x) + b) + c + B·A·x, by the parts that it has: A (r, d_in),
-# B (d_out, r) with γ in it, s and c (d_out,), l (d_in,); for an embedding T (V, r) instead of A.
-Parts = dict[str, torch.Tensor]
-NEUTRAL = {"A": 0.0, "B": 0.0, "T": 0.0, "c": 0.0, "s": 1.0, "l": 1.0}
-
-
-def product(y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """y_i + B_i·A_i·x_i for each row i: x (n, t, d_in), A (n, r, d_in), B (n, d_out, r), y (n, t, d_out)."""
-    return torch.baddbmm(y, torch.bmm(x, A.mT), B.mT)
+BARE: dict[str, Parts] = {}  # what None chooses
 
 
 @dataclass(frozen=True)
@@ -59,118 +44,6 @@ class Resident:
     size: int
     digest: str = ""
     stamp: tuple | None = None
-
-
-@dataclass(frozen=True)
-class Composition:
-    """The adapters of a batch, gathered by row: {path: {"A": (n, r, d_in), …}}; T is (distinct, V, r) and not gathered,
-    for `own` (n,) says which of the distinct adapters each row has. n is 1 where the whole batch has one adapter."""
-
-    parts: dict[str, Parts]
-    own: torch.Tensor
-
-
-def gather(distinct: Sequence[Resident | None], own: Sequence[int], device: torch.device) -> Composition:
-    """Row i gets the parts of `distinct[own[i]]`; where an adapter has no such part, what changes nothing."""
-    index = torch.tensor([0] if len(distinct) == 1 else own, device=device)
-    by_path: dict[str, Parts] = {}
-    for path in dict.fromkeys(path for each in distinct if each for path in each.parts):
-        here = [each.parts.get(path, {}) if each else {} for each in distinct]
-        for key in dict.fromkeys(key for parts in here for key in parts):
-            like = max((parts[key] for parts in here if key in parts), key=torch.Tensor.numel)  # of the highest rank
-            stacked = torch.stack([widened(parts.get(key), like, NEUTRAL[key]) for parts in here])
-            by_path.setdefault(path, {})[key] = stacked if key == "T" else stacked[index]
-    return Composition(by_path, index)
-
-
-def widened(part: torch.Tensor | None, like: torch.Tensor, neutral: float) -> torch.Tensor:
-    if part is None:
-        return torch.full_like(like, neutral)
-    missing = [w for n, full in zip(reversed(part.shape), reversed(like.shape), strict=True) for w in (0, full - n)]
-    return F.pad(part, missing) if any(missing) else part
-
-
-def act(module: nn.Module, x: torch.Tensor, y: torch.Tensor, parts: Parts, own: torch.Tensor) -> torch.Tensor:
-    """The module's output with each row's adapter at work; `y` is its plain output. A row and its beams lie together,
-    so (rows·beams, …) is (rows, beams·…) to the adapters."""
-    n = len(own)
-    if "l" in parts:
-        scaled = x.reshape(n, -1, x.shape[-1]) * parts["l"][:, None]
-        y = type(module).forward(module, scaled.to(x.dtype).view(x.shape))
-    new = y.reshape(n, -1, y.shape[-1])
-    if "s" in parts:
-        new = torch.addcmul(parts["c"][:, None], parts["s"][:, None], new.to(parts["s"].dtype))
-    if "T" in parts:
-        new = torch.baddbmm(new.to(parts["B"].dtype), parts["T"][own[:, None], x.reshape(n, -1)], parts["B"].mT)
-    elif "A" in parts:
-        A, B = parts["A"], parts["B"]
-        new = product(new.to(B.dtype), x.reshape(n, -1, x.shape[-1]).to(A.dtype), A, B)
-    return new.view(y.shape).to(y.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a method's layer to parts
-# ---------------------------------------------------------------------------------------------------------------------
-def lora_parts(layer: LoRALayer) -> Parts:
-    return (
-        {"T": layer.A.T, "B": layer.gamma * layer.B} if layer.embedding else {"A": layer.A, "B": layer.gamma * layer.B}
-    )
-
-
-def dora_parts(layer: DoRALayer) -> Parts:
-    # W'·x + b = s ⊙ (W·x + b) + (1 − s) ⊙ b + s ⊙ γ·B·A·x
-    s, bias = layer.scale(), getattr(layer.owner[0], "bias", None)
-    c = torch.zeros_like(s) if bias is None else (1 - s) * bias[layer.rows]
-    return {"A": layer.A, "B": s[:, None] * layer.gamma * layer.B, "s": s, "c": c}
-
-
-def ia3_parts(layer: IA3Layer) -> Parts:
-    l = layer.l.flatten()  # noqa: E741
-    return {"l": l} if layer.feedforward else {"s": l, "c": torch.zeros_like(l)}
-
-
-PARTS = {LoRALayer: lora_parts, DoRALayer: dora_parts, IA3Layer: ia3_parts}
-
-
-@torch.no_grad()
-def parts_of(layers: Sequence[Layer]) -> dict[str, Parts]:
-    """{path: parts} of an adapter; the slices of one module together, in its full width."""
-    found: dict[str, Parts] = {}
-    for layer in layers:
-        if type(layer) not in PARTS:
-            raise ValueError(f"it holds a {type(layer).__name__}; a bank serves LoRA, DoRA and (IA)³ per row.")
-        new, here = {key: part.detach() for key, part in PARTS[type(layer)](layer).items()}, found.get(layer.path)
-        if any(layer.padding):
-            if "l" in new:
-                raise ValueError(f"it scales the inputs of a slice of {layer.path!r}, which is not done per row.")
-            for key in new.keys() - {"A", "T"}:
-                sides = (0, 0, *layer.padding) if key == "B" else layer.padding
-                new[key] = F.pad(new[key], sides, value=NEUTRAL[key])
-        if here is not None:  # the ranks of slices lie side by side; s is 1 and c is 0 outside a slice
-            joined = {"A": lambda a, b: torch.cat([a, b]), "s": torch.mul, "c": torch.add}
-            joined["B"] = joined["T"] = lambda a, b: torch.cat([a, b], dim=1)
-            new = {key: joined[key](here[key], part) for key, part in new.items()}
-        found[layer.path] = {key: part.contiguous() for key, part in new.items()}
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The files
-# ---------------------------------------------------------------------------------------------------------------------
-def check_component(name: str) -> None:
-    """A name comes from outside: it must not lead out of the folder."""
-    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\0:][^/\\\0:]{0,199}", name):
-        raise ValueError(f"{name!r} cannot name an adapter; use a word without slashes that begins with no dot.")
-
-
-def stamp(path: Path) -> tuple:
-    """How the two files look from outside; another content shows, except in files that are `racy`."""
-    looks = [os.stat(path / file) for file in (CONFIG, WEIGHTS) if (path / file).exists()]
-    return tuple((look.st_ino, look.st_size, look.st_mtime_ns, look.st_ctime_ns) for look in looks)
-
-
-def racy(seen: tuple) -> bool:
-    return any(time.time() - changed / 1e9 < RACY for *_, changed in seen)
 
 
 @dataclass
@@ -206,7 +79,7 @@ class Bank:
         self._lock = threading.RLock()
         self._paths: dict[str, Path] = {}  # what add() was given a path for
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # the least recently used first
-        self._last: tuple[list[dict[str, Parts] | None], list[int], Composition] = [], [], None
+        self._last: tuple[list[dict[str, Parts]], list[int], Composition] = [], [], Composition({}, torch.empty(0))
         self._running: ContextVar[Call | None] = ContextVar("running", default=None)
         self._hooks = [model.register_forward_pre_hook(self._listen, with_kwargs=True)]
         for path, module in model.named_modules():
@@ -236,7 +109,9 @@ class Bank:
                 self._paths[name] = path
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter; one in the folder is read again when it is next asked for. ValueError if there is none."""
+        """Forgets an adapter; one in the folder is read again when it is next asked for.
+
+        Raises ValueError if there is none of this name in memory."""
         with self._lock:
             if self._resident.pop(name, None) is None and name not in self._paths:
                 raise ValueError(f"There is no adapter {name!r} in memory; the bank has {self.names()}.")
@@ -288,6 +163,8 @@ class Bank:
         if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
             raise TypeError(f"adapters={adapters!r} is not a list with one adapter name or None per row of the batch.")
         batch = first_length((input_ids, *kwargs.values()))
+        if not len(adapters):
+            raise ValueError("adapters= is empty; a batch has at least one row.")
         if batch is not None and batch != len(adapters):
             raise ValueError(
                 f"adapters= has {len(adapters)} entries for a batch of {batch}; give one name or None per row."
@@ -322,21 +199,19 @@ class Bank:
         """
         names = list(dict.fromkeys(adapters))
         with self._lock:
-            found: dict[str | None, Resident | None] = {None: None}
-            wrong = {}
-            for name in names:
+            found, wrong = {None: BARE}, {}
+            for name in filter(None.__ne__, names):
                 try:
-                    found[name] = None if name is None else self._resolve(name, set(names))
+                    found[name] = self._resolve(name, set(names)).parts
                 except (ValueError, OSError) as error:
                     wrong[name] = str(error)
             if wrong:
                 raise ValueError("; ".join(f"{name!r} cannot be served: {why}" for name, why in wrong.items()))
             distinct, own = [found[name] for name in names], [names.index(name) for name in adapters]
-            content = [each and each.parts for each in distinct]
             before, rows, last = self._last
-            if rows != own or len(before) != len(content) or any(a is not b for a, b in zip(before, content)):
-                device = next(self.model.parameters()).device
-                self._last = content, own, last = content, own, gather(distinct, own, device)
+            if rows != own or [*map(id, before)] != [*map(id, distinct)]:
+                last = gather(distinct, own, next(self.model.parameters()).device)
+                self._last = distinct, own, last
             return last
 
     # -- memory -------------------------------------------------------------------------------------------------------
@@ -400,5 +275,25 @@ class Bank:
 
 
 def first_length(values: Iterable[object]) -> int | None:
-    """The length of the first tensor, which a model's batch has."""
-    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim), None)
+    """The length of the batch: of the first tensor of several dimensions (a position alone has one), else the first."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.ndim]
+    return next((len(value) for value in sorted(tensors, key=lambda value: value.ndim == 1)), None)
+
+
+def check_component(name: str) -> None:
+    """A name comes from outside: it must not lead out of the folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\0:][^/\\\0:]{0,199}", name):
+        raise ValueError(f"{name!r} cannot name an adapter; use a word without slashes that begins with no dot.")
+
+
+def stamp(path: Path) -> tuple:
+    """How the two files look from outside; another content shows, except in files that are `racy`."""
+    try:
+        looks = [os.stat(path / file) for file in (CONFIG, WEIGHTS)]
+    except FileNotFoundError:
+        return ()
+    return tuple((look.st_ino, look.st_size, look.st_mtime_ns, look.st_ctime_ns) for look in looks)
+
+
+def racy(seen: tuple) -> bool:
+    return any(time.time() - changed / 1e9 < RACY for *_, changed in seen)

@@ -15,7 +15,10 @@ from importlib import import_module
 from minipeft.course.exercises.lenses import through_lenses
 from minipeft.course.verdict import Exercise
 
-ASSIGNMENTS = ("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "budget", "rank")
+ASSIGNMENTS = (
+    *("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "budget", "rank"),
+    "serving",
+)
 
 
 @cache
