@@ -70,9 +70,7 @@ def clock(room: str):
 
 
 def ratios(task, counts, batches, steps: int, rank: int, times: int) -> None:
-    print(
-        f"{'K':>3} {'batch':>5}   K·fit / fit_many   K·PEFT / fit_many   (rank {rank}, {steps} steps, median of {times})"
-    )
+    print(f"{'K':>3} {'batch':>5}   K·fit / fit_many   K·PEFT / fit_many   (rank {rank}, median of {times})")
     for batch in batches:
         for count in counts:
             ours, theirs = [], []
