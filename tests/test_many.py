@@ -67,8 +67,8 @@ def test_each_run_equals_its_own_fit(schedule):
 
 @pytest.mark.parametrize("family", ["gpt2", "classifier", "t5"])
 def test_other_architectures(family):
-    """Conv1D with slices of a fused projection, a classifier, an encoder and decoder; the last in float64, for in float32
-    it moves numbers whose gradients are little but rounding, by steps of Adam that are not little."""
+    """Conv1D with slices of a fused projection, a classifier, an encoder and decoder; the last in float64, for in
+    float32 it moves numbers whose gradients are little but rounding, by steps of Adam that are not little."""
     exact = 1e-9 if family == "t5" else 1e-5
     from datasets import Dataset
 

@@ -31,7 +31,7 @@ def test_two_processes_learn_what_one_does():
     """The same global batches: every loss to 1e-5, and that of `fit`, which knows nothing of processes."""
     import minipeft as mp
 
-    count, two = losses("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    count, two = losses("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert count == 2 and len(two) == STEPS and two[-1] < two[0]
     tuned = mp.attach(mp.load("pocket")[0], mp.LoRA(rank=8))
     alone = mp.fit(tuned, mp.world.pirate(), steps=STEPS, batch=BATCH, lr=LR, progress=False)

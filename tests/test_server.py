@@ -56,6 +56,12 @@ def ask(client, model, prompt, tokens=TOKENS, **more):
     return client.completions.create(model=model, prompt=prompt, max_tokens=tokens, temperature=0, **more)
 
 
+def head(length: int) -> bytes:
+    """The beginning of a request whose body has so many bytes, for a client of our own."""
+    lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {length}"]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
 def settled(look, seconds: float = 10.0) -> bool:
     """Whether `look()` comes true."""
     end = time.monotonic() + seconds
@@ -240,9 +246,6 @@ def slow(engine, seconds: float = 0.03):
         engine._write = write
 
 
-HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_row(stream, running):
     address, engine, _ = running
@@ -250,7 +253,7 @@ def test_a_client_that_hangs_up_frees_its_row(stream, running):
     body = json.dumps({"model": "b", "prompt": "The", "max_tokens": LONG, "temperature": 0, "stream": stream})
     with slow(engine):
         with socket.create_connection(("127.0.0.1", port)) as line:
-            line.sendall(f"{HEAD}{len(body)}\r\n\r\n{body}".encode())
+            line.sendall(head(len(body)) + body.encode())
             assert settled(lambda: len(engine.rows) == 1)
         steps = engine.steps
         assert settled(lambda: not engine.rows) and engine.steps - steps < LONG / 2
@@ -286,7 +289,7 @@ def test_a_full_queue_says_so(folder):
 def test_a_body_that_does_not_come(folder):
     with serving.served(folder, seconds=0.3) as (address, *_):
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=10) as line:
-            line.sendall(f"{HEAD}99\r\n\r\n{{".encode())
+            line.sendall(head(99) + b"{")
             assert b" 408 " in line.recv(1000)
 
 

@@ -1,8 +1,7 @@
 """LoRA under DistributedDataParallel: each process has the whole frozen base and a share of every batch.
 
     python tools/scale/ddp.py                                   one process
-    torchrun --nproc_per_node 2 tools/scale/ddp.py              two, with the same losses
-    accelerate launch --cpu --num_processes 2 tools/scale/ddp.py
+    torchrun --standalone --nproc_per_node 2 tools/scale/ddp.py              two, with the same losses
 
 Only the adapter's gradients travel: 4 bytes a trained number and step, where full fine-tuning sends the whole model's.
 """
