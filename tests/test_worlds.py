@@ -70,4 +70,4 @@ def test_the_explorer_draws_what_a_round_reports():
         assert mebibytes * 2**20 == pytest.approx(happened.down)
     assert widths["ffa"] < 1e-6 and explorer.image.value
     explorer.controls["clients"].value = 1
-    assert max(bar.get_width() for bar in explorer.figure.axes[0].patches) < 1e-6 or explorer.controls["rank"].value < 2
+    assert max(bar.get_width() for bar in explorer.figure.axes[0].patches) < 1e-6, "alone, nothing is missed"

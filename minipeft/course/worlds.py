@@ -22,71 +22,6 @@ FILE = Path(__file__).with_name("worlds.json")
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), 100  # the second is the seed with which a learning rate is chosen
 
 
-# Sites: four clients with a dialect each, and six ways to average ------------------------------------------
-CLIENTS, ROWS, ROUNDS, LOCAL = 4, 40, 3, 5
-SITE_RATES = (1e-2, 3e-2, 1e-1)
-
-
-def dialects(split: str, seed: int, n: int | None = None):
-    """Pirate stories and forecasts, as two pools of rows. Validation rows are of a seed that no training has."""
-    from minipeft.world import tasks
-
-    pools = [make(600, 100, 50 + seed if split == "train" else 90 + (split == "test")) for make in
-             (tasks.pirate, tasks.forecast)]  # fmt: skip
-    rows = [task.data["train" if split == "train" else "test"] for task in pools]
-    return [each.select(range(n)) for each in rows] if n else rows
-
-
-def both(model, split: str) -> float:
-    """The mean loss on the two dialects, in nats a token, on 50 rows of each."""
-    from minipeft.learn.fit import evaluate
-
-    return statistics.fmean(evaluate(model, rows).loss for rows in dialects(split, 0, 50))
-
-
-def site(rule: str, lr: float, seed: int, split: str) -> dict:
-    from minipeft.learn.federated import federate, parted
-    from minipeft.learn.plan import Plan
-    from minipeft.methods.lora import LoRA
-    from minipeft.world.base import load
-
-    model, plan = load("pocket")[0], Plan(steps=LOCAL, lr=lr, batch=8, seed=seed)
-    clients = parted(dialects("train", seed), CLIENTS, 1.0, ROWS, seed)
-    if rule == "pooled":
-        from datasets import concatenate_datasets
-
-        from minipeft.attach import attach
-        from minipeft.learn.fit import fit
-
-        tuned = attach(model, LoRA(rank=4), seed=seed)
-        rows = concatenate_datasets([client.data for client in clients])
-        fit(tuned, rows, steps=ROUNDS * LOCAL, lr=lr, batch=8 * CLIENTS, seed=seed, progress=False)
-        return {"loss": both(tuned, split)}
-    done = federate(model, LoRA(rank=4), clients, rule, ROUNDS, plan)
-    last = done.rounds[-1]
-    up, down = (sum(values) for values in zip(*((r.up[clients[0].name], r.down) for r in done.rounds), strict=True))
-    return {"loss": both(done.tuned(model), split), "missed": last.missed, "up": up, "down": down}
-
-
-def sites(notes: Notes) -> dict:
-    """Loss on both dialects together after three rounds of five local steps; "pooled" trains in one place on all rows,
-    in batches four times as large."""
-    from minipeft.learn.averaging import RULES
-    from minipeft.world.base import load
-
-    rules, runs, rates = ("pooled", *RULES), [], {}
-    before = notes.get("sites before", lambda: {"loss": both(load("pocket")[0], "test")})["loss"]
-    for rule in rules:
-        rates[rule] = notes.best_rate(
-            f"sites {rule}", lambda lr, rule=rule: site(rule, lr, CHOOSING, "validation")["loss"], SITE_RATES
-        )
-    for seed in SEEDS:
-        for rule in rules:
-            found = notes.get(f"sites {rule} 1 {seed}", lambda r=rule, s=seed: site(r, rates[r], s, "test"))
-            runs.append({"rule": rule, "seed": seed} | found)
-    return {"before": before, "rates": rates, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS, "local": LOCAL}
-
-
 # Drift: pirate, then forecasts, then pirate again -------------------------------------------------------------------
 LENGTHS, BATCH, THRESHOLDS = (20, 20, 10), 8, (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -98,22 +33,22 @@ def meet(way: str, lr: float, seed: int) -> dict:
     from minipeft.world import corpus, tasks
     from minipeft.world.base import load
 
+    tested = {"pirate": tasks.pirate, "forecast": tasks.forecast}
     worlds = [tasks.pirates(), corpus.forecasts(), tasks.pirates()]
     found = follow(load("pocket")[0], LoRA(rank=4), regimes(worlds, LENGTHS, BATCH, seed), way, lr, seed=seed)
-    kept = forgetting(found, {"pirate": dialects("test", 0, 50)[0], "forecast": dialects("test", 0, 50)[1]})
+    tests = {name: make(600, 100, 91).data["test"].select(range(50)) for name, make in tested.items()}
+    kept = forgetting(found, tests)
     return {"losses": found.losses, "alarms": found.alarms, "used": found.used, "kept": kept}
 
 
-def still(way: str, seed: int) -> dict:
-    """The losses on a stream that does not change, so that every alarm is false."""
+def still(seed: int) -> dict:
+    """The losses of an adapter on a stream that does not change, so that every alarm is false."""
     from minipeft.learn.stream import follow, regimes
     from minipeft.methods.lora import LoRA
     from minipeft.world import tasks
     from minipeft.world.base import load
 
-    return {
-        "losses": follow(load("pocket")[0], LoRA(rank=4), regimes([tasks.pirates()], [50], BATCH, seed), way).losses
-    }
+    return {"losses": follow(load("pocket")[0], LoRA(rank=4), regimes([tasks.pirates()], [50], BATCH, seed)).losses}
 
 
 def drift(notes: Notes) -> dict:
@@ -128,14 +63,11 @@ def drift(notes: Notes) -> dict:
         for way in WAYS:
             found = notes.get(f"drift {way} {seed}", lambda w=way, s=seed: meet(w, rates[w], s))
             runs.append({"way": way, "seed": seed} | found)
-    quiet = {
-        way: [notes.get(f"drift still {way} {s}", lambda w=way, s=s: still(w, 200 + s))["losses"] for s in range(5)]
-        for way in ("frozen", "one")
-    }
+    quiet = [notes.get(f"drift still {seed}", lambda s=seed: still(200 + s))["losses"] for seed in range(5)]
     return {"rates": rates, "lengths": LENGTHS, "batch": BATCH, "runs": runs, "still": quiet}
 
 
-PARTS: dict[str, Callable[[Notes], dict]] = {"drift": drift, "sites": sites}
+PARTS: dict[str, Callable[[Notes], dict]] = {"drift": drift}
 
 
 def measure(notes: Notes, parts=PARTS) -> Iterator[tuple[str, dict]]:
