@@ -76,7 +76,7 @@ def interval(values: Sequence[float]) -> Interval:
     if n < 2 or not all(map(math.isfinite, values)):
         raise ValueError(f"An interval needs two figures or more, all of them numbers, not {list(values)}.")
     mean = statistics.fmean(values)
-    half = t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 
