@@ -204,7 +204,7 @@ def groups(model: nn.Module, lr: float) -> list[dict]:
     return [{"params": parameters, "lr": lr * rate} for rate, parameters in found.items()]
 
 
-def _step(model, inputs, optimizer, objective: Objective) -> float:
+def _step(model, inputs, optimizer, objective: Objective = own_loss) -> float:
     """One step; returns the objective's value. What the method adds to it acts on the way back; see `steps.py`."""
     with model.by_itself() if isinstance(model, Tuned) else contextlib.nullcontext():
         loss = objective(model, inputs)

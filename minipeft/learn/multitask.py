@@ -61,7 +61,7 @@ def joint(model: nn.Module, method: Method, tasks: Mapping[str, Task], plan: Pla
     for step, inputs in enumerate(inputs for turn in zip(*streams, strict=True) for inputs in turn):
         with torch.random.fork_rng():
             torch.manual_seed(plan.seed * 1_000_003 + step)
-            loss = _step(tuned, inputs, optimizer, step + 1)
+            loss = _step(tuned, inputs, optimizer)
         if not math.isfinite(loss):
             raise ValueError(
                 f"The loss became {loss} at step {step} with lr={plan.lr:g}; take a rate ten times smaller."

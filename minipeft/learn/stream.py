@@ -190,7 +190,7 @@ class _Learner:
         tuned.train()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed * 1_000_003 + self.taken)
-            _step(tuned, inputs, self.optimizers[name], self.taken)
+            _step(tuned, inputs, self.optimizers[name])
         tuned.eval()
 
 
