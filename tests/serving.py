@@ -46,11 +46,11 @@ def alone(path: Path | None, prompt: str, tokens: int) -> str:
 def served(folder: Path, rows: int = 8, waiting: int = 1000, token: str | None = None, watch: float = 0.05, **limits):
     """A running server: (address, engine, service)."""
     import uvicorn
-    from minipeft.serve.tenants import Bank
 
     from minipeft.serve.engine import Engine
     from minipeft.serve.folder import Folder
     from minipeft.serve.server import Limits, Service, application
+    from minipeft.serve.tenants import Bank
 
     torch.set_num_threads(1)
     model = base()

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from minipeft.learn.protocol import best_rate, paired
 from minipeft.whole import write_whole
 
 
@@ -26,35 +27,13 @@ class Notes:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def best_rate(self, name: str, loss: Callable[[float], float], rates: Sequence[float]) -> float:
-        """The rate with the least loss; the row is widened while the best is at an end of it."""
-        rates = list(rates)
-        found = {lr: self.get(f"{name} rate {lr:g}", lambda lr=lr: {"loss": loss(lr)})["loss"] for lr in rates}
-        while (best := min(rates, key=found.get)) in (rates[0], rates[-1]) and 1e-5 < best < 1:
-            new = beside(best, down=best == rates[0])
-            rates = sorted([*rates, new])
-            found[new] = self.get(f"{name} rate {new:g}", lambda lr=new: {"loss": loss(lr)})["loss"]
-        return best
-
-
-def beside(rate: float, down: bool) -> float:
-    """Half a decade further: 1e-2 → 3e-2 → 1e-1, or down."""
-    mantissa, exponent = f"{rate:.0e}".split("e")
-    return float(f"3e{int(exponent) - down}" if mantissa == "1" else f"1e{int(exponent) + 1 - down}")
+        """The rate with the least loss; see `protocol.best_rate`."""
+        return best_rate(lambda lr: self.get(f"{name} rate {lr:g}", lambda: {"loss": loss(lr)})["loss"], rates)[0]
 
 
 def spread(values: list[float]) -> str:
     """The mean over the seeds with the least and the largest, for a table."""
     return f"{statistics.fmean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
-
-
-def paired(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """The mean of ours − theirs, seed by seed, and its 95 % interval (Student's t)."""
-    from scipy.stats import t
-
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, n = statistics.fmean(differences), len(differences)
-    half = t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
-    return mean, mean - half, mean + half
 
 
 def verdict(ours: list[float], theirs: list[float], least: float) -> str:

@@ -29,6 +29,7 @@ from minipeft.front import IGNORE
 from minipeft.layer import Method
 from minipeft.learn.distill import Distil
 from minipeft.learn.fit import batches, evaluate, fit
+from minipeft.learn.protocol import half_decade
 from minipeft.methods.lora import LoRA
 from minipeft.methods.select import Full
 from minipeft.whole import write_whole
@@ -42,13 +43,6 @@ TARGET, MOST, EVERY, TEXTS = 1.4, 90, 10, 60  # of part 2: nats a token, steps, 
 SMOOTHING = 0.1
 
 
-def halves(lr: float, up: bool) -> float:
-    """The next rate on the grid 1, 3, 10, 30, …"""
-    mantissa, exponent = f"{lr:.0e}".split("e")
-    power = int(exponent)
-    return float(f"3e{power - (not up)}") if mantissa == "1" else float(f"1e{power + up}")
-
-
 def best_rate(measure: Callable[[float], float], rates: tuple[float, ...]) -> tuple[float, dict[float, float]]:
     """(best, {rate: measure}): the least of `measure`, on a grid that grows while the best is at one of its ends."""
     found = {lr: measure(lr) for lr in rates}
@@ -56,7 +50,7 @@ def best_rate(measure: Callable[[float], float], rates: tuple[float, ...]) -> tu
         best, ends = min(found, key=found.get), (min(found), max(found))
         if best not in ends or math.isinf(found[best]) or not 1e-6 < best < 10:
             return best, dict(sorted(found.items()))
-        new = halves(best, up=best == ends[1])
+        new = half_decade(best, up=best == ends[1])
         found[new] = measure(new)
 
 
@@ -177,14 +171,6 @@ def at_target(run: dict, before: tuple[float, float], target: float = TARGET) ->
             share = (task[i - 1] - target) / (task[i - 1] - task[i])
             return old[i - 1] + share * (old[i] - old[i - 1])
     return math.inf
-
-
-def paired(one: list[float], other: list[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of one − other over paired seeds: Student's 95 % interval."""
-    from scipy import stats
-
-    interval = stats.ttest_rel(one, other).confidence_interval(0.95)
-    return sum(a - b for a, b in zip(one, other, strict=True)) / len(one), float(interval.low), float(interval.high)
 
 
 def verdict(difference: tuple[float, float, float], least: float) -> str:
