@@ -152,8 +152,7 @@ class Tuned(StandIn):
         """Takes one adapter off; the others stay as they are. ValueError for an unknown name, and when merged."""
         self.check_open("delete")
         (name,) = self._known((name,))
-        left = tuple(other for other in self.active if other != name)
-        self.use({other: self._state.weights.get(other, 1.0) for other in left})
+        self.use({other: weight for other, weight in self.weights.items() if other != name})
         del self.adapters[name], self.methods[name]
         for seat in self._seats.values():
             seat.layers.pop(name, None)
@@ -167,6 +166,11 @@ class Tuned(StandIn):
     def active(self) -> tuple[str, ...]:
         """The names of the active adapters."""
         return self._state.active
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """{name: how much of it counts} of the active adapters; 1.0 unless `use` said otherwise."""
+        return {name: self._state.weights.get(name, 1.0) for name in self.active}
 
     @contextlib.contextmanager
     def disabled(self):
@@ -329,8 +333,7 @@ class Tuned(StandIn):
 
     def _shares(self) -> list[tuple[Layer, float]]:
         """The layers of the active adapters, each with the weight that `use` gave its adapter."""
-        every = [(name, layer) for name in self.active for layer in self.adapters[name].values()]
-        return [(layer, self._state.weights.get(name, 1.0)) for name, layer in every]
+        return [(layer, weight) for name, weight in self.weights.items() for layer in self.adapters[name].values()]
 
     def _must_act(self) -> None:
         """Raises ValueError for a changed weight whose module is never called: merged, it would begin to count."""

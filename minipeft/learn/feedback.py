@@ -13,23 +13,8 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 
-import torch
-
 from minipeft.attach import Tuned
-from minipeft.layer import Layer
 from minipeft.merging import merged
-
-
-class _Scaled:
-    """A layer whose change is α times that of another."""
-
-    slots = ()
-
-    def __init__(self, layer: Layer, alpha: float):
-        self.layer, self.alpha, self.path = layer, alpha, layer.path
-
-    def changes(self) -> dict[str, torch.Tensor]:
-        return {name: self.alpha * change for name, change in self.layer.changes().items()}
 
 
 @contextlib.contextmanager
@@ -51,12 +36,12 @@ def integrated(tuned: Tuned, alphas: Mapping[str, float]) -> Iterator[Tuned]:
         layers = list(tuned.adapters[name].values())
         if replacing := [layer.path for layer in layers if layer.slots]:
             raise ValueError(f"{name!r} replaces {replacing[0]} instead of adding to it, so it takes no α.")
-        scaled += [_Scaled(layer, alpha) for layer in layers if alpha != 0]
-    before = tuned.active
+        scaled += [(layer, alpha) for layer in layers if alpha != 0]
+    before = tuned.weights
     tuned.use()
     try:
         weights, _ = merged(tuned.base, scaled)
         with tuned.installed(weights):
             yield tuned
     finally:
-        tuned.use(*before)
+        tuned.use(before)

@@ -77,7 +77,7 @@ def weighted(tuned: Tuned, weights: Mapping[str, float]) -> Iterator[Tuned]:
 
     Raises ValueError for α that is no number, an unknown adapter, and one that has no γ to scale.
     """
-    before, gammas = tuned.active, []
+    before, gammas = tuned.weights, []
     for name, alpha in weights.items():
         if name not in tuned.adapters:
             raise ValueError(f"There is no adapter {name!r}; this model carries {list(tuned.adapters)}.")
@@ -95,7 +95,7 @@ def weighted(tuned: Tuned, weights: Mapping[str, float]) -> Iterator[Tuned]:
     finally:
         for layer, gamma, _ in gammas:
             layer.gamma = gamma
-        tuned.use(*before)
+        tuned.use(before)
 
 
 def losses(model: nn.Module, tasks: Mapping[str, Task], n: int | None = None) -> dict[str, float]:

@@ -196,7 +196,7 @@ def weighted(tuned: Tuned, weights: Mapping[str, float]) -> Iterator[Tuned]:
     layers = [(layer, w) for each, w in weights.items() for layer in tuned.adapters[each].values()]
     if other := next((layer for layer, _ in layers if type(layer) is not LoRALayer), None):
         raise ValueError(f"A {type(other).__name__} has no γ alone to weigh it by; only LoRA adapters are weighted.")
-    gammas, active = [layer.gamma for layer, _ in layers], tuned.active
+    gammas, before = [layer.gamma for layer, _ in layers], tuned.weights
     try:
         for layer, w in layers:
             layer.gamma *= w
@@ -205,4 +205,4 @@ def weighted(tuned: Tuned, weights: Mapping[str, float]) -> Iterator[Tuned]:
     finally:
         for (layer, _), gamma in zip(layers, gammas, strict=True):
             layer.gamma = gamma
-        tuned.use(*active)
+        tuned.use(before)
