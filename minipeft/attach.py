@@ -231,15 +231,17 @@ class Tuned(StandIn):
     def penalty(self) -> torch.Tensor | float:
         """What the active methods add to the loss (AdaLoRA's orthogonality, the balance of experts); 0.0 for most.
 
-        The loss that a transformers model returns brings its gradient along, and shows the task's loss alone. Where the
-        loss is one's own, made from logits, this must be added to it.
+        In training, the loss that a transformers model returns brings its gradient along, and shows the task's loss
+        alone. Where the loss is one's own, made from logits, this must be added to it.
         """
         every = [(method, list(self.adapters[name].values())) for name in self.active for method in self.methods[name]]
         return sum((method.penalty(layers) for method, layers in every), 0.0)
 
     def along(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss, unchanged, which brings the penalty's gradient along on the way back."""
-        penalty = 0.0 if self._state.silent else self.penalty()
+        """The loss, unchanged, which in training brings the penalty's gradient along on the way back."""
+        names = () if self._state.silent else self.active
+        methods = [(m, list(self.adapters[name].values())) for name in names for m in self.methods[name]]
+        penalty = sum((m.penalty(layers) for m, layers in methods if self.training or m.of_the_call), 0.0)
         return Along.apply(loss, penalty) if torch.is_tensor(penalty) else loss
 
     @contextlib.contextmanager

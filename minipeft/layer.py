@@ -40,6 +40,7 @@ class Method:
 
     `examples`: settings that fit even a tiny model; the tests try the method with each of them.
     `formula`: how many numbers a target takes, in Python, of d_in, d_out and the settings; "" where no formula says it.
+    `of_the_call`: whether the penalty is about the call that was made; it then comes along outside training, too.
     """
 
     def __new__(cls, *_, **settings: object):
@@ -53,6 +54,7 @@ class Method:
 
     examples: tuple[dict[str, object], ...] = ({},)
     formula: str = ""
+    of_the_call: bool = False
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Layer]]:
         """Says where layers go, as {key: maker}; raises ValueError, with the model untouched, when they cannot.

@@ -45,7 +45,10 @@ def unrounded(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> dict[Sl
 
 def trained(layers: Sequence[tuple[Layer, float]]) -> dict[Slot, torch.Tensor]:
     """The trained copies, by every place that points to one."""
-    return {slot: layer.value.detach() for layer, _ in layers for slot in layer.slots}
+    found: dict[Slot, torch.Tensor] = {}
+    for layer in (layer for layer, _ in layers if layer.slots):
+        found |= dict.fromkeys(layer.slots, layer.value.detach())  # one tensor, so that what is tied stays tied
+    return found
 
 
 def summed(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> dict[Slot, torch.Tensor]:

@@ -20,7 +20,7 @@ METHODS = {
 def attached(name: str):
     tuned = mp.attach(tiny.llama(tied=False), METHODS[name], seed=1)
     tiny.randomise(tuned, scale=0.2)
-    return tuned
+    return tuned.train()
 
 
 def gradients(tuned, parts: int = 1, scale: float = 1.0) -> torch.Tensor:

@@ -48,6 +48,7 @@ class Experts(Method):
     balance: float = 0.01
 
     examples = ({"bottleneck": 4, "activation": "gelu"},)
+    of_the_call = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placement", check_placement(self.placement, self.top))

@@ -86,7 +86,10 @@ def settle(model, dtype) -> None:
 def outcome(model, batch: dict, mine: bool) -> dict[str, torch.Tensor]:
     """Logits, loss, gradients, under PEFT's names."""
     output = model(**batch) if mine else model.base_model(**batch)  # PEFT adds AdaLoRA's penalty in the latter only
-    output.loss.backward()  # which brings the penalty along, here too
+    if mine:
+        (output.loss + model.penalty()).backward()
+    else:
+        output.loss.backward()
     result = {"logits": output.logits.detach()}
     return result | {f"grad {common(n)}": p.grad for n, p in model.named_parameters() if p.requires_grad}
 
@@ -325,10 +328,10 @@ def test_adalora_allocates_the_same_ranks_in_200_steps(targets, interval, tmp_pa
         batch = tiny.batch(tuned, seed=step % 11)
         for optimizer, model in zip(optimizers, (reference, tuned), strict=True):
             optimizer.zero_grad()
-            (model if model is tuned else model.base_model)(**batch).loss.backward()
+            loss = model(**batch).loss + model.penalty() if model is tuned else model.base_model(**batch).loss
+            loss.backward()
             optimizer.step()
-            if model is reference:  # here the optimizer says it
-                model.base_model.update_and_allocate(step)
+            model.base_model.update_and_allocate(step) if model is reference else model.stepped(step)
         seen.append(sum(ranks(tuned).values()))
         if config.rank_pattern:
             kept = {name.replace(".lora_E.default", ""): kept for name, kept in config.rank_pattern.items()}
