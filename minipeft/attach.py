@@ -256,8 +256,8 @@ class Tuned(StandIn):
     def stepped(self, step: int | None = None) -> None:
         """An optimizer step was taken, and its gradients are still there: AdaLoRA moves its ranks here.
 
-        torch's optimizers make it known by themselves; a call right after such a step changes nothing. `step` is not
-        needed: the methods count.
+        In training, torch's optimizers make it known by themselves, and a call right after such a step changes nothing.
+        `step` is not needed: the methods count.
         """
         told, self.told = self.told, False
         if not told:

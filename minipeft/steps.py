@@ -13,14 +13,14 @@ _LISTENING: weakref.WeakSet = weakref.WeakSet()  # the models of which a method 
 
 
 def listen(tuned: torch.nn.Module) -> None:
-    """From now on, `tuned` hears of each step of an optimizer that holds its active parameters."""
+    """From now on, in training, `tuned` hears of each step of an optimizer that holds its active parameters."""
     _LISTENING.add(tuned)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for tuned in list(_LISTENING):
-        layers = tuned.layers() if tuned.hears() else ()
+        layers = tuned.layers() if tuned.training and tuned.hears() else ()
         if any(p.requires_grad and id(p) in held for layer in layers for p in layer.parameters()):
             tuned.told = False
             tuned.stepped()
