@@ -245,7 +245,7 @@ def contents(path: Path) -> tuple[bytes, bytes]:
     """The bytes of the two files, of one save even while another one is under way."""
     while True:
         for file in (CONFIG, WEIGHTS):
-            if not current(path, file).is_file():
+            if not ((path / SAVING / file).is_file() or (path / file).is_file()):  # in the order in which it moves
                 raise ValueError(f"it has no {file}; an adapter is a directory with {CONFIG} and {WEIGHTS}.")
         with contextlib.suppress(FileNotFoundError):  # one was moved into its place meanwhile
             text, weights = current(path, CONFIG).read_bytes(), current(path, WEIGHTS).read_bytes()
