@@ -148,6 +148,16 @@ class Tuned(StandIn):
         listen(self)
         self._refresh()
 
+    @contextlib.contextmanager
+    def using(self, weights: Mapping[str, float]):
+        """Within it, `use(weights)`; afterwards what was active before, as much as it counted then."""
+        before = self.weights
+        self.use(weights)
+        try:
+            yield self
+        finally:
+            self.use(before)
+
     def delete(self, name: str) -> None:
         """Takes one adapter off; the others stay as they are. ValueError for an unknown name, and when merged."""
         self.check_open("delete")

@@ -36,6 +36,12 @@ class State:
         return self.rows.get(threading.get_ident()) if self.rows else None
 
 
+def in_part(after: After, weight: float, output: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """output + weight·(new output − output), in at least float32, so that little of little is not rounded away."""
+    wide = output.to(torch.promote_types(output.dtype, torch.float32))
+    return torch.lerp(wide, after(wide, *rest), weight).to(output.dtype)
+
+
 class Seat:
     """The hook on one module of the base, and what the layers that sit there do to its output: {adapter name: …}."""
 
@@ -56,8 +62,7 @@ class Seat:
             for name in state.active:
                 weight = state.weights.get(name, 1.0)
                 for _, after in self.layers.get(name, ()):
-                    changed = after(output, x, plain)
-                    output = changed if weight == 1 else torch.lerp(output, changed, weight)
+                    output = after(output, x, plain) if weight == 1 else in_part(after, weight, output, x, plain)
             return output
         if x.shape[0] != rows.batch:
             raise ValueError(

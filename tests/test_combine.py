@@ -104,7 +104,7 @@ def test_adapters_weighted_act_as_their_sum_and_are_as_before_afterwards(tuned):
     want = tuned(**batch).logits
     before = tiny.snapshot(tuned.adapters), of(tuned, "z")
     tuned.use("b")
-    with pytest.raises(KeyError), c.weighted(tuned, WEIGHTS):
+    with pytest.raises(KeyError), tuned.using(WEIGHTS):
         torch.testing.assert_close(tuned(**batch).logits, want, atol=1e-4, rtol=0)
         raise KeyError
     assert tuned.active == ("b",)

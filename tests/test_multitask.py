@@ -66,15 +66,15 @@ def test_weighted_is_the_weighted_sum_of_the_changes(name):
     tuned.use("z")
     batch = tiny.batch(model)
     alone = tuned(**batch).logits
-    with multitask.weighted(tuned, {"a": 0.3, "z": -2.0}):
+    with tuned.using({"a": 0.3, "z": -2.0}):
         for path, got in tuned.deltas().items():
             assert torch.allclose(got, 0.3 * deltas["a"][path] - 2.0 * deltas["z"][path], atol=1e-6)
     assert tuned.active == ("z",) and torch.equal(tuned(**batch).logits, alone)
-    with multitask.weighted(tuned, {"a": 1.0, "z": 1.0}):
+    with tuned.using({"a": 1.0, "z": 1.0}):
         summed = tuned(**batch).logits
     tuned.use("a", "z")
     assert torch.equal(tuned(**batch).logits, summed)
-    with multitask.weighted(tuned, {"a": 0.0}), torch.no_grad():
+    with tuned.using({"a": 0.0}), torch.no_grad():
         zero = tuned(**batch).logits
     with tuned.disabled():
         assert torch.allclose(zero, tuned(**batch).logits, atol=1e-6)
@@ -90,12 +90,12 @@ def test_wrong_settings_say_what_to_do():
                 make(model, METHOD, several, PLAN)
             assert not hasattr(model, "_tuned")
     tuned = mp.attach(model, METHOD)
-    tuned.add("soft", mp.Adapter(2))
+    tuned.add("soft", mp.PromptTuning(length=2))
     for weights, message in (
         ({"pirate": 1.0}, "no adapter 'pirate'"),
         ({"default": math.nan}, "is nan"),
-        ({"default": 2.0, "soft": 1.0}, "has no γ"),
+        ({"default": 2.0, "soft": 0.5}, "no change that could be weighted"),
     ):
-        with pytest.raises(ValueError, match=message), multitask.weighted(tuned, weights):
+        with pytest.raises(ValueError, match=message), tuned.using(weights):
             pass
     assert all(layer.gamma == 1.5 for layer in tuned.adapters["default"].values()) and tuned.active == ("default",)

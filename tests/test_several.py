@@ -127,6 +127,23 @@ def test_weights_are_copied_and_trained():
     assert all(p.grad is None for p in tuned.adapters["b"].parameters())
 
 
+def test_a_small_weight_is_not_rounded_away_in_bfloat16():
+    """Half of a small change in bfloat16: nearer to half of float32's than the base is."""
+    wide = mp.attach(model(), mp.LoRA(rank=2))
+    tiny.randomise(wide, scale=0.2)
+    narrow = copy.deepcopy(wide)
+    narrow.base.to(torch.bfloat16)
+    batch = tiny.batch(wide.base)
+    found = {}
+    for name, tuned in (("wide", wide), ("narrow", narrow)):
+        with tuned.disabled():
+            base = tuned(**batch).logits.float()
+        with tuned.using({"default": 0.25}):
+            found[name] = tuned(**batch).logits.float() - base
+        assert tuned.weights == {"default": 1.0}
+    assert (found["narrow"] - found["wide"]).norm() < 0.3 * found["wide"].norm()
+
+
 # -- delete -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("gone", [*METHODS, "full", "prompt", "adapter", "prefix"])
 def test_what_is_deleted_leaves_no_trace(gone):

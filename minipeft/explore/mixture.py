@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from minipeft.attach import Tuned
 from minipeft.explore.slider import BLUE, GREEN, GREY, SliderPlot
 from minipeft.learn.fit import evaluate
-from minipeft.serve.combine import weighted
 from minipeft.world.base import write
 from minipeft.world.corpus import pretty
 from minipeft.world.tasks import Task
@@ -39,7 +38,7 @@ class MixtureExplorer(SliderPlot):
     def losses(self, **weights: float) -> dict[str, float]:
         key = tuple(weights.values())
         if key not in self.known:
-            with weighted(self.tuned, weights):
+            with self.tuned.using(weights):
                 self.known[key] = {name: evaluate(self.tuned, task, n=self.n).loss for name, task in self.tasks.items()}
                 self.written[key] = pretty(write(self.tuned, self.tuned.tokenizer, temperature=0)[0])
         return self.known[key]

@@ -37,11 +37,7 @@ def integrated(tuned: Tuned, alphas: Mapping[str, float]) -> Iterator[Tuned]:
         if replacing := [layer.path for layer in layers if layer.slots]:
             raise ValueError(f"{name!r} replaces {replacing[0]} instead of adding to it, so it takes no α.")
         scaled += [(layer, alpha) for layer in layers if alpha != 0]
-    before = tuned.weights
-    tuned.use()
-    try:
+    with tuned.using({}):
         weights, _ = merged(tuned.base, scaled)
         with tuned.installed(weights):
             yield tuned
-    finally:
-        tuned.use(before)

@@ -9,16 +9,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from minipeft.attach import Tuned, attach
-from minipeft.layer import Method, WeightLayer
+from minipeft.layer import Method
 from minipeft.learn.fit import History, _step, batches, evaluate, groups, training
 from minipeft.learn.plan import Plan
 from minipeft.world.tasks import Task
@@ -69,33 +68,6 @@ def joint(model: nn.Module, method: Method, tasks: Mapping[str, Task], plan: Pla
         scheduler.step()
     tuned.eval()
     return tuned
-
-
-@contextlib.contextmanager
-def weighted(tuned: Tuned, weights: Mapping[str, float]) -> Iterator[Tuned]:
-    """Within it, the model computes with W + Σ_s α_s·ΔW_s; afterwards the adapters are as they were.
-
-    Raises ValueError for α that is no number, an unknown adapter, and one that has no γ to scale.
-    """
-    before, gammas = tuned.weights, []
-    for name, alpha in weights.items():
-        if name not in tuned.adapters:
-            raise ValueError(f"There is no adapter {name!r}; this model carries {list(tuned.adapters)}.")
-        if not math.isfinite(alpha):
-            raise ValueError(f"The weight of {name!r} is {alpha}; give a number.")
-        for layer in tuned.adapters[name].values():
-            if not (isinstance(layer, WeightLayer) and hasattr(layer, "gamma")):
-                raise ValueError(f"{name!r} holds a {type(layer).__name__}, which has no γ; use LoRA.")
-            gammas.append((layer, layer.gamma, alpha))
-    try:
-        for layer, gamma, alpha in gammas:
-            layer.gamma = alpha * gamma
-        tuned.use(*weights)
-        yield tuned
-    finally:
-        for layer, gamma, _ in gammas:
-            layer.gamma = gamma
-        tuned.use(before)
 
 
 def losses(model: nn.Module, tasks: Mapping[str, Task], n: int | None = None) -> dict[str, float]:

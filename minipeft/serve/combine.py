@@ -14,9 +14,8 @@ Adding A to A and B to B is not on the list. (ΣB_k)·(ΣA_k) holds B_1·A_2 as 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -187,22 +186,3 @@ def check(tuned: Tuned, names: Sequence[str] | Mapping[str, float]) -> None:
         w = names[each] if isinstance(names, Mapping) else 1.0
         if isinstance(w, bool) or not isinstance(w, int | float) or not math.isfinite(w):
             raise ValueError(f"The weight of {each!r} is {w!r}, which is not a finite number.")
-
-
-@contextlib.contextmanager
-def weighted(tuned: Tuned, weights: Mapping[str, float]) -> Iterator[Tuned]:
-    """Within it these LoRA adapters act together, each as w_k·ΔW_k and no other: Σ w_k·ΔW_k without a new adapter."""
-    check(tuned, weights)
-    layers = [(layer, w) for each, w in weights.items() for layer in tuned.adapters[each].values()]
-    if other := next((layer for layer, _ in layers if type(layer) is not LoRALayer), None):
-        raise ValueError(f"A {type(other).__name__} has no γ alone to weigh it by; only LoRA adapters are weighted.")
-    gammas, before = [layer.gamma for layer, _ in layers], tuned.weights
-    try:
-        for layer, w in layers:
-            layer.gamma *= w
-        tuned.use(*weights)
-        yield tuned
-    finally:
-        for (layer, _), gamma in zip(layers, gammas, strict=True):
-            layer.gamma = gamma
-        tuned.use(before)
