@@ -93,6 +93,10 @@ install() { # real,test
         fi
         fail "the installation failed (${said:-see $log}); all that pip said is in $log."
     fi
+    # JupyterLab asks in a pop-up whether it may fetch news, unless it is told.
+    mkdir -p .venv/share/jupyter/lab/settings
+    echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
+        >.venv/share/jupyter/lab/settings/overrides.json
     { fingerprint && tr , '\n' <<<"$1"; } >"$stamp"
 }
 

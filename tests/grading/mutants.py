@@ -56,6 +56,13 @@ EQUIVALENT = {  # a pattern of "exercise: old → new", and why it alters nothin
     r"^repaired_memory: .*element_size\(\) < 3": "no type has three bytes",
     r": .* → .*svd\([MN](, full_matrices=True)?\)": "what lies beyond the k strongest is cut off, or not used",
     r"^(effective|stable)_rank: .* → .*\.exp\(\) if|^stable_rank: .*sigma\[0\] \*\* 2 if": "one number may be a tensor",
+    r"^(soft_loss|masked_soft_loss|mixed_loss): .* → .*(softmax|sum)\(1\)": "the last of two dimensions is 1",
+    r"^fgm_gradients: .*kept, size = \(table.clone": "the copy is only written back",
+    r"^repaired_rows: .*low\)\[:, :, -1\]": "there is one column",
+    r"^group_relative_loss: surrogate = .*minimum\(ratio.clamp": "the least of two",
+    r"^cut_back: .*svd\(delta(, full_matrices=True)?\)": "what lies beyond the r strongest is cut off",
+    r"^stack: A = .*for A_k, _ in pairs\]\)$": "the first dimension is torch's default",
+    r"^page_hinkley: .*(mean, m, lowest = \(.*1\.0|min\(m, lowest)": "only m - lowest counts",
     r"^repaired_comparison: .*(exp\(\)|square\(\).sum\(\)| / k), ": "one number may be a tensor",
 }
 

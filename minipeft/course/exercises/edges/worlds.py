@@ -80,6 +80,11 @@ def hinkley_edges(rng: Random):
     yield "find a single step", ([0.0] * 20 + [2.0] * 10, 0.05, 1.0, 5)
     yield "begin anew, so that two steps are two alarms", ([0.0] * 10 + [2.0] * 10 + [4.0] * 10, 0.05, 1.0, 5)
     yield "ring at value number `least`, no later", ([0.0, 5.0, 5.0, 5.0, 5.0], 0.0, 1.0, 2)
+    yield "wait for `least` values, however high they are", ([0.0] + [5.0] * 5, 0.0, 1.0, 4)
+    yield "not ring where the rise is λ itself", ([0.0, 2.0], 0.0, 1.0, 1)
+    yield "wait for five values where nothing is said", ([0.0] + [5.0] * 6,)
+    yield "ring above λ = 1 where nothing is said", ([0.0] * 5 + [1.266] + [0.0] * 3,)
+    yield "take off δ = 0.05 where nothing is said", ([0.0] * 5 + [1.26024] + [0.0] * 3,)
     yield "hold for negative values", ([-8.0] * 8 + [-5.0] * 8, 0.1, 1.0, 3)
 
 
