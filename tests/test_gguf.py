@@ -1,4 +1,4 @@
-"""A GGUF file is read back by transformers, through the gguf package's reader, and computes what the tuned model does."""
+"""A GGUF file, read back by transformers through the gguf package's reader, computes what the tuned model does."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A tuned model in one GGUF file, the format of llama.cpp and what is built on it: W' = W + ΔW, rounded once, to `kind`.
+"""A tuned model in one GGUF file, the format of llama.cpp: W' = W + ΔW, rounded once, to `kind`.
 
     F32, BF16      as they are
     Q8_0, Q4_0     blocks of 32 numbers with one float16 scale d each: w ≈ d·q, q in −127…127 or −8…7
 
-Names, rounding and the file itself are the `gguf` package's (extra `serve`). The file has the model and no vocabulary: a
-tokenizer of words, as the course's, has no place there. Whoever loads it brings token ids.
+Names, rounding and the file itself are the `gguf` package's (extra `serve`). The file has the model and no vocabulary:
+a tokenizer of words, as the course's, has no place there. Whoever loads it brings token ids.
 """
 
 from __future__ import annotations
