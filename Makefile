@@ -12,7 +12,7 @@ UNSANDBOXED ?=
 export PYTHON PORT SUBMISSIONS ASSIGNMENT OUT
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help lab test check notebooks exercises grade grade-audit
+.PHONY: help lab test check bench notebooks exercises grade grade-audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,10 @@ check: ## lint and the fast tests, for the habit of running them
 	@bash tools/setup.sh real,test,classroom
 	.venv/bin/python -m ruff check .
 	$(PYTEST) -m "not slow" tests
+
+bench: ## measure every benchmark, and write the tables of README.md and docs/benchmarks.md
+	@bash tools/setup.sh real,test,classroom
+	.venv/bin/python benchmarks/table.py
 
 notebooks: ## execute every lesson again and normalise the files
 	@bash tools/setup.sh real,serve
