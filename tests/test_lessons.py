@@ -80,3 +80,24 @@ def test_outputs_are_hidden_from_a_prediction_to_the_next_heading():
     hidden = [cell.source for cell in notebook.cells if cell.metadata.get("jupyter", {}).get("outputs_hidden")]
     assert hidden == ["measured", "more"] and notebook.cells[-2].source == "measured"
     assert notebook.cells[1].metadata.tags == [lessons.WHERE] and notebook.cells[-1].metadata.tags == [lessons.NEXT]
+
+
+def glossary() -> list[list[str]]:
+    lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+
+
+def test_the_glossary_leads_to_where_a_term_stands():
+    """The Chinese names stand there alone: a reader without the font would see boxes in the text."""
+    terms = glossary()
+    assert len(terms) > 70 and [t[0] for t in terms] == sorted(
+        [t[0] for t in terms], key=lambda term: term.lower().replace("γ", "gamma")
+    )
+    for term, chinese, meaning, link in terms:
+        (target,) = re.findall(r"\]\(\.\./notebooks/(\w+)\.ipynb\)", link)
+        text = "\n".join(cell.source for cell in read(target).cells).lower()
+        stems = [word[:5] for word in re.findall(r"[\w/γ-]+", term.lower()) if len(word) > 1 or word == "γ"]
+        assert any(stem in text for stem in stems), (term, target)
+        assert chinese and meaning.endswith(".")
+    for page in PAGES:
+        assert not re.search(r"[\u4e00-\u9fff]", page.read_text(encoding="utf-8")), page.name
