@@ -1,0 +1,198 @@
+"""Build the book, a static site, from the committed notebooks: `python book/build.py [--out build/book]`.
+
+The notebooks stay as they are. Their copies get folds after predictions, alternative texts, a link to JupyterLab, and below a
+slider that needs a kernel the same question over measured runs (`charts.py`). Sphinx stops at any warning, a wrong link included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import html
+import json
+import os
+import re
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+from charts import Chart, charts
+
+BOOK = Path(__file__).parent
+ROOT = BOOK.parent
+LAB = "http://localhost:8888/lab/tree"  # where `make lab` answers
+HEADING = re.compile(r"^#{1,6} +(.+)$", re.MULTILINE)
+LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
+TITLES = {"set_title", "suptitle", "set_xlabel", "set_ylabel", "set"}
+
+
+def prepared(path: Path, mine: list[Chart], pictures: dict[str, str], root: Path = ROOT):
+    """The copy of a notebook that goes into the book, with its charts.
+
+    Raises ValueError where a chart has lost its place, or a link leads to no file of the course.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    cells, heading, folded, waiting = [], path.stem, False, list(mine)
+    for cell in notebook.cells:
+        cells.append(cell)
+        if cell.cell_type == "markdown":
+            found = HEADING.findall(re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL))
+            heading, folded = (found[-1], False) if found else (heading, folded)
+            cell.source = linked(cell.source, path, root)
+        elif cell.cell_type == "code":
+            tags = cell.metadata.setdefault("tags", [])
+            if folded and cell.outputs:
+                tags.append("hide-output")
+            if "Predict(" in cell.source and cell.outputs:
+                tags.append("hide-input")
+                folded = True
+            if any("image/png" in output.get("data", {}) for output in cell.outputs):
+                cell.metadata["mystnb"] = {"image": {"alt": alternative(cell, heading)}}
+            for chart in [chart for chart in waiting if chart.after in cell.source]:
+                waiting.remove(chart)
+                cells.append(nbformat.v4.new_markdown_cell(raw(figure(chart, pictures[chart.name], folded))))
+    for chart in waiting:
+        raise ValueError(f"{path.name}: no code has {chart.after!r} in it, so the chart {chart.name!r} has no place.")
+    notebook.cells = cells
+    opened(cells[0], path.relative_to(root))
+    return notebook
+
+
+def linked(source: str, path: Path, root: Path) -> str:
+    """Markdown whose links to files that are not in the book name the file instead."""
+
+    def replace(match: re.Match) -> str:
+        text, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match.group()
+        file = Path(os.path.normpath(path.parent / target.split("#")[0]))
+        if not file.exists() or not file.is_relative_to(root):
+            raise ValueError(f"{path.name} links to {target}, and no such file is in the course.")
+        name = file.relative_to(root)
+        inside = name.suffix == ".ipynb" and name.parts[0] in ("notebooks", "exercises")
+        return match.group() if inside else f"{text} (`{name.as_posix()}` in the course's folder)"
+
+    return LINK.sub(replace, source)
+
+
+def opened(cell, name: Path) -> None:
+    """Below the title: a link that opens the page where its code runs."""
+    title, _, rest = cell.source.partition("\n")
+    link = f'<p class="open"><a href="{LAB}/{name.as_posix()}">Open this page in JupyterLab</a></p>'
+    cell.source = f"{title}\n\n{link}\n{rest}"
+
+
+def alternative(cell, heading: str) -> str:
+    """What a picture shows, for who cannot see it: the texts that its code writes on it, or the widget's own line."""
+    said = []
+    for call in (node for node in ast.walk(parsed(cell.source)) if isinstance(node, ast.Call)):
+        if getattr(call.func, "attr", "") not in TITLES:
+            continue
+        given = [*call.args[:1], *(k.value for k in call.keywords if k.arg in ("title", "xlabel", "ylabel"))]
+        said += [value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    plain = " ".join(output.data.get("text/plain", "") for output in cell.outputs if "image/png" in output.get("data", {}))
+    if not plain.startswith("<"):
+        said.append(f"with {plain}")
+    return f"Picture in “{re.sub('[*`$]', '', heading)}”" + (f": {'; '.join(dict.fromkeys(said))}" if said else "")
+
+
+def parsed(source: str) -> ast.AST:
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # a magic command
+        return ast.Module([], [])
+
+
+def figure(chart: Chart, picture: str, folded: bool = False) -> str:
+    """A chart as HTML: a picture, a sentence and a table without JavaScript, controls and a live picture with it."""
+    names = [control.name for control in chart.controls]
+    given = {"spec": chart.spec, "controls": [vars(control) for control in chart.controls], "says": chart.says}
+    data = json.dumps(given, ensure_ascii=False).replace("</", "<\\/")
+    rows = "".join(f"<li>{html.escape(said)}</li>" for said in chart.says.values())
+    body = (
+        f'<figure class="chart" id="slider-{chart.name}"><p class="title">{html.escape(chart.title)}</p>'
+        f'<script type="application/json">{data}</script><div class="controls" data-names="{" ".join(names)}"></div>'
+        f'<div class="picture" role="img" aria-label="{html.escape(chart.alt)}">{picture}</div>'
+        f'<p class="says" role="status">{html.escape(chart.says[chart.start])}</p>'
+        f"<figcaption>{html.escape(chart.source)}</figcaption>"
+        f"<details><summary>Every position in words</summary><ul>{rows}</ul></details></figure>"
+    )
+    return f'<details class="fold"><summary>Show the measured slider</summary>{body}</details>' if folded else body
+
+
+def raw(text: str) -> str:
+    return f"```{{raw}} html\n{text}\n```"
+
+
+def drawn(chart: Chart) -> str:
+    """The chart at its first position as SVG, in the colours of the page."""
+    import vl_convert
+
+    svg = vl_convert.vegalite_to_svg(json.dumps(chart.spec))
+    return re.sub(r"\bclip(\d+)\b", rf"{chart.name}-clip\1", svg)
+
+
+def write_source(folder: Path) -> None:
+    """Everything that Sphinx reads."""
+    import vl_convert
+
+    shutil.copytree(BOOK / "_static", folder / "_static")
+    shutil.copy(BOOK / "conf.py", folder)
+    shutil.copy(BOOK / "index.md", folder)
+    every = charts()
+    pictures = {chart.name: drawn(chart) for chart in every}
+    sliders = [(BOOK / "sliders.md").read_text(encoding="utf-8")]
+    for chart in every:
+        lesson = f"It belongs to [lesson {chart.lesson[:2]}](notebooks/{chart.lesson}.ipynb)."
+        sliders += [f"## {chart.title}\n\n{lesson}", raw(figure(chart, pictures[chart.name]))]
+    (folder / "sliders.md").write_text("\n\n".join(sliders) + "\n", encoding="utf-8")
+    for path in [*sorted(ROOT.glob("notebooks/*.ipynb")), *sorted(ROOT.glob("exercises/*/*.ipynb"))]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mine = [chart for chart in every if chart.lesson == path.stem]
+        nbformat.write(prepared(path, mine, pictures), target)
+    (folder / "_static" / "vega.js").write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();", encoding="utf-8")
+    for file in metadata.files("sphinx-mathjax-offline"):
+        name = file.as_posix().partition("static/mathjax/")[2]
+        if name == "tex-mml-chtml.js" or name.startswith("output/chtml/fonts/"):
+            target = folder / "_static" / "mathjax" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file.locate(), target)
+
+
+def build(out: Path) -> int:
+    """Write the site into `out`, whole or not at all; returns Sphinx's exit status."""
+    from sphinx.cmd.build import build_main
+
+    source, site = out.with_name(out.name + "-source"), out.with_name(out.name + "-new")
+    for folder in (source, site):
+        shutil.rmtree(folder, ignore_errors=True)
+    source.mkdir(parents=True)
+    write_source(source)
+    status = build_main(["-W", "-n", "-q", "--keep-going", "-d", str(source / "doctrees"), str(source), str(site)])
+    if status == 0:
+        shutil.rmtree(out, ignore_errors=True)
+        site.rename(out)
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "book", help="the folder of the site")
+    out = parser.parse_args().out.absolute()
+    try:
+        status = build(out)
+    except ValueError as error:
+        sys.exit(f"book: {error}")
+    if status:
+        sys.exit("book: Sphinx found what is listed above; the site was not replaced.")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    print(f"The book is in {out} ({size:.0f} MB). Open {out / 'index.html'} in a browser; to publish it, copy the folder to any")
+    print("web server or to GitHub Pages. It needs nothing else.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
