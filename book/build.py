@@ -1,7 +1,8 @@
 """Build the book, a static site, from the committed notebooks: `python book/build.py [--out build/book]`.
 
-The notebooks stay as they are. Their copies get folds after predictions, alternative texts, a link to JupyterLab, and below a
-slider that needs a kernel the same question over measured runs (`charts.py`). Sphinx stops at any warning, a wrong link included.
+The notebooks stay as they are. Their copies get folds after predictions, alternative texts, a link to JupyterLab, and
+below a slider that needs a kernel the same question over measured runs (`charts.py`). Sphinx stops at any warning, and so
+at a wrong link.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 
 import nbformat
-from charts import Chart, charts
+from charts import charts
+from pictures import Chart
 
 BOOK = Path(__file__).parent
 ROOT = BOOK.parent
@@ -50,11 +52,13 @@ def prepared(path: Path, mine: list[Chart], pictures: dict[str, str], root: Path
                 folded = True
             if any("image/png" in output.get("data", {}) for output in cell.outputs):
                 cell.metadata["mystnb"] = {"image": {"alt": alternative(cell, heading)}}
-            for chart in [chart for chart in waiting if chart.after in cell.source]:
+            for chart in [chart for chart in waiting if chart.places[path.stem] in cell.source]:
                 waiting.remove(chart)
                 cells.append(nbformat.v4.new_markdown_cell(raw(figure(chart, pictures[chart.name], folded))))
     for chart in waiting:
-        raise ValueError(f"{path.name}: no code has {chart.after!r} in it, so the chart {chart.name!r} has no place.")
+        raise ValueError(
+            f"{path.name} has no code with {chart.places[path.stem]!r}, below which {chart.name!r} stands."
+        )
     notebook.cells = cells
     opened(cells[0], path.relative_to(root))
     return notebook
@@ -92,8 +96,8 @@ def alternative(cell, heading: str) -> str:
             continue
         given = [*call.args[:1], *(k.value for k in call.keywords if k.arg in ("title", "xlabel", "ylabel"))]
         said += [value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)]
-    plain = " ".join(output.data.get("text/plain", "") for output in cell.outputs if "image/png" in output.get("data", {}))
-    if not plain.startswith("<"):
+    plain = next(output.data.get("text/plain", "<") for output in cell.outputs if "image/png" in output.get("data", {}))
+    if not plain.startswith("<"):  # as in <Figure size 640x480 with 1 Axes>
         said.append(f"with {plain}")
     return f"Picture in “{re.sub('[*`$]', '', heading)}”" + (f": {'; '.join(dict.fromkeys(said))}" if said else "")
 
@@ -107,13 +111,12 @@ def parsed(source: str) -> ast.AST:
 
 def figure(chart: Chart, picture: str, folded: bool = False) -> str:
     """A chart as HTML: a picture, a sentence and a table without JavaScript, controls and a live picture with it."""
-    names = [control.name for control in chart.controls]
     given = {"spec": chart.spec, "controls": [vars(control) for control in chart.controls], "says": chart.says}
     data = json.dumps(given, ensure_ascii=False).replace("</", "<\\/")
     rows = "".join(f"<li>{html.escape(said)}</li>" for said in chart.says.values())
     body = (
         f'<figure class="chart" id="slider-{chart.name}"><p class="title">{html.escape(chart.title)}</p>'
-        f'<script type="application/json">{data}</script><div class="controls" data-names="{" ".join(names)}"></div>'
+        f'<script type="application/json">{data}</script><div class="controls"></div>'
         f'<div class="picture" role="img" aria-label="{html.escape(chart.alt)}">{picture}</div>'
         f'<p class="says" role="status">{html.escape(chart.says[chart.start])}</p>'
         f"<figcaption>{html.escape(chart.source)}</figcaption>"
@@ -145,13 +148,14 @@ def write_source(folder: Path) -> None:
     pictures = {chart.name: drawn(chart) for chart in every}
     sliders = [(BOOK / "sliders.md").read_text(encoding="utf-8")]
     for chart in every:
-        lesson = f"It belongs to [lesson {chart.lesson[:2]}](notebooks/{chart.lesson}.ipynb)."
-        sliders += [f"## {chart.title}\n\n{lesson}", raw(figure(chart, pictures[chart.name]))]
+        lessons = " and ".join(f"[lesson {lesson[:2]}](notebooks/{lesson}.ipynb)" for lesson in chart.places)
+        heading = f"## {chart.controls[-1].label.capitalize()}\n\nIt belongs to {lessons}."
+        sliders += [heading, raw(figure(chart, pictures[chart.name]))]
     (folder / "sliders.md").write_text("\n\n".join(sliders) + "\n", encoding="utf-8")
     for path in [*sorted(ROOT.glob("notebooks/*.ipynb")), *sorted(ROOT.glob("exercises/*/*.ipynb"))]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        mine = [chart for chart in every if chart.lesson == path.stem]
+        mine = [chart for chart in every if path.stem in chart.places]
         nbformat.write(prepared(path, mine, pictures), target)
     (folder / "_static" / "vega.js").write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();", encoding="utf-8")
     for file in metadata.files("sphinx-mathjax-offline"):
@@ -189,8 +193,8 @@ def main() -> int:
     if status:
         sys.exit("book: Sphinx found what is listed above; the site was not replaced.")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
-    print(f"The book is in {out} ({size:.0f} MB). Open {out / 'index.html'} in a browser; to publish it, copy the folder to any")
-    print("web server or to GitHub Pages. It needs nothing else.")
+    print(f"The book is in {out} ({size:.0f} MB): open {out / 'index.html'} in a browser.")
+    print("To publish it, copy the folder to a web server or to GitHub Pages; it needs nothing else.")
     return 0
 
 

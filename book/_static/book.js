@@ -3,9 +3,9 @@
 async function start(figure) {
   const { spec, controls, says } = JSON.parse(figure.querySelector("script").textContent);
   const picture = figure.querySelector(".picture");
-  const live = document.createElement("div");
-  picture.replaceChildren(live);
-  const { view } = await vegaEmbed(live, { ...spec, width: "container" }, { renderer: "svg", actions: false });
+  const fitted = { ...spec, width: picture.clientWidth, autosize: { type: "fit-x", contains: "padding" } };
+  const { view } = await vegaEmbed(picture, fitted, { renderer: "svg", actions: false });
+  new ResizeObserver(() => view.width(picture.clientWidth).runAsync()).observe(picture);
   const values = Object.fromEntries(controls.map((control) => [control.name, control.start]));
 
   function show(control, value) {
