@@ -1,4 +1,4 @@
-"""The book's sliders: measured runs behind Vega-Lite, and a sentence for each position, written here, not in JavaScript.
+"""The book's sliders: measured runs behind Vega-Lite, and a sentence for each position, written here.
 
     for chart in charts(): chart.spec, chart.controls, chart.says
 
@@ -116,7 +116,7 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
         name,
         places,
         title=f"Move the {label}, and see the whole curve of learning rates move",
-        alt=f"Test loss by learning rate on logarithmic axes: one curve for the chosen {knob} with a bar over the seeds,"
+        alt=f"Test loss by learning rate on logarithmic axes: one curve for the chosen {knob} with a bar over seeds,"
         f" thin grey ones for the other {knob}s, one for full fine-tuning, and the floor.",
         source=f"{measured}; 60 steps of 10 texts on the pocket model.{gamma} The best rate of each is the one with the"
         " least mean loss on the very texts that are scored.",
@@ -217,8 +217,8 @@ def ranks(family: dict) -> Chart:
         "ranks",
         {"08_lora_family": 'found["budgets"]'},
         title="Watch AdaLoRA take rank away, layer by layer",
-        alt="A square for each layer with its rank as a number and as a shade: blocks from left to right, kinds of layer"
-        " from top to bottom.",
+        alt="A square for each layer with its rank as a number and as a shade: blocks from left to right, kinds of"
+        " layer from top to bottom.",
         source=f"{when(family['measured'])}; {family['task']}, one run for each budget (seed 0).",
         controls=controls,
         says=says,
@@ -256,10 +256,10 @@ def forgetting(teaching: dict) -> Chart:
         "forgetting",
         {"11_distillation": "At the same task loss"},
         title="Step by step the task is learnt and the old stories are lost",
-        alt="Paths of five ways to train: the loss on the task from right to left, the loss on the old stories upwards."
+        alt="Paths of five ways to train: the loss on the task from right to left, the loss on the old stories upward."
         " A point on each path shows where it is after the chosen number of steps, with a bar over the seeds.",
-        source=f"{when(teaching['measured'])}; pirate on the pocket model, means over {min(seeds)} seeds, each way at its"
-        " own rate. A path ends where the first of its seeds does.",
+        source=f"{when(teaching['measured'])}; pirate on the pocket model, means over {min(seeds)} seeds, each way at"
+        " its own rate. A path ends where the first of its seeds does.",
         controls=controls,
         says=says,
         spec=picture(rows, controls, layers, height=280),
@@ -315,8 +315,8 @@ def story(hacking: dict) -> Chart:
         "story",
         {"13_feedback": "The score rises; what it stood for falls"},
         title="Read a story of every step while the score rises",
-        alt="Shares of the stories by step of the policy gradient, with a band over the seeds, and an upright line at the"
-        " chosen step.",
+        alt="Shares of the stories by step of the policy gradient, with a band over the seeds, and an upright line at"
+        " the chosen step.",
         source=f"{when(hacking['measured'])}; a reward model from 30 pairs, no price for leaving the base.",
         controls=[control],
         says=says,

@@ -74,15 +74,13 @@ def picture(data: list[dict], controls: list[Control], layers: list[dict], heigh
 
 def axis(field: str, title: str, values: list | None = None, log: bool = False) -> dict:
     """A quantitative channel; `values` are where its ticks stand."""
-    scale = {"zero": False, "nice": False, "padding": 12} | ({"type": "log"} if log else {})
-    if log:
-        del scale["zero"]
+    scale = {"nice": False, "padding": 12} | ({"type": "log"} if log else {"zero": False})
     ticks = {"format": "~g", "values": values} if values else {}
     return {"field": field, "type": "quantitative", "title": title, "scale": scale, "axis": ticks}
 
 
 def looks(labels: list[str], last: str | None = None) -> dict[str, dict]:
-    """Colour, dashes and points of up to five labels in one legend: {label: {channel: …}}; `last` colours the last one."""
+    """Colour, dashes and points of up to five labels in one legend: {label: {channel: …}}; `last` colours the last."""
     n = len(labels)
     ranges = {"color": COLOURS[: n - 1] + [last or COLOURS[n - 1]], "strokeDash": DASHES[:n], "shape": SHAPES[:n]}
     scales = {channel: {"domain": labels, "range": found} for channel, found in ranges.items()}

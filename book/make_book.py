@@ -1,8 +1,8 @@
-"""Build the book, a static site, from the committed notebooks: `python book/build.py [--out build/book]`.
+"""Build the book, a static site, from the committed notebooks: `python book/make_book.py [--out build/book]`.
 
 The notebooks stay as they are. Their copies get folds after predictions, alternative texts, a link to JupyterLab, and
-below a slider that needs a kernel the same question over measured runs (`charts.py`). Sphinx stops at any warning, and so
-at a wrong link.
+below a slider that needs a kernel the same question over measured runs (`charts.py`). Sphinx stops at any warning, and
+so at a wrong link.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -36,25 +37,27 @@ def prepared(path: Path, mine: list[Chart], pictures: dict[str, str], root: Path
     Raises ValueError where a chart has lost its place, or a link leads to no file of the course.
     """
     notebook = nbformat.read(path, as_version=4)
-    cells, heading, folded, waiting = [], path.stem, False, list(mine)
+    cells, heading, fold, waiting = [], path.stem, Fold(), list(mine)
     for cell in notebook.cells:
         cells.append(cell)
         if cell.cell_type == "markdown":
             found = HEADING.findall(re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL))
-            heading, folded = (found[-1], False) if found else (heading, folded)
+            if found:
+                heading = found[-1]
+                fold.next_section()
             cell.source = linked(cell.source, path, root)
         elif cell.cell_type == "code":
             tags = cell.metadata.setdefault("tags", [])
-            if folded and cell.outputs:
+            if fold.hides(cell):
                 tags.append("hide-output")
             if "Predict(" in cell.source and cell.outputs:
                 tags.append("hide-input")
-                folded = True
+                fold = Fold(on=True)
             if any("image/png" in output.get("data", {}) for output in cell.outputs):
                 cell.metadata["mystnb"] = {"image": {"alt": alternative(cell, heading)}}
             for chart in [chart for chart in waiting if chart.places[path.stem] in cell.source]:
                 waiting.remove(chart)
-                cells.append(nbformat.v4.new_markdown_cell(raw(figure(chart, pictures[chart.name], folded))))
+                cells.append(nbformat.v4.new_markdown_cell(raw(figure(chart, pictures[chart.name], fold.on))))
     for chart in waiting:
         raise ValueError(
             f"{path.name} has no code with {chart.places[path.stem]!r}, below which {chart.name!r} stands."
@@ -62,6 +65,27 @@ def prepared(path: Path, mine: list[Chart], pictures: dict[str, str], root: Path
     notebook.cells = cells
     opened(cells[0], path.relative_to(root))
     return notebook
+
+
+@dataclass
+class Fold:
+    """What is hidden after a prediction: the outputs up to the next heading, since the answer stands there.
+
+    A section without any output holds no answer: all is hidden to the end of the first one with a picture or a table.
+    """
+
+    on: bool = False
+    answered: bool = False
+    own: bool = True  # still in the prediction's own section
+
+    def hides(self, cell) -> bool:
+        """Whether this cell's output is hidden."""
+        shown = any({"image/png", "text/html"} & output.get("data", {}).keys() for output in cell.outputs)
+        self.answered |= bool(cell.outputs) if self.own else shown
+        return self.on and bool(cell.outputs)
+
+    def next_section(self) -> None:
+        self.on, self.own = self.on and not self.answered, False
 
 
 def linked(source: str, path: Path, root: Path) -> str:
