@@ -1,4 +1,4 @@
-"""Sphinx reads this; `make_book.py` copies it beside the prepared notebooks. Nothing on a page comes from the network."""
+"""What Sphinx reads; `make_book.py` copies it beside the prepared notebooks. A page needs no network."""
 
 project = html_title = "minipeft"
 author = "the minipeft authors"

@@ -27,8 +27,11 @@ BOOK = Path(__file__).parent
 ROOT = BOOK.parent
 LAB = "http://localhost:8888/lab/tree"  # where `make lab` answers
 HEADING = re.compile(r"^#{1,6} +(.+)$", re.MULTILINE)
-LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
-TITLES = {"set_title", "suptitle", "set_xlabel", "set_ylabel", "set"}
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(
+    FENCE.pattern + r"|(?<!\[)`[^`\n]+`|\[([^\]]+)\]\(([^)\s]+)\)", FENCE.flags
+)  # or code, which has none
+TITLES, AXES = {"set_title", "suptitle", "title"}, {"set_xlabel", "set_ylabel", "xlabel", "ylabel"}
 
 
 def prepared(path: Path, mine: list[Chart], pictures: dict[str, str], root: Path = ROOT):
@@ -41,7 +44,7 @@ def prepared(path: Path, mine: list[Chart], pictures: dict[str, str], root: Path
     for cell in notebook.cells:
         cells.append(cell)
         if cell.cell_type == "markdown":
-            found = HEADING.findall(re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL))
+            found = HEADING.findall(FENCE.sub("", cell.source))
             if found:
                 heading = found[-1]
                 fold.next_section()
@@ -93,7 +96,7 @@ def linked(source: str, path: Path, root: Path) -> str:
 
     def replace(match: re.Match) -> str:
         text, target = match.groups()
-        if re.match(r"[a-z]+:|#", target):
+        if target is None or re.match(r"[a-z]+:|#", target):
             return match.group()
         file = Path(os.path.normpath(path.parent / target.split("#")[0]))
         if not file.exists() or not file.is_relative_to(root):
@@ -114,12 +117,14 @@ def opened(cell, name: Path) -> None:
 
 def alternative(cell, heading: str) -> str:
     """What a picture shows, for who cannot see it: the texts that its code writes on it, or the widget's own line."""
-    said = []
+    titles, axes = [], []
     for call in (node for node in ast.walk(parsed(cell.source)) if isinstance(node, ast.Call)):
-        if getattr(call.func, "attr", "") not in TITLES:
-            continue
-        given = [*call.args[:1], *(k.value for k in call.keywords if k.arg in ("title", "xlabel", "ylabel"))]
-        said += [value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+        name = getattr(call.func, "attr", "")
+        given = [(name, value) for value in call.args[:1]] + [(k.arg, k.value) for k in call.keywords if name == "set"]
+        for what, value in given:
+            if isinstance(value, ast.Constant) and isinstance(value.value, str) and what in TITLES | AXES:
+                (titles if what in TITLES else axes).append(value.value)
+    said = titles + [f"axis {name}" for name in axes]
     plain = next(output.data.get("text/plain", "<") for output in cell.outputs if "image/png" in output.get("data", {}))
     if not plain.startswith("<"):  # as in <Figure size 640x480 with 1 Axes>
         said.append(f"with {plain}")

@@ -55,8 +55,8 @@ class Chart:
 
 
 def key(*values) -> str:
-    """The position of all controls as one text, as `book.js` writes it."""
-    return "|".join(str(value) for value in values)
+    """The position of all controls as one text, as `book.js` writes it: JavaScript's 1.0 is "1"."""
+    return "|".join(str(value).removesuffix(".0") for value in values)
 
 
 def picture(data: list[dict], controls: list[Control], layers: list[dict], height: int = 260) -> dict:

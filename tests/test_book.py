@@ -18,9 +18,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book"))
 
 import charts  # noqa: E402
-import pictures  # noqa: E402
-
 import make_book  # noqa: E402
+import pictures  # noqa: E402
 
 CHARTS = {chart.name: chart for chart in charts.charts()}
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -189,7 +188,7 @@ def test_a_picture_is_described_by_what_its_code_writes_on_it(course):
     )
     alts = [cell.metadata["mystnb"]["image"]["alt"] for cell in cells if "mystnb" in cell.metadata]
     assert alts == [
-        "Picture in “1 · The curves”: rate; A U",
+        "Picture in “1 · The curves”: A U; axis rate",
         "Picture in “1 · The curves”: with rank = 8 · γ = 2",
         "Picture in “1 · The curves”",
     ]
@@ -203,6 +202,10 @@ def test_links_that_leave_the_book_name_the_file_and_wrong_ones_stop_the_build(c
     assert cells[1].source == (
         "the map (`README.md` in the course's folder), [itself](01_one.ipynb#why), [out](https://example.org),"
         " [here](#why)"
+    )
+    source = "`f[0](x)` and [`f`](../README.md)\n\n```python\n[f][0](x)\n```"
+    assert course(text(source))[1].source == source.replace(
+        "[`f`](../README.md)", "`f` (`README.md` in the course's folder)"
     )
     with pytest.raises(ValueError, match="01_one.ipynb links to 02_two.ipynb, and no such file"):
         course(text("[two](02_two.ipynb)"))

@@ -56,7 +56,7 @@ document.querySelectorAll("figure.chart").forEach((figure) => seen.observe(figur
 
 // What scrolls sideways can be reached with the keyboard.
 function reachable() {
-  for (const part of document.querySelectorAll("pre, .cell_output table, mjx-container, .cell_output .output")) {
+  for (const part of document.querySelectorAll("pre, .cell_output, .cell_output table, mjx-container")) {
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
   }
 }
