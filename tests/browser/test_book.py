@@ -209,15 +209,15 @@ def test_an_answer_is_folded_until_it_is_opened_and_the_slider_in_it_starts_then
 def test_search_finds_a_lesson_and_the_theme_is_kept(read):
     page = read("index.html", DESK)
     page.locator("button.theme-switch-button:visible").first.click()
-    theme = page.evaluate("document.documentElement.dataset.mode")
-    assert theme in ("light", "dark")
+    page.locator("button.theme-change-button:visible", has_text="Dark").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.keyboard.press("Control+k")
     page.keyboard.type("Bradley")
     page.keyboard.press("Enter")
     page.wait_for_url("**/search.html*")
     hit = page.locator("#search-results a", has_text="13 · What LoRA is not").first
     hit.wait_for()
-    assert page.evaluate("document.documentElement.dataset.mode") == theme
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     hit.click()
     page.wait_for_url("**/13_feedback.html*")
 
