@@ -15,22 +15,19 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import nbformat
 from charts import charts
+from fold import FENCE, answers, asks, headings
 from pictures import Chart
 
 BOOK = Path(__file__).parent
 ROOT = BOOK.parent
 LAB = "http://localhost:8888/lab/tree"  # where `make lab` answers
-HEADING = re.compile(r"^#{1,6} +(.+)$", re.MULTILINE)
-FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-LINK = re.compile(
-    FENCE.pattern + r"|(?<!\[)`[^`\n]+`|\[([^\]]+)\]\(([^)\s]+)\)", FENCE.flags
-)  # or code, which has none
+# A link, or code, in which nothing is one.
+LINK = re.compile(FENCE.pattern + r"|`[^`\n]+`|\[([^\]]+)\]\(([^)\s]+)\)", FENCE.flags)
 TITLES, AXES = {"set_title", "suptitle", "title"}, {"set_xlabel", "set_ylabel", "xlabel", "ylabel"}
 
 
@@ -40,55 +37,28 @@ def prepared(path: Path, mine: list[Chart], pictures: dict[str, str], root: Path
     Raises ValueError where a chart has lost its place, or a link leads to no file of the course.
     """
     notebook = nbformat.read(path, as_version=4)
-    cells, heading, fold, waiting = [], path.stem, Fold(), list(mine)
+    cells, heading, waiting = [], path.stem, list(mine)
+    folded = {id(cell) for cells in answers(notebook.cells) for cell in cells}
     for cell in notebook.cells:
         cells.append(cell)
         if cell.cell_type == "markdown":
-            found = HEADING.findall(FENCE.sub("", cell.source))
-            if found:
-                heading = found[-1]
-                fold.next_section()
+            heading = (headings(cell) or [heading])[-1]
             cell.source = linked(cell.source, path, root)
         elif cell.cell_type == "code":
             tags = cell.metadata.setdefault("tags", [])
-            if fold.hides(cell):
-                tags.append("hide-output")
-            if "Predict(" in cell.source and cell.outputs:
-                tags.append("hide-input")
-                fold = Fold(on=True)
+            tags += ["hide-output"] * (id(cell) in folded) + ["hide-input"] * asks(cell)
             if any("image/png" in output.get("data", {}) for output in cell.outputs):
                 cell.metadata["mystnb"] = {"image": {"alt": alternative(cell, heading)}}
             for chart in [chart for chart in waiting if chart.places[path.stem] in cell.source]:
                 waiting.remove(chart)
-                cells.append(nbformat.v4.new_markdown_cell(raw(figure(chart, pictures[chart.name], fold.on))))
+                cells.append(
+                    nbformat.v4.new_markdown_cell(raw(figure(chart, pictures[chart.name], id(cell) in folded)))
+                )
     for chart in waiting:
-        raise ValueError(
-            f"{path.name} has no code with {chart.places[path.stem]!r}, below which {chart.name!r} stands."
-        )
+        raise ValueError(f"{path.name} has no code with {chart.places[path.stem]!r}, where {chart.name!r} stands.")
     notebook.cells = cells
     opened(cells[0], path.relative_to(root))
     return notebook
-
-
-@dataclass
-class Fold:
-    """What is hidden after a prediction: the outputs up to the next heading, since the answer stands there.
-
-    A section without any output holds no answer: all is hidden to the end of the first one with a picture or a table.
-    """
-
-    on: bool = False
-    answered: bool = False
-    own: bool = True  # still in the prediction's own section
-
-    def hides(self, cell) -> bool:
-        """Whether this cell's output is hidden."""
-        shown = any({"image/png", "text/html"} & output.get("data", {}).keys() for output in cell.outputs)
-        self.answered |= bool(cell.outputs) if self.own else shown
-        return self.on and bool(cell.outputs)
-
-    def next_section(self) -> None:
-        self.on, self.own = self.on and not self.answered, False
 
 
 def linked(source: str, path: Path, root: Path) -> str:
