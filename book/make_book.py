@@ -148,7 +148,7 @@ def write_source(folder: Path) -> None:
     sliders = [(BOOK / "sliders.md").read_text(encoding="utf-8")]
     for chart in every:
         lessons = " and ".join(f"[lesson {lesson[:2]}](notebooks/{lesson}.ipynb)" for lesson in chart.places)
-        heading = f"## {chart.controls[-1].label.capitalize()}\n\nIt belongs to {lessons}."
+        heading = f"## {max(chart.places)[:2]} · {chart.controls[-1].label}\n\nIt belongs to {lessons}."
         sliders += [heading, raw(figure(chart, pictures[chart.name]))]
     (folder / "sliders.md").write_text("\n\n".join(sliders) + "\n", encoding="utf-8")
     for path in [*sorted(ROOT.glob("notebooks/*.ipynb")), *sorted(ROOT.glob("exercises/*/*.ipynb"))]:

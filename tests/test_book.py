@@ -157,9 +157,9 @@ def test_outputs_are_folded_from_a_prediction_to_the_next_heading(course):
     cells = course(
         code("before", PRINTED),
         code("mp.Predict(…)", PRINTED),
-        text("Look.\n\n```python\n# a comment is no heading\n```"),
         code("silent"),
         code("answer", PRINTED),
+        text("Look.\n\n```python\n# a comment is no heading\n```"),
         code("picture", PICTURE),
         text("## Next"),
         code("after", PICTURE),
