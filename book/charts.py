@@ -307,8 +307,8 @@ def story(hacking: dict) -> Chart:
             rows.append({"x": step, "series": name, **spread([run["trace"][step][column] for run in runs])})
         score = spread([run["trace"][step][0] for run in runs])
         says[key(step)] = (
-            f"Step {step}: mean score {score['mean']:z.1f}, {score['low']:z.1f} to {score['high']:z.1f} over {len(runs)}"
-            f" seeds. One story of this step: “{text}”"
+            f"Step {step}: mean score {score['mean']:z.1f}, {score['low']:z.1f} to {score['high']:z.1f} over"
+            f" {len(runs)} seeds. One story of this step: “{text}”"
         )
     control = Control("step", "step of the policy gradient", list(range(len(stories))), 0)
     return Chart(
