@@ -5,8 +5,8 @@ author = "the minipeft authors"
 copyright = author
 language = "en"
 
-extensions = ["myst_nb", "sphinx.ext.mathjax"]
-exclude_patterns = ["_static", "doctrees"]
+extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx.ext.githubpages"]
+exclude_patterns = ["_static"]
 
 nb_execution_mode = "off"  # the committed outputs are what is shown
 nb_merge_streams = True

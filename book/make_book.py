@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -166,18 +167,23 @@ def write_source(folder: Path) -> None:
 
 
 def build(out: Path) -> int:
-    """Write the site into `out`, whole or not at all; returns Sphinx's exit status."""
+    """Write the site into `out`, whole or not at all; returns Sphinx's exit status.
+
+    Raises ValueError where `out` holds something else than a book.
+    """
     from sphinx.cmd.build import build_main
 
-    source, site = out.with_name(out.name + "-source"), out.with_name(out.name + "-new")
-    for folder in (source, site):
-        shutil.rmtree(folder, ignore_errors=True)
-    source.mkdir(parents=True)
-    write_source(source)
-    status = build_main(["-W", "-n", "-q", "--keep-going", "-d", str(source / "doctrees"), str(source), str(site)])
-    if status == 0:
-        shutil.rmtree(out, ignore_errors=True)
-        site.rename(out)
+    if out.exists() and not (out / "searchindex.js").exists():
+        raise ValueError(f"{out} is there and is no book, so it is left alone; name another folder with --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        source, site = Path(folder, "source"), Path(folder, "site")
+        source.mkdir()
+        write_source(source)
+        status = build_main(["-W", "-n", "-q", "--keep-going", "-d", f"{folder}/doctrees", str(source), str(site)])
+        if status == 0:
+            shutil.rmtree(out, ignore_errors=True)
+            site.rename(out)
     return status
 
 
@@ -187,10 +193,12 @@ def main() -> int:
     out = parser.parse_args().out.absolute()
     try:
         status = build(out)
+    except ModuleNotFoundError as error:
+        sys.exit(f"book: the package {error.name} is missing; `make book` installs what the book needs.")
     except ValueError as error:
         sys.exit(f"book: {error}")
     if status:
-        sys.exit("book: Sphinx found what is listed above; the site was not replaced.")
+        sys.exit("book: Sphinx found what is listed above, so no book was written.")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     print(f"The book is in {out} ({size:.0f} MB): open {out / 'index.html'} in a browser.")
     print("To publish it, copy the folder to a web server or to GitHub Pages; it needs nothing else.")

@@ -266,6 +266,44 @@ def test_charts_are_those_of_lessons_that_exist():
     assert {lesson for chart in CHARTS.values() for lesson in chart.places} <= {path.stem for path in LESSONS}
 
 
+def test_a_folder_that_is_no_book_is_left_alone(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sphinx", reason="Sphinx is not installed: make book")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    monkeypatch.setattr(sys, "argv", ["make_book.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is no book, so it is left alone"):
+        make_book.main()
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_book_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, status):
+    sphinx = pytest.importorskip("sphinx.cmd.build", reason="Sphinx is not installed: make book")
+    out = tmp_path / "book"
+    out.mkdir()
+    (out / "searchindex.js").write_text("old")
+    monkeypatch.setattr(make_book, "write_source", lambda folder: None)
+
+    def builds(arguments):
+        Path(arguments[-1]).mkdir()
+        Path(arguments[-1], "searchindex.js").write_text("new")
+        return status
+
+    monkeypatch.setattr(sphinx, "build_main", builds)
+    assert make_book.build(out) == status
+    assert (out / "searchindex.js").read_text() == ("old" if status else "new")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
+    def gone(out):
+        raise ModuleNotFoundError("No module named 'sphinx'", name="sphinx")
+
+    monkeypatch.setattr(make_book, "build", gone)
+    monkeypatch.setattr(sys, "argv", ["make_book.py", "--out", str(tmp_path / "book")])
+    with pytest.raises(SystemExit, match="^book: the package sphinx is missing; `make book` installs"):
+        make_book.main()
+
+
 def test_the_book_imports_nothing_of_the_package():
     for file in (ROOT / "book").glob("*.py"):
         assert not re.search(r"^\s*(import|from) minipeft", file.read_text(encoding="utf-8"), re.MULTILINE), file.name

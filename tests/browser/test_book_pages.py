@@ -36,6 +36,7 @@ def site(tmp_path_factory) -> Path:
     command = [sys.executable, str(ROOT / "book" / "make_book.py"), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.name for path in out.parent.iterdir()] == [out.name], "nothing else is left"
     assert f"open {out / 'index.html'} in a browser" in done.stdout and "To publish it" in done.stdout
     return out
 
@@ -100,6 +101,7 @@ def pages(site) -> dict[Path, Page]:
 def test_every_notebook_is_a_page_and_the_whole_is_small(site, pages):
     notebooks = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("exercises/*/*.ipynb")]
     assert {site / path.relative_to(ROOT).with_suffix(".html") for path in notebooks} <= pages.keys()
+    assert (site / ".nojekyll").exists(), "or GitHub Pages leaves out folders like _static"
     assert sum(file.stat().st_size for file in site.rglob("*") if file.is_file()) < 30e6
 
 
