@@ -174,6 +174,14 @@ def test_a_slider_moves_by_key_and_by_mouse(read, size, theme):
     assert abs(svg - room) <= 1, "a chart has the width of its frame"
 
 
+# Moves a slider through all of its positions: what the chart says at each.
+EVERY_POSITION = """slider => Array.from({length: +slider.max + 1}, (_, i) => {
+    slider.value = i;
+    slider.dispatchEvent(new Event("input"));
+    return slider.closest("figure").querySelector(".says").textContent;
+})"""
+
+
 @chromium
 def test_every_slider_starts_and_has_a_sentence_everywhere(read):
     page = read("sliders.html", DESK)
@@ -182,13 +190,8 @@ def test_every_slider_starts_and_has_a_sentence_everywhere(read):
         given = json.loads(chart.locator("script").text_content())
         slider = chart.locator("input")
         slider.wait_for()
-        heard = set()
-        slider.focus()
-        page.keyboard.press("Home")
-        for _ in given["controls"][-1]["values"]:
-            heard.add(chart.locator(".says").text_content())
-            page.keyboard.press("ArrowRight")
-        assert len(heard) == len(given["controls"][-1]["values"]) and heard <= set(given["says"].values())
+        heard = slider.evaluate(EVERY_POSITION)
+        assert len(set(heard)) == len(given["controls"][-1]["values"]) and set(heard) <= set(given["says"].values())
 
 
 @chromium
@@ -226,8 +229,7 @@ def test_search_finds_a_lesson_and_the_theme_is_kept(read):
 
 @chromium
 @pytest.mark.parametrize(("name", "size", "theme"), [
-    ("index.html", DESK, "dark"), ("sliders.html", PHONE, "dark"), ("sliders.html", DESK, "light"),
-    ("notebooks/17_claims.html", PHONE, "light"),
+    ("sliders.html", PHONE, "dark"), ("sliders.html", DESK, "light"), ("notebooks/00_start_here.html", PHONE, "dark"),
 ])  # fmt: skip
 def test_axe_finds_no_serious_fault(read, name, size, theme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -235,7 +237,7 @@ def test_axe_finds_no_serious_fault(read, name, size, theme):
     if name == "sliders.html":
         page.get_by_label("rank of LoRA").wait_for()
     page.wait_for_timeout(500)
-    found = axe.Axe().run(page).response["violations"]
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
     serious = [
         (fault["id"], node["html"][:200], node.get("failureSummary", "")[:300])
         for fault in found
