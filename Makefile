@@ -12,7 +12,7 @@ UNSANDBOXED ?=
 export PYTHON PORT SUBMISSIONS ASSIGNMENT OUT
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help lab test check book notebooks exercises grade grade-audit
+.PHONY: help lab test check bench book notebooks exercises grade grade-audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,11 +21,13 @@ help: ## this list
 	@echo "  UNSANDBOXED=1 (grade although bubblewrap is not there)"
 
 # JupyterLab refuses to run as root, the only user that many containers have, unless it is told to.
-lab: ## open the course in JupyterLab
+lab: ## open a copy of the course of your own, my/, in JupyterLab
 	@bash tools/setup.sh --port "$$PORT"
 	@bash tools/setup.sh real,serve
+	.venv/bin/python -m minipeft.course.mine
 	PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/python -m jupyterlab --ServerApp.root_dir="$$PWD" --ServerApp.port="$$PORT" \
-		--ServerApp.port_retries=0 $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LABFLAGS) notebooks/00_start_here.ipynb
+		--ServerApp.port_retries=0 --LabApp.default_url=/lab/tree/my/notebooks/00_start_here.ipynb \
+		$$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LABFLAGS)
 
 # Two processes, each with whole files and one thread: what takes long comes first, so that both end together.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
@@ -44,6 +46,10 @@ check: ## lint and the fast tests, for the habit of running them
 book: ## build the book, a static site with sliders that need no kernel, into build/book
 	@bash tools/setup.sh real,book
 	.venv/bin/python book/make_book.py
+
+bench: ## measure every benchmark, and write the tables of README.md and docs/benchmarks.md
+	@bash tools/setup.sh real,test,classroom
+	.venv/bin/python benchmarks/table.py
 
 notebooks: ## execute every lesson again and normalise the files
 	@bash tools/setup.sh real,serve

@@ -1,22 +1,19 @@
-"""The waiting times that the course promises, measured on this machine: `python benchmarks/timings.py`.
+"""The waiting times that the course promises, in seconds on this machine: `python benchmarks/timings.py`.
 
-Each row is the median of several runs, beside its promise.
+Every other benchmark is a ratio. What a learner waits for is seconds, so these are.
 """
 
+from __future__ import annotations
+
 import asyncio
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 
+from side_by_side import Figure, figure, in_turn, main
 
-def median(work, runs: int = 5) -> float:
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+import minipeft as mp
 
 
 def import_seconds(statement: str) -> float:
@@ -24,8 +21,8 @@ def import_seconds(statement: str) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def explorer_seconds() -> tuple[float, float, float]:
-    """From a move of the rank slider: to the first picture with a point, to the end; and one redraw."""
+def explorer_seconds(moves: int) -> tuple[list[float], list[float], list[float]]:
+    """From a move of the rank slider: to the first picture with a point, to the end; and a redraw."""
     from minipeft.explore import LoRAExplorer
 
     explorer = LoRAExplorer()
@@ -39,29 +36,25 @@ def explorer_seconds() -> tuple[float, float, float]:
         await explorer.running
         return pictures[0], time.perf_counter() - started
 
-    moves = [asyncio.run(move()) for _ in range(5)]
-    return (*(statistics.median(column) for column in zip(*moves, strict=True)), median(explorer.redraw))
+    firsts, ends = zip(*(asyncio.run(move()) for _ in range(moves)), strict=True)
+    return list(firsts), list(ends), in_turn({"redraw": explorer.redraw}, moves)["redraw"]
 
 
-def main() -> None:
-    import torch
+def seconds(what: str, times: Sequence[float], promised: float) -> Figure:
+    return figure(what, "seconds", times, [1.0] * len(times), f"≤ {promised:g}")
+
+
+def figures(quick: bool = False) -> Iterator[Figure]:
     import transformers  # noqa: F401  so that loading is measured after the imports
 
-    import minipeft as mp
-
-    mp.load("pocket")
-    imported = statistics.median(import_seconds("import minipeft") for _ in range(5))
-    rows = [("import minipeft, beyond torch", imported, 0.3)]
-    rows.append(('mp.load("pocket"), after the imports', median(lambda: mp.load("pocket")), 1.0))
-    first, whole, redraw = explorer_seconds()
-    rows.append(("slider move to the first point", first, 0.5))
-    rows.append(("slider move to the end of 60 steps and the test", whole, 4.0))
-    rows.append(("one redraw", redraw, 0.2))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for label, seconds, promise in rows:
-        verdict = "kept" if seconds <= promise else "missed"
-        print(f"{label:50} {seconds:7.3f} s   promised {promise:g} s   {verdict}")
+    times = 2 if quick else 5
+    yield seconds("import minipeft, beyond torch", [import_seconds("import minipeft") for _ in range(times)], 0.3)
+    yield seconds("mp.load after the imports", in_turn({"load": lambda: mp.load("pocket")}, times)["load"], 1.0)
+    first, end, redraw = explorer_seconds(times)
+    yield seconds("a slider's move to the first point", first, 0.5)
+    yield seconds("a slider's move to the end of 60 steps and the test", end, 4.0)
+    yield seconds("one redraw", redraw, 0.2)
 
 
 if __name__ == "__main__":
-    main()
+    main(figures, __doc__)

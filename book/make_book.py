@@ -26,7 +26,7 @@ from pictures import Chart
 
 BOOK = Path(__file__).parent
 ROOT = BOOK.parent
-LAB = "http://localhost:8888/lab/tree"  # where `make lab` answers
+LAB = "http://localhost:8888/lab/tree/my"  # where `make lab` answers, with the learner's own copy
 # A link, or code, in which nothing is one.
 LINK = re.compile(FENCE.pattern + r"|`[^`\n]+`|\[([^\]]+)\]\(([^)\s]+)\)", FENCE.flags)
 TITLES, AXES = {"set_title", "suptitle", "title"}, {"set_xlabel", "set_ylabel", "xlabel", "ylabel"}

@@ -30,6 +30,7 @@ _HOME = {
     "fit_many": "learn.many",
     "load_adapter": "serve.checkpoint",
     "export": "serve.export",
+    "export_gguf": "serve.gguf",
     "Bank": "serve.tenants",
     "shipped": "course.shipped",
     "Predict": "explore.predict",

@@ -214,7 +214,7 @@ def test_links_that_leave_the_book_name_the_file_and_wrong_ones_stop_the_build(c
 
 def test_a_page_says_where_it_can_be_run(course):
     assert course()[0].source == (
-        '# 01 · One\n\n<p class="open"><a href="http://localhost:8888/lab/tree/notebooks/01_one.ipynb">'
+        '# 01 · One\n\n<p class="open"><a href="http://localhost:8888/lab/tree/my/notebooks/01_one.ipynb">'
         "Open this page in JupyterLab</a></p>\n\nWhy?"
     )
 

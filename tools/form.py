@@ -59,10 +59,12 @@ class Lesson:
 
 
 def neighbours(lesson: Lesson) -> bool:
-    """The opening links to the lessons that stand before and after in the folder."""
+    """The title's cell or the next one links to the lessons that stand before and after in the folder."""
     every = [path.resolve() for path in sorted(lesson.path.parent.glob("*.ipynb"))]
     here = every.index(lesson.path)
-    return {*every[max(here - 1, 0) : here], *every[here + 1 : here + 2]} <= set(lesson.links(lesson.opening))
+    return {*every[max(here - 1, 0) : here], *every[here + 1 : here + 2]} <= set(
+        lesson.links("".join(cell.source for cell in lesson.cells[:2]))
+    )
 
 
 def three_goals(lesson: Lesson) -> bool:
@@ -70,10 +72,10 @@ def three_goals(lesson: Lesson) -> bool:
 
 
 def hidden(lesson: Lesson) -> bool:
-    """Each prediction has an answer, and Lab opens the lesson with all of them hidden."""
-    found = answers(lesson.cells)
+    """Each prediction has an answer, and Lab opens the lesson with all of them hidden, sliders apart."""
+    found = [[cell for cell in cells if "Explorer(" not in cell.source] for cells in answers(lesson.cells)]
     marked = [cell.metadata.get("jupyter", {}).get("outputs_hidden") for cells in found for cell in cells]
-    return bool(found) and all(found) and all(marked)
+    return bool(found) and all(marked)
 
 
 def compared(lesson: Lesson) -> bool:
@@ -102,7 +104,7 @@ def three_sentences(lesson: Lesson) -> bool:
 
 ELEMENTS: dict[str, tuple[str, Callable[[Lesson], bool]]] = {
     "question": ("the title ends with a question", lambda at: at.opening.partition("\n")[0].rstrip().endswith("?")),
-    "around": ("the first cell links to the lessons before and after", neighbours),
+    "around": ("the lessons before and after are linked at the top", neighbours),
     "goals": ("three lines say what you can do afterwards", three_goals),
     "see": ("something comes out in the first six cells", lambda at: any(cell.get("outputs") for cell in at.cells[:6])),
     "predict": ("a prediction is asked for", lambda at: any(asks(cell) for cell in at.cells)),

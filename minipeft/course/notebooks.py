@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from minipeft.course import lessons
 from minipeft.whole import write_whole
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -63,18 +64,22 @@ def execute(path: Path, timeout: int = 600) -> float:
     NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
     seconds = time.perf_counter() - started
     normalise(notebook)
+    if (lesson := lessons.of(path)) is not None:
+        lessons.signpost(notebook, lesson)
     write_whole(path, nbformat.writes(notebook).rstrip("\n") + "\n")
     return seconds
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lessons", nargs="*", type=Path, help="notebook files; all in notebooks/ if none is named")
-    lessons = parser.parse_args().lessons or sorted(Path("notebooks").glob("*.ipynb"))
-    if not lessons:
+    parser.add_argument(
+        "paths", metavar="lesson", nargs="*", type=Path, help="notebook files; all in notebooks/ if none is named"
+    )
+    paths = parser.parse_args().paths or sorted(Path("notebooks").glob("*.ipynb"))
+    if not paths:
         print("There is no notebook in ./notebooks: run this from the project's root, or name the files.")
         return 1
-    for path in lessons:
+    for path in paths:
         print(f"{path}: {execute(path):.0f} s", flush=True)
     return 0
 

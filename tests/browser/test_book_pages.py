@@ -110,9 +110,9 @@ def test_every_link_leads_somewhere(site, pages):
         for link in page.links:
             target, _, anchor = link.partition("#")
             if re.match(r"[a-z]+:", link):
-                assert link.startswith(("http://localhost:8888/lab/tree/", "https:", "data:")), link
-                if "/lab/tree/" in link:
-                    assert (ROOT / link.partition("/lab/tree/")[2]).exists(), link
+                assert link.startswith(("http://localhost:8888/lab/tree/my/", "https:", "data:")), link
+                if "/lab/tree/my/" in link:
+                    assert (ROOT / link.partition("/lab/tree/my/")[2]).exists(), link
                 continue
             file = (path.parent / unquote(target.partition("?")[0])).resolve() if target else path
             assert file.exists(), f"{path.name} links to {link}"

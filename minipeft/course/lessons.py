@@ -1,0 +1,198 @@
+"""The lessons in their order, and what each says of itself: where you are, how long it takes, what comes next.
+
+One list, from which the strip at the top of a lesson, the links at its end and the README's table are written, so that
+they agree. `python -m minipeft.course.lessons` writes them again; so does executing a lesson.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from minipeft.whole import write_whole
+
+WHERE, NEXT = "where-you-are", "where-next"  # the tags of the two cells that are written from here
+WORDS, LINES, KNOB = 130, 12, 3  # read in a minute, of text and of code; minutes that a slider or a prediction takes
+
+
+@dataclass(frozen=True)
+class Lesson:
+    file: str
+    title: str
+    question: str
+    needs: str  # what to have read before
+    assignments: tuple[str, ...] = ()
+
+    @property
+    def number(self) -> str:
+        return self.file[:2]
+
+
+LESSONS = (
+    Lesson(
+        "00_start_here",
+        "Start here",
+        "What does an adapter change, and what does it leave alone?",
+        "PyTorch's `nn.Linear` and a training loop",
+    ),
+    Lesson(
+        "01_why_peft",
+        "Why PEFT",
+        "What does full fine-tuning cost, and what do few parameters save?",
+        "00",
+        ("budget",),
+    ),
+    Lesson(
+        "02_choose_parameters", "Choosing parameters", "Which of a model's own numbers should move?", "00", ("select",)
+    ),
+    Lesson(
+        "03_adapters",
+        "Adapters",
+        "How small can a network between the layers be, and where should it sit?",
+        "00",
+        ("adapters",),
+    ),
+    Lesson("04_prompts", "Prompts", "How far do words, or vectors, before the text get you?", "00", ("prompts",)),
+    Lesson(
+        "05_prefixes", "Prefixes", "What if every layer had something of its own to look back at?", "04", ("prefixes",)
+    ),
+    Lesson("06_lora", "LoRA", "How much of an update do you need, and what do rank and γ do?", "00", ("lora",)),
+    Lesson(
+        "07_rank_and_svd",
+        "Rank and SVD",
+        "Is what fine-tuning changes low-rank, and does the model agree?",
+        "06, and what a singular value is",
+        ("rank",),
+    ),
+    Lesson(
+        "08_lora_family",
+        "The LoRA family",
+        "Which of LoRA's descendants earns its keep at its own best learning rate?",
+        "06",
+        ("lora_family",),
+    ),
+    Lesson(
+        "09_quantisation",
+        "Quantisation",
+        "What do four bits a number lose, and what does QLoRA save?",
+        "06",
+        ("quantisation",),
+    ),
+    Lesson("10_lora_vs_full", "LoRA against full", "At which learning rate is a comparison fair?", "06", ()),
+    Lesson("11_distillation", "Distillation", "What can a teacher give that labels do not?", "06", ("distillation",)),
+    Lesson("12_serving", "Serving", "One base, many adapters: one batch, or one after another?", "06", ("serving",)),
+    Lesson("13_feedback", "What LoRA is not", "When a score rises, do the texts get better?", "06", ("feedback",)),
+    Lesson(
+        "14_changing_worlds",
+        "Changing worlds",
+        "What does an adapter do when the data drift, differ, or may not leave home?",
+        "06",
+        ("worlds",),
+    ),
+    Lesson("16_capstone", "Capstone", "Which of four methods would you ship for real reviews?", "02, 03 and 06"),
+    Lesson("17_claims", "The claims ledger", "Which statements of five documents hold?", "any of the others"),
+)
+
+
+KNOBS = re.compile(r"mp\.\w*Explorer\(|mp\.Predict\(|MemoryCalculator\(|mp\.Preferences\(")
+
+
+def minutes(cells) -> int:
+    """How long a lesson takes, to five minutes, by one rule: words, lines of code, sliders and predictions."""
+    total = 0.0
+    for cell in cells:
+        if set(cell.metadata.get("tags", ())) & {WHERE, NEXT}:
+            continue
+        if cell.cell_type == "markdown":
+            shown = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.DOTALL)
+            total += len(shown.split()) / WORDS
+        else:
+            total += len(cell.source.splitlines()) / LINES
+            total += KNOB * len(KNOBS.findall(cell.source))
+    return max(5, 5 * round(total / 5))
+
+
+def link(lesson: Lesson) -> str:
+    return f"[{lesson.number} · {lesson.title}]({lesson.file}.ipynb)"
+
+
+def strip(lesson: Lesson, cells) -> str:
+    """The cell under the title."""
+    at = LESSONS.index(lesson)
+    around = [f"← {link(LESSONS[at - 1])}"] if at else []
+    around += [f"**{minutes(cells)} minutes**", f"you need {lesson.needs}"]
+    around += ["exercises " + " and ".join(map(exercise, lesson.assignments))] if lesson.assignments else []
+    around += [f"{link(LESSONS[at + 1])} →"] if at + 1 < len(LESSONS) else []
+    return " | ".join(around)
+
+
+def exercise(name: str) -> str:
+    return f"[{name}](../exercises/{name}/{name}.ipynb)"
+
+
+def footer(lesson: Lesson) -> str:
+    """The last cell."""
+    at = LESSONS.index(lesson)
+    lines = [f"**Write it yourself:** {' and '.join(map(exercise, lesson.assignments))}."] if lesson.assignments else []
+    if at + 1 < len(LESSONS):
+        after = LESSONS[at + 1]
+        lines.append(f"**Next:** {link(after)}. {after.question}")
+    else:
+        lines.append(f"**Back to the start:** {link(LESSONS[0])}.")
+    return "\n\n".join(lines)
+
+
+def of(path: Path) -> Lesson | None:
+    return next((lesson for lesson in LESSONS if lesson.file == path.stem), None)
+
+
+def signpost(notebook, lesson: Lesson) -> None:
+    """Writes both cells of the notebook, and hides what a prediction would have to be made without: the outputs from a
+    `Predict` to the next heading, which come back when their cells are run."""
+    import nbformat
+
+    cells = [cell for cell in notebook.cells if not set(cell.metadata.get("tags", ())) & {WHERE, NEXT}]
+    new = nbformat.v4.new_markdown_cell
+    first = new(strip(lesson, cells), metadata={"tags": [WHERE]})
+    last = new(footer(lesson), metadata={"tags": [NEXT]})
+    notebook.cells = [cells[0], first, *cells[1:], last]
+    hidden = False
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{i}"
+        cell.metadata.pop("jupyter", None)
+        if cell.cell_type == "markdown":
+            hidden = hidden and not re.search(r"^#", cell.source, re.MULTILINE)
+        elif "mp.Predict(" in cell.source:
+            hidden = True
+        elif hidden and cell.outputs and "Explorer(" not in cell.source:
+            cell.metadata["jupyter"] = {"outputs_hidden": True}
+
+
+def table() -> str:
+    """The README's."""
+    import nbformat
+
+    rows = ["| lesson | question | minutes |", "|---|---|---|"]
+    for lesson in LESSONS:
+        cells = nbformat.read(f"notebooks/{lesson.file}.ipynb", as_version=4).cells
+        name = f"[{lesson.number} · {lesson.title}](notebooks/{lesson.file}.ipynb)"
+        rows.append(f"| {name} | {lesson.question} | {minutes(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    import nbformat
+
+    for lesson in LESSONS:
+        path = Path("notebooks") / f"{lesson.file}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        signpost(notebook, lesson)
+        write_whole(path, nbformat.writes(notebook).rstrip("\n") + "\n")
+    readme = Path("README.md")
+    text = readme.read_text(encoding="utf-8")
+    write_whole(readme, re.sub(r"\| lesson \| question.*?\n\n", lambda _: table() + "\n\n", text, flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()
