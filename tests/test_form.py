@@ -87,7 +87,7 @@ def test_a_whole_lesson_lacks_nothing(lesson):
 
 @pytest.mark.parametrize(("old", "new", "element"), [
     ("middle?", "middle", "question"), ("[three](03_three.ipynb)", "three", "around"), ("- do.", "do.", "goals"),
-    ("Explorer(model)", "(model)", "knob"), ("getsource", "getfile", "source"), ("| f |", "| |", "table"),
+    ("LoRAExplorer(model)", "evaluate(model)", "knob"), ("getsource", "getfile", "source"), ("| f |", "| |", "table"),
     ("| f |", "|", "table"), ("Where it breaks", "Limits", "breaks"), ("Third!", "Third", "remember"),
     ("Third!", "Third! Fourth.", "remember"), ("Why?", "Why.", "check"), ("**Sources.** ", "", "sources"),
     ("At 2.5", "At [2.5](../gone.md)", "links"),
