@@ -73,7 +73,7 @@ def lesson(tmp_path):
         write("exercises/two/two.ipynb", nbformat.v4.new_markdown_cell(f"[two]({back})"))
         for other in ("01_one", "03_three"):
             write(f"notebooks/{other}.ipynb", nbformat.v4.new_markdown_cell(f"# {other}"))
-        looked = [*cells[:3], text("## The mechanism"), cells[3], *(text("More.") for _ in range(more))]
+        looked = [*cells[:2], text("## The mechanism"), *cells[2:], *(text("More.") for _ in range(more))]
         path = write("notebooks/02_two.ipynb", text(OPENING), *looked, text(CLOSING))
         return form.missing(form.Lesson.read(path))
 
@@ -98,6 +98,7 @@ def test_what_is_taken_away_is_missed_alone(lesson, old, new, element):
 
 def test_answers_exercises_and_length_are_looked_at(lesson):
     assert lesson(hide=False) == ["hidden"]
+    assert lesson("mp.evaluate(", "mp.AdapterExplorer(", hide=False) == [], "a slider is there to be moved"
     assert lesson("Predict(", "Say(") == ["predict", "hidden"]
     assert lesson(back="../../notebooks/01_one.ipynb") == ["exercise"]
     assert lesson("../exercises/two/two.ipynb", "../notebooks/01_one.ipynb") == ["exercise"]
