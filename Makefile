@@ -12,7 +12,7 @@ UNSANDBOXED ?=
 export PYTHON PORT SUBMISSIONS ASSIGNMENT OUT
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help lab test check bench notebooks exercises grade grade-audit
+.PHONY: help lab test check bench book notebooks exercises grade grade-audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,15 +33,19 @@ lab: ## open a copy of the course of your own, my/, in JupyterLab
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
 
 test: ## lint, tests, and every lesson executed and compared with its committed outputs
-	@bash tools/setup.sh real,test,classroom
+	@bash tools/setup.sh real,test,classroom,book
 	.venv/bin/python -m ruff check .
 	$(PYTEST) --durations 10 --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 600 \
 		notebooks tests/grading tests
 
 check: ## lint and the fast tests, for the habit of running them
-	@bash tools/setup.sh real,test,classroom
+	@bash tools/setup.sh real,test,classroom,book
 	.venv/bin/python -m ruff check .
 	$(PYTEST) -m "not slow" tests
+
+book: ## build the book, a static site with sliders that need no kernel, into build/book
+	@bash tools/setup.sh real,book
+	.venv/bin/python book/make_book.py
 
 bench: ## measure every benchmark, and write the tables of README.md and docs/benchmarks.md
 	@bash tools/setup.sh real,test,classroom

@@ -136,7 +136,7 @@ def test_the_makefile_installs_the_same_extras():
     assert {"real", "test"} <= EXTRAS.keys()
 
 
-@pytest.mark.parametrize("target", ["help", "lab", "test", "notebooks", "exercises", "grade", "grade-audit"])
+@pytest.mark.parametrize("target", ["help", "lab", "test", "book", "notebooks", "exercises", "grade", "grade-audit"])
 def test_make_knows_its_targets_and_help_lists_them(target):
     assert run(ROOT, "make", "-n", target).returncode == 0
     assert re.search(rf"^make {target}\s+\w", run(ROOT, "make").stdout, re.MULTILINE)

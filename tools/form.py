@@ -1,0 +1,149 @@
+"""Which elements of a lesson's form each lesson has: `python tools/form.py [lesson …]`; status 1 where one is missing.
+
+Only what a machine can see is looked at. Whether the question is a good one, a prediction has one answer, and the three
+sentences are worth remembering, a reader says.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+
+from fold import FENCE, answers, asks, headings  # noqa: E402
+
+MOST_CELLS = 32
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@dataclass
+class Lesson:
+    """A notebook with the views of it that the elements ask for."""
+
+    path: Path
+    cells: list
+
+    @classmethod
+    def read(cls, path: Path) -> Lesson:
+        return cls(path.resolve(), nbformat.read(path, as_version=4).cells)
+
+    @property
+    def opening(self) -> str:
+        return self.cells[0].source
+
+    @property
+    def prose(self) -> str:
+        """All markdown, without what stands in blocks of code."""
+        return "\n\n".join(FENCE.sub("", cell.source) for cell in self.cells if cell.cell_type == "markdown")
+
+    @property
+    def code(self) -> str:
+        return "\n".join(cell.source for cell in self.cells if cell.cell_type == "code")
+
+    def section(self, name: str) -> str:
+        """The prose below the last heading that contains `name`; "" where there is none."""
+        pattern = rf"^#+ [^\n]*{name}[^\n]*\n(.*?)(?=^#|\Z)"
+        return ([""] + re.findall(pattern, self.prose, re.MULTILINE | re.DOTALL | re.IGNORECASE))[-1]
+
+    def links(self, text: str) -> list[Path]:
+        """The files that relative links lead to, whether they exist or not."""
+        found = [link.partition("#")[0] for link in LINK.findall(text)]
+        return [(self.path.parent / link).resolve() for link in found if link and not re.match(r"[a-z]+:", link)]
+
+
+def neighbours(lesson: Lesson) -> bool:
+    """The title's cell or the next one links to the lessons that stand before and after in the folder."""
+    every = [path.resolve() for path in sorted(lesson.path.parent.glob("*.ipynb"))]
+    here = every.index(lesson.path)
+    return {*every[max(here - 1, 0) : here], *every[here + 1 : here + 2]} <= set(
+        lesson.links("".join(cell.source for cell in lesson.cells[:2]))
+    )
+
+
+def three_goals(lesson: Lesson) -> bool:
+    return len(re.findall(r"^[-*] ", lesson.opening.partition("you can")[2], re.MULTILINE)) == 3
+
+
+def hidden(lesson: Lesson) -> bool:
+    """Each prediction has an answer, and Lab opens the lesson with all of them hidden, sliders apart."""
+    found = [[cell for cell in cells if "Explorer(" not in cell.source] for cells in answers(lesson.cells)]
+    marked = [cell.metadata.get("jupyter", {}).get("outputs_hidden") for cells in found for cell in cells]
+    return bool(found) and all(marked)
+
+
+def compared(lesson: Lesson) -> bool:
+    """Below “came out here” a table of three columns or more without an empty field, written or computed."""
+    lines = re.findall(r"^\|(.+)\|\s*$", lesson.section("came out"), re.MULTILINE)
+    rows = [[field.strip() for field in line.split("|")] for line in lines]
+    written = len(rows) > 2 and all(len(row) >= 3 and all(row) for row in rows)
+    below, computed = False, False
+    for cell in lesson.cells:
+        below = "came out" in headings(cell)[-1] if headings(cell) else below
+        computed |= below and any("text/html" in output.get("data", {}) for output in cell.get("outputs", []))
+    return written or computed
+
+
+def there_and_back(lesson: Lesson) -> bool:
+    """A link to an exercise whose notebook links to this lesson."""
+    found = [Lesson.read(path) for path in lesson.links(lesson.prose) if "exercises" in path.parts and path.exists()]
+    return any(lesson.path in exercise.links(exercise.prose) for exercise in found)
+
+
+def three_sentences(lesson: Lesson) -> bool:
+    """Below “Remember”, before questions, sources and whatever else is set in bold."""
+    words = re.split(r"<details>|^\*\*", lesson.section("remember"), flags=re.MULTILINE)[0]
+    return len(re.findall(r"[.!?](?=\s|\Z)", re.sub(r"^\d+\. ", "", words, flags=re.MULTILINE))) == 3
+
+
+ELEMENTS: dict[str, tuple[str, Callable[[Lesson], bool]]] = {
+    "question": ("the title ends with a question", lambda at: at.opening.partition("\n")[0].rstrip().endswith("?")),
+    "around": ("the lessons before and after are linked at the top", neighbours),
+    "goals": ("three lines say what you can do afterwards", three_goals),
+    "see": ("something comes out in the first six cells", lambda at: any(cell.get("outputs") for cell in at.cells[:6])),
+    "predict": ("a prediction is asked for", lambda at: any(asks(cell) for cell in at.cells)),
+    "hidden": ("the answers of the predictions are committed with their outputs hidden", hidden),
+    "source": ("the package's own code is shown", lambda at: "getsource" in at.code),
+    "knob": ("a slider", lambda at: bool(re.search(r"Explorer\(|SliderPlot\(|Calculator\(", at.code))),
+    "table": ("a filled table of what was reported, expected, and came out here", compared),
+    "breaks": ("a section “Where it breaks”", lambda at: bool(at.section("where it breaks"))),
+    "exercise": ("a link to an exercise that links back", there_and_back),
+    "remember": ("three sentences to remember", three_sentences),
+    "check": (
+        "two questions whose answers unfold",
+        lambda at: len(re.findall(r"<summary>(?:(?!</summary>).)*\?", at.prose)) >= 2,
+    ),
+    "sources": ("the sources are named", lambda at: "**Sources" in at.prose),
+    "links": ("every link leads to a file", lambda at: all(path.exists() for path in at.links(at.prose))),
+    "cells": (f"at most {MOST_CELLS} cells", lambda at: len(at.cells) <= MOST_CELLS),
+}
+
+
+def missing(lesson: Lesson) -> list[str]:
+    """The names of the elements that this lesson lacks."""
+    return [name for name, (_, has) in ELEMENTS.items() if not has(lesson)]
+
+
+def main(paths: list[Path]) -> int:
+    lacks = {path.stem: missing(Lesson.read(path)) for path in paths}
+    width = max(map(len, lacks))
+    print(" " * width, *ELEMENTS)
+    for stem, names in lacks.items():
+        print(f"{stem:{width}}", *(f"{'–' if name in names else '✓':^{len(name)}}" for name in ELEMENTS))
+    print()
+    for name, (what, _) in ELEMENTS.items():
+        without = [stem[:2] for stem, names in lacks.items() if name in names]
+        print(f"{name}: {what}.", f"Missing in {', '.join(without)}." if without else "All have it.")
+    whole = [stem for stem, names in lacks.items() if not names]
+    print(f"\n{len(whole)} of {len(lacks)} lessons have every element{': ' * bool(whole)}{', '.join(whole)}.")
+    return int(len(whole) < len(lacks))
+
+
+if __name__ == "__main__":
+    sys.exit(main([Path(name) for name in sys.argv[1:]] or sorted(ROOT.glob("notebooks/*.ipynb"))))
