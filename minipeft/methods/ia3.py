@@ -19,6 +19,8 @@ from minipeft.layer import Method, WeightLayer
 from minipeft.methods import convolution
 from minipeft.methods.adapter import sites
 from minipeft.methods.common import freeze, no_embedding
+from minipeft.methods.read import bias as bias_of
+from minipeft.methods.read import check_read
 from minipeft.targets import Target, Targets, exact, flipped, is_convolution, resolve
 
 KEYS = re.compile(r".*\.(k|v|key|value|kv|qkv|wk|wv|wqkv|query_key_value|c_attn)(_?(proj|lin|linear))?", re.IGNORECASE)
@@ -47,14 +49,16 @@ class IA3(Method):
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], IA3Layer]]:
         named = (self.targets, self.feedforward)
         outputs, inputs = (
-            {t.key: t for t in resolve(model, which, convolutions=True)} if which != () else {}
+            {t.key: t for t in resolve(model, which, convolutions=True, reads=True)} if which != () else {}
             for which in (roles(model) if named == (IA3.targets, IA3.feedforward) else named)
         )
         if both := outputs.keys() & inputs.keys():
             raise ValueError(f"{min(both)!r} is in targets and in feedforward; scale its output or its input.")
         no_embedding([*outputs.values(), *inputs.values()], self)
         every = (outputs | inputs).values()
-        layers = {t.key: ConvolutionIA3Layer if is_convolution(t.module) else IA3Layer for t in every}
+        check_read(every, "IA3")
+        kinds = {True: ConvolutionIA3Layer, False: IA3Layer}
+        layers = {t.key: kinds[is_convolution(t.module)] if t.reader is None else ReadIA3Layer for t in every}
         return {t.key: partial(layers[t.key], t, t.key in inputs) for t in every}
 
 
@@ -101,15 +105,20 @@ class IA3Layer(WeightLayer):
         return (self.l - 1) * self.weight.to(self.l.dtype)
 
     def changes(self) -> dict[str, torch.Tensor]:
-        bias = getattr(self.owner[0], "bias", None)
+        name, rows = bias_of(self.owner[0], self.parameter, self.rows)
+        bias = getattr(self.owner[0], name, None)
         if self.feedforward or bias is None:
             return super().changes()
         change = torch.zeros(bias.shape, dtype=self.l.dtype, device=bias.device)
-        change[self.rows] = (self.l.flatten() - 1) * bias[self.rows]  # an output's scale takes the bias along
-        return super().changes() | {"bias": change}
+        change[rows] = (self.l.flatten() - 1) * bias[rows]  # an output's scale takes the bias along
+        return super().changes() | {name: change}
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {"ia3_l": self.l}
+
+
+class ReadIA3Layer(IA3Layer):
+    """The same for a matrix that a module reads for itself; see `read.py`."""
 
 
 class ConvolutionIA3Layer(IA3Layer):
