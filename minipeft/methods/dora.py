@@ -109,5 +109,6 @@ class DoRA(LoRA):
 class DoRALayout(LoRALayout):
     """LoRA's two, and lora_magnitude_vector (d_out,)."""
 
-    layer, method, flag, on_convolutions = DoRALayer, DoRA, {"use_dora": True}, ConvolutionDoRALayer
+    layer, method, flag, others = DoRALayer, DoRA, {"use_dora": True}, (ConvolutionDoRALayer, ReadDoRALayer)
+    foreign = (*LoRALayout.foreign, "target_parameters")
     ends, needs = r"lora_(?:[AB]\.weight|magnitude_vector)", "lora_A, lora_B and lora_magnitude_vector"

@@ -147,7 +147,7 @@ class ConvolutionIA3Layer(IA3Layer):
 class IA3Layout(WeightLayout):
     """ia3_l: (d_out, 1), or (1, d_in) for a layer in feedforward_modules."""
 
-    peft_type, layer, on_convolutions = "IA3", IA3Layer, ConvolutionIA3Layer
+    peft_type, layer, others = "IA3", IA3Layer, (ConvolutionIA3Layer, ReadIA3Layer)
     ends, needs = "ia3_l", "ia3_l"
     kinds = {"feedforward_modules": (str, *WORDS)}
 

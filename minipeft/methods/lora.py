@@ -20,7 +20,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.files import MAPPING, NUMBER, Tensors, WeightLayout, by_pattern, exactly, register
+from minipeft.files import (
+    MAPPING,
+    NUMBER,
+    WORDS,
+    Tensors,
+    WeightLayout,
+    by_pattern,
+    exactly,
+    register,
+    target_modules,
+)
 from minipeft.layer import Method, WeightLayer
 from minipeft.methods import convolution
 from minipeft.methods.common import (
@@ -32,8 +42,8 @@ from minipeft.methods.common import (
     no_embedding,
 )
 from minipeft.methods.fused import product
-from minipeft.methods.read import check_read
-from minipeft.targets import Target, Targets, exact, flipped, is_convolution, resolve
+from minipeft.methods.read import Name, check_read, from_peft, peft_has, peft_names, to_peft
+from minipeft.targets import Target, Targets, exact, flipped, is_convolution, read, resolve
 
 
 class LoRALayer(WeightLayer):
@@ -239,34 +249,66 @@ class LoRALayout(WeightLayout):
     lora_alpha = γ·r, or γ·√r with use_rslora.
     """
 
-    peft_type, layer, method, on_convolutions = "LORA", LoRALayer, LoRA, ConvolutionLoRALayer
+    peft_type, layer, method = "LORA", LoRALayer, LoRA
+    others = ConvolutionLoRALayer, ReadLoRALayer, StackLoRALayer
     ends, needs = r"lora_(?:embedding_[AB]|[AB]\.weight)", "lora_A and lora_B"
     kinds = {
         "lora_alpha": NUMBER, "lora_dropout": (*NUMBER, type(None)), "use_rslora": (bool, type(None)),
-        "rank_pattern": MAPPING, "alpha_pattern": MAPPING,
+        "rank_pattern": MAPPING, "alpha_pattern": MAPPING, "target_parameters": WORDS,
     }  # fmt: skip
     foreign = (
-        *("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora"),
+        *("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "use_qalora"),
         *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
     )
 
     def config(self, base: nn.Module, layers: list[LoRALayer]) -> dict:
         first = layers[0]
         scale = math.sqrt if first.rank_stabilized else float
-        return super().config(base, layers) | {
+        config = super().config(base, layers)
+        names: dict[str, Name] = {}
+        if config["peft_type"] == self.peft_type and any(x.reader is not None for x in layers):
+            stacks = [x for x in layers if isinstance(x, StackLoRALayer)]
+            modules = {x.path if x.reader is None else x.reader for x in layers if x not in stacks}
+            config["target_modules"] = target_modules(base, sorted(modules))
+            config["target_parameters"] = [f"{x.path}.{x.parameter}" for x in stacks] or None
+            names = peft_names(base, config)
+        matched = lambda x: exactly(names[x.key].matched if x.key in names else x.key)  # noqa: E731
+        return config | {
             "r": first.rank,
             "lora_alpha": first.gamma * scale(first.rank),
             "use_rslora": first.rank_stabilized,
-            "lora_dropout": first.dropout,
+            "lora_dropout": max(x.dropout for x in layers),
             "bias": "none",
             "fan_in_fan_out": any(flipped(base.get_submodule(x.path)) and not x.embedding for x in layers),
-            "rank_pattern": {exactly(x.key): x.rank for x in layers if x.rank != first.rank},
+            "rank_pattern": {matched(x): x.rank for x in layers if x.rank != first.rank},
             "alpha_pattern": {
-                exactly(x.key): x.gamma * scale(x.rank)
+                matched(x): x.gamma * scale(x.rank)
                 for x in layers
                 if (x.rank, x.gamma) != (first.rank, first.gamma)
             },
         }
+
+    def peft_reads(self, layers: list[LoRALayer]) -> bool:
+        return not self.flag and peft_has(layers)
+
+    def written(self, base: nn.Module, config: dict, tensors: Tensors) -> Tensors:
+        return to_peft(self.names(base, config), tensors)
+
+    def names(self, base: nn.Module, config: dict) -> dict[str, Name]:
+        return peft_names(base, config) if config["peft_type"] == self.peft_type else {}
+
+    def methods(self, base: nn.Module, config: dict, tensors: Tensors) -> list[Method]:
+        names = self.names(base, config)
+        if names:
+            from_peft(base, names, config, tensors)
+        found = {place for key in tensors if (match := self.split(key)) and (place := match[1])}
+        still = {target.key for target in read(base)}  # there, PEFT drops nothing either
+        patterns = {"dropout_pattern": {exactly(place): 0.0 for place in found if exact(place)[0] in still}}
+        for option, default in {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}.items():
+            theirs = config.get(option) or {}
+            mine = {n: by_pattern(theirs, name.matched, config.get(default), option) for n, name in names.items()}
+            patterns[option] = {exactly(place): value for place, value in mine.items()} | theirs
+        return super().methods(base, config | patterns, tensors)
 
     def build(self, config: dict, places: list[str], tensors: Tensors) -> list[LoRA]:
         """One method for each combination of rank and γ."""
@@ -281,9 +323,10 @@ class LoRALayout(WeightLayout):
                 raise ValueError(f"rank={rank!r} is not a whole number.")
             if isinstance(alpha, bool) or not isinstance(alpha, int | float):
                 raise ValueError(f"lora_alpha = {alpha!r} is not a number.")
-            groups.setdefault((rank, alpha), []).append(exact(place))
-        return [self.make(config, rank, alpha, targets) for (rank, alpha), targets in groups.items()]
+            dropout = by_pattern(config["dropout_pattern"], place, config.get("lora_dropout") or 0.0, "dropout_pattern")
+            groups.setdefault((rank, alpha, dropout), []).append(exact(place))
+        return [self.make(config, *settings, targets) for settings, targets in groups.items()]
 
-    def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> LoRA:
-        stable, dropout = bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0
+    def make(self, config: dict, rank: int, alpha: float, dropout: float, targets: list[tuple[str, int, int]]) -> LoRA:
+        stable = bool(config.get("use_rslora"))
         return self.method(rank=rank, alpha=alpha, rank_stabilized=stable, dropout=dropout, targets=targets)
