@@ -152,8 +152,9 @@ class IA3Layout(WeightLayout):
     kinds = {"feedforward_modules": (str, *WORDS)}
 
     def config(self, base: nn.Module, layers: list[IA3Layer]) -> dict:
-        inputs = sorted({layer.path for layer in layers if layer.feedforward})
-        mistaken = any(layer.path.endswith(tuple(inputs)) for layer in layers if not layer.feedforward)
+        names = {layer.key: exact(layer.key)[0] for layer in layers}
+        inputs = sorted({names[layer.key] for layer in layers if layer.feedforward})
+        mistaken = any(names[layer.key].endswith(tuple(inputs)) for layer in layers if not layer.feedforward)
         return super().config(base, layers) | {
             "feedforward_modules": "|".join(map(re.escape, inputs)) if mistaken else inputs,
             "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),

@@ -327,6 +327,6 @@ class LoRALayout(WeightLayout):
             groups.setdefault((rank, alpha, dropout), []).append(exact(place))
         return [self.make(config, *settings, targets) for settings, targets in groups.items()]
 
-    def make(self, config: dict, rank: int, alpha: float, dropout: float, targets: list[tuple[str, int, int]]) -> LoRA:
+    def make(self, config: dict, rank: int, alpha: float, dropout: float, targets: list) -> LoRA:
         stable = bool(config.get("use_rslora"))
         return self.method(rank=rank, alpha=alpha, rank_stabilized=stable, dropout=dropout, targets=targets)
