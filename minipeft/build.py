@@ -12,6 +12,7 @@ from minipeft.calls import unheard
 from minipeft.front import Front
 from minipeft.hook import Seat, seats
 from minipeft.layer import Layer, Method, WeightLayer
+from minipeft.table import table
 from minipeft.targets import Slot, slots
 
 
@@ -28,6 +29,10 @@ class Count:
 
     def __str__(self) -> str:
         return f"trainable {self.trainable:,} of {self.total:,} ({100 * self.share:.3g} %)"
+
+    def _repr_html_(self) -> str:
+        rows = ("trained", f"{self.trainable:,}"), ("in all", f"{self.total:,}"), ("share", f"{100 * self.share:.3g} %")
+        return table("Numbers of the model", rows)
 
 
 def carries_adapters(model: nn.Module) -> bool:
