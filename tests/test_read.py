@@ -12,6 +12,7 @@ from tiny import randomise
 from torch import nn
 
 import minipeft as mp
+from minipeft.analyze.spectrum import base_weight, spectra, truncated
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested tensors|.*does not reach|.*enable_nested_tensor")
 METHODS = {
@@ -128,6 +129,12 @@ def test_several_adapters_of_attention():
     tuned.add("queries", mp.DoRA(rank=1, targets=["in_proj_weight[0:8]", "alpha"]))
     randomise(tuned, scale=0.4)
     tuned.use({"default": 0.7, "queries": -0.5})
+    found = spectra(tuned)
+    for name, delta in tuned.deltas().items():
+        torch.testing.assert_close(found[name].truncate(8).matrix(), delta, atol=1e-5, rtol=0)
+        assert base_weight(tuned, name).shape == delta.shape
+    with pytest.raises(ValueError, match="read by 'zeta' itself"), truncated(tuned, 1):
+        pass
     W = {name: 0.7 * d for name, d in tuned.deltas().items()}
     out = tuned(a, b, b)
     tuned.merge()
@@ -172,6 +179,10 @@ def test_experts_compute_with_what_merging_gives(name):
         tuned.unmerge()
     tuned(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in tuned.adapters.parameters())
+    found = spectra(tuned)
+    stack, delta = next(iter(tuned.deltas().items()))
+    torch.testing.assert_close(found[f"{stack}[3]"].truncate(2).matrix(), delta[3], atol=1e-5, rtol=0)
+    assert name == "JetMoe" or torch.equal(base_weight(tuned, f"{stack}[3]"), model.get_parameter(stack)[3])
     shapes = {f"{path}.weight".removesuffix("_proj.weight"): delta.shape for path, delta in tuned.deltas().items()}
     assert shapes.items() <= {n.removesuffix("_proj"): p.shape for n, p in one.model().named_parameters()}.items()
     base = tuned.detach()
