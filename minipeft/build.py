@@ -74,7 +74,9 @@ def build(
     for path in {layer.reader for layer in layers.values()} - {None}:
         forward = vars(model.get_submodule(path)).get("forward")
         if forward is not None and not isinstance(getattr(forward, "__self__", None), Seat):
-            raise ValueError(f"Somebody replaced the forward of {path!r}, so nothing can be put in place of its weights.")
+            raise ValueError(
+                f"Somebody replaced the forward of {path!r}, so nothing can be put in place of its weights."
+            )
     if clash := claimed_twice({key: [layer] for key, layer in layers.items()}):
         raise ValueError(f"Two of the methods want to train {'.'.join(clash[2])!r}; name it in one of them only.")
     return methods, layers

@@ -75,7 +75,6 @@ class Seat:
                 output = output.index_copy(0, own, after(output[own], x[own], plain[own]))
         return output
 
-
     def unnested(self, encoder: nn.TransformerEncoder, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before an encoder of PyTorch's is called: given a padding mask alone it may go over to nested tensors, which
         have no gradients and few operations. Given a mask that hides nothing as well, it does not."""
@@ -138,11 +137,15 @@ class ReadingSeat(Seat):
 
 
 def double(module: nn.Module, changed: Mapping[tuple[nn.Module, str], torch.Tensor]) -> nn.Module:
-    """A module that is the same, and shares everything, but for `changed`: {(it or a child of it, parameter): value}."""
+    """A module that is the same, and shares everything, but for `changed`: {(it or a child, parameter): value}."""
     new = object.__new__(type(module))
-    own = {name: value.to(module._parameters[name].dtype) for (owner, name), value in changed.items() if owner is module}
+    own = {
+        name: value.to(module._parameters[name].dtype) for (owner, name), value in changed.items() if owner is module
+    }
     rest = {slot: value for slot, value in changed.items() if slot[0] is not module}
-    children = {name: double(child, rest) for name, child in module._modules.items() if any(child is o for o, _ in rest)}
+    children = {
+        name: double(child, rest) for name, child in module._modules.items() if any(child is o for o, _ in rest)
+    }
     vars(new).update(vars(module), _parameters=module._parameters | own, _modules=module._modules | children)
     vars(new).pop("forward", None)
     return new

@@ -9,7 +9,9 @@ from html import escape
 def table(caption: str, rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
     """HTML; the first cell of each row is its name, and what stands in the others is aligned to the right."""
     style = 'style="text-align:{}"'
-    names = "".join(f'<th scope="col" {style.format("right" if i else "left")}>{escape(h)}</th>' for i, h in enumerate(head))
+    names = "".join(
+        f'<th scope="col" {style.format("right" if i else "left")}>{escape(h)}</th>' for i, h in enumerate(head)
+    )
     body = "".join(
         f'<tr><th scope="row" {style.format("left")}>{escape(str(first))}</th>'
         + "".join(f"<td {style.format('right')}>{escape(str(cell))}</td>" for cell in rest)
@@ -17,4 +19,4 @@ def table(caption: str, rows: Iterable[Sequence[object]], head: Sequence[str] = 
         for first, *rest in rows
     )
     top = f"<thead><tr>{names}</tr></thead>" if head else ""
-    return f'<table><caption {style.format("left")}>{escape(caption)}</caption>{top}<tbody>{body}</tbody></table>'
+    return f"<table><caption {style.format('left')}>{escape(caption)}</caption>{top}<tbody>{body}</tbody></table>"

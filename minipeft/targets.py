@@ -232,7 +232,8 @@ def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> l
         share = sum(p.numel() for (path, _), p in slots(model) if path in fused) / numbers(model)
         warnings.warn(
             f"targets={name!r} does not reach {100 * share:.0f} % of the weights: the experts of {fused[0]!r} lie in "
-            f"three-dimensional parameters, not in linear layers; LoRA reaches them by name, as {fused[0].split('.')[-1]!r}.",
+            "three-dimensional parameters, not in linear layers; LoRA reaches them by name, as "
+            f"{fused[0].rpartition('.')[2]!r}.",
             stacklevel=5,
         )
     return found

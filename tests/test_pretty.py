@@ -17,7 +17,9 @@ from minipeft.learn.fit import History, Score
 from minipeft.learn.protocol import SEARCH_SEED
 from minipeft.learn.trials import with_validation
 
-TEXTS = [f"on {day} , it was {word} ." for day in ("sunday", "monday", "friday") for word in ("cold", "warm", "dry", "wet")]
+TEXTS = [
+    f"on {day} , it was {word} ." for day in ("sunday", "monday", "friday") for word in ("cold", "warm", "dry", "wet")
+]
 
 
 def cells(page: str) -> list[str]:
@@ -61,7 +63,9 @@ def test_a_run_beside_a_run():
     picture = a.plot(b, labels=["<LoRA>", "full"], floor=0.5)
     axes = picture.figure.axes[0]
     assert axes.get_title() == "The loss ends at 2.000 with <LoRA>, at 2.500 with full"
-    assert {line.get_linestyle() for line in axes.lines if line.get_linewidth() == 2} == {"-", "--"}, "told apart unseen"
+    assert {line.get_linestyle() for line in axes.lines if line.get_linewidth() == 2} == {"-", "--"}, (
+        "told apart unseen"
+    )
     assert "full from 3.000 to 2.500 in 2 steps" in picture.words and "floor is 0.500" in picture.words
     page = picture._repr_html_()
     assert f'alt="{html.escape(picture.words, quote=True)}"' in page and "data:image/png;base64," in page
@@ -85,7 +89,10 @@ def pocket():
 def test_methods_compared_on_texts_of_ones_own(pocket):
     """A rate inside its grid for each, chosen without the test rows or the seeds that report; the base untouched."""
     before = {name: p.clone() for name, p in pocket.named_parameters()}
-    methods = {"LoRA": mp.LoRA(rank=1, targets=["q_proj", "v_proj"]), "both": [mp.LoRA(rank=1, targets=["o_proj"]), mp.BitFit()]}
+    methods = {
+        "LoRA": mp.LoRA(rank=1, targets=["q_proj", "v_proj"]),
+        "both": [mp.LoRA(rank=1, targets=["o_proj"]), mp.BitFit()],
+    }
     how = dict(steps=2, batch=4, rates=[1e-2], seeds=[0, 1], progress=False)
     found = mp.sweep(pocket, TEXTS, methods, **how)
     for name, method in methods.items():

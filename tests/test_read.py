@@ -1,4 +1,4 @@
-"""What a module reads for itself: PyTorch's attention and stacks of experts compute with W + ΔW, whatever way they take."""
+"""What a module reads for itself: PyTorch's attention and stacks of experts compute with W + ΔW, on whatever way."""
 
 from __future__ import annotations
 
@@ -163,9 +163,7 @@ def test_experts_compute_with_what_merging_gives(name):
     stacks = ["experts"] if name != "JetMoe" else ["experts.input_linear", "experts.output_linear"]
     bare = model(ids).logits
     tuned = mp.attach(model, mp.LoRA(rank=2, targets=stacks))
-    count = sum(
-        2 * len(layer.A) * sum(getattr(layer.owner[0], layer.parameter).shape[1:]) for layer in tuned.layers()
-    )
+    count = sum(2 * len(layer.A) * sum(getattr(layer.owner[0], layer.parameter).shape[1:]) for layer in tuned.layers())
     assert tuned.count().trainable == count and torch.equal(tuned(ids).logits, bare)
     randomise(tuned, scale=0.3)
     ways = ("eager", "batched_mm", "grouped_mm") if name != "JetMoe" else (None,)

@@ -118,7 +118,8 @@ def spectra(tuned: Tuned) -> dict[str, Spectrum]:
     """{path: spectrum of ΔW} of the active adapters, for every matrix that they change; summed where several meet.
 
     LoRA's come from its factors: γ₁B₁A₁ + γ₂B₂A₂ = [γ₁B₁ γ₂B₂]·[A₁; A₂]. Changes of vectors (biases, norms) have no
-    spectrum and are left out; each expert of a stack has its own, "path[0]" and so on. Raises ValueError for a method that changes no weight.
+    spectrum and are left out; each expert of a stack has its own, "path[0]" and so on. Raises ValueError for a method
+    that changes no weight.
     """
     found: dict[str, Spectrum] = {}
     with tuned.disabled():

@@ -32,14 +32,16 @@ class Picture:
         png = io.BytesIO()
         self.figure.savefig(png, format="png", dpi=100, facecolor="white")
         image, words = base64.b64encode(png.getvalue()).decode(), escape(self.words, quote=True)
-        return f'<figure><img alt="{words}" src="data:image/png;base64,{image}"><figcaption>{words}</figcaption></figure>'
+        return (
+            f'<figure><img alt="{words}" src="data:image/png;base64,{image}"><figcaption>{words}</figcaption></figure>'
+        )
 
     def __repr__(self) -> str:
         return f"Picture({self.words})"
 
 
 def curves(runs: Sequence[tuple[str, Sequence[float]]], floor: float | None = None) -> Picture:
-    """Draws {label: losses, one a step, in nats a token}, five at most, each smoothed over ten steps, and thin as it is.
+    """Draws {label: losses, one a step, in nats a token}, five at most, smoothed over ten steps, and thin as it is.
 
     `floor`: the least loss that is possible, as `task.floor` says. ValueError for a run without a step, for more than
     five, and for labels that are given twice.
@@ -67,6 +69,8 @@ def curves(runs: Sequence[tuple[str, Sequence[float]]], floor: float | None = No
         title += f" with {best}, at {max(ends.values()):.3f} with {max(ends, key=ends.get)}"
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     axes.legend(title="mean of the last ten batches")
-    each = "; ".join(f"{label} from {losses[0]:.3f} to {ends[label]:.3f} in {len(losses)} steps" for label, losses in runs)
+    each = "; ".join(
+        f"{label} from {losses[0]:.3f} to {ends[label]:.3f} in {len(losses)} steps" for label, losses in runs
+    )
     under = "" if floor is None else f" The floor is {floor:.3f}."
     return Picture(figure, f"Loss in nats a token by step, at the end as the mean of ten batches: {each}.{under}")

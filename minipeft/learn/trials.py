@@ -1,7 +1,7 @@
 """Methods compared on a task of your own, under the protocol of `protocol.py`: `mp.sweep(model, task, {...})`.
 
-    rate      each method's own, the best on validation rows, looked for with one seed, never at the grid's edge
-    seeds     others report: the test rows are looked at with these alone, and the same for every method
+rate      each method's own, the best on validation rows, looked for with one seed, never at the grid's edge
+seeds     others report: the test rows are looked at with these alone, and the same for every method
 """
 
 from __future__ import annotations

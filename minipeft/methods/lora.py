@@ -282,9 +282,7 @@ class LoRALayout(WeightLayout):
             "fan_in_fan_out": any(flipped(base.get_submodule(x.path)) and not x.embedding for x in layers),
             "rank_pattern": {matched(x): x.rank for x in layers if x.rank != first.rank},
             "alpha_pattern": {
-                matched(x): x.gamma * scale(x.rank)
-                for x in layers
-                if (x.rank, x.gamma) != (first.rank, first.gamma)
+                matched(x): x.gamma * scale(x.rank) for x in layers if (x.rank, x.gamma) != (first.rank, first.gamma)
             },
         }
 

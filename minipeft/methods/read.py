@@ -96,12 +96,14 @@ def to_peft(names: dict[str, Name], tensors: Tensors) -> Tensors:
         if place.endswith(".in_proj_weight") and A is not None:
             out = place.removesuffix("in_proj_weight") + "out_proj"
             zeros = A.new_zeros(A.shape), B.new_zeros(len(B) // 3, B.shape[1])
-            tensors = tensors | {f"{PREFIX}{out}.lora_{each}.weight": zero for each, zero in zip("AB", zeros, strict=True)}
+            tensors = tensors | {
+                f"{PREFIX}{out}.lora_{each}.weight": zero for each, zero in zip("AB", zeros, strict=True)
+            }
     return moved(tensors, {ours: name.stored for ours, name in names.items()})
 
 
 def from_peft(base: nn.Module, names: dict[str, Name], config: dict, tensors: Tensors) -> None:
-    """Gives the tensors of PEFT's file, in place, our names. Raises ValueError for what PEFT does otherwise than here."""
+    """Gives the tensors of PEFT's file, in place, our names. Raises ValueError for what PEFT does otherwise."""
     stacks = {f".{target.path}.{target.parameter}" for target in read(base) if target.tensor.ndim == 3}
     for name in config.get("target_parameters") or ():
         if not any(stack.endswith(f".{name}") for stack in stacks):
@@ -124,5 +126,9 @@ def from_peft(base: nn.Module, names: dict[str, Name], config: dict, tensors: Te
 
 def moved(tensors: Tensors, places: dict[str, str]) -> Tensors:
     """The same under other names: LoRA's A and B that lie at one of `places` lie where that leads."""
-    names = {f"{PREFIX}{place}.lora_{each}.weight": f"{PREFIX}{to}.lora_{each}.weight" for place, to in places.items() for each in "AB"}
+    names = {
+        f"{PREFIX}{place}.lora_{each}.weight": f"{PREFIX}{to}.lora_{each}.weight"
+        for place, to in places.items()
+        for each in "AB"
+    }
     return {names.get(key, key): value for key, value in tensors.items()}

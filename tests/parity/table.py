@@ -186,8 +186,8 @@ def main() -> int:
         f"Written by `tests/parity/table.py` with transformers {transformers.__version__}, PEFT {peft.__version__} and "
         f"PyTorch {torch.__version__.split('+')[0]}, on tiny random models: LoRA on all linear layers, files to and "
         "from PEFT (equal outputs), twelve steps of training, greedy text against the merged model's, a soft prompt, a "
-        "prefix, Houlsby's bottlenecks, merging; and, where experts lie in stacks of matrices, LoRA on those, merged and "
-        'both ways with PEFT (– where there are none). "no" is a refusal in one sentence, below.\n',
+        "prefix, Houlsby's bottlenecks, merging; and, where experts lie in stacks of matrices, LoRA on those, merged "
+        'and both ways with PEFT (– where there are none). "no" is a refusal in one sentence, below.\n',
         f"| architecture | kind | {' | '.join(COLUMNS)} |",
         "|" + " --- |" * (len(COLUMNS) + 2),
         *lines,

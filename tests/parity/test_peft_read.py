@@ -1,4 +1,4 @@
-"""LoRA on what a module reads for itself, PyTorch's attention and the stacked experts of transformers: Hugging Face PEFT
+"""LoRA on what a module reads for itself, PyTorch's attention and transformers' stacked experts: Hugging Face PEFT
 computes the same logits and gradients from the same file, and writes one that is read here."""
 
 from __future__ import annotations
@@ -65,7 +65,13 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_attention_is_peft_s_and_back(name, tmp_path):
     methods, peft_has = CASES[name]
-    compare(Attending, methods, peft_has, torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2)).double(), tmp_path)
+    compare(
+        Attending,
+        methods,
+        peft_has,
+        torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2)).double(),
+        tmp_path,
+    )
 
 
 EXPERTS = {
