@@ -46,6 +46,9 @@ def bias(module: nn.Module, parameter: str, rows: slice) -> tuple[str, slice]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Names in PEFT's files
 # ---------------------------------------------------------------------------------------------------------------------
+WRAPPED = ".base_layer.out_proj"  # attention's W_out
+
+
 class Name(NamedTuple):
     """Where PEFT stores the A and B of a place, and what its patterns are held against."""
 
@@ -64,7 +67,7 @@ def peft_names(base: nn.Module, config: dict) -> dict[str, Name]:
     for path, module in base.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             names[f"{path}.in_proj_weight"] = Name(path, path)
-            names[f"{path}.out_proj"] = Name(f"{path}.base_layer.out_proj", path)
+            names[f"{path}.out_proj"] = Name(f"{path}{WRAPPED}", path)
         own = [key for name in module._parameters if (key := f"{path}.{name}") and f".{key}".endswith(wanted)]
         for i, key in enumerate(own):
             names[key.removesuffix(".weight")] = Name(path + ".base_layer" * (len(own) - 1 - i), key)
@@ -91,9 +94,9 @@ def counts_twice(config: dict) -> bool:
 
 def to_peft(names: dict[str, Name], tensors: Tensors) -> Tensors:
     """The same under PEFT's names, and beside each W_in the A and B of W_out, all zero, that PEFT has there."""
-    for place in names:
+    for place, (stored, matched) in names.items():
         A, B = (tensors.get(f"{PREFIX}{place}.lora_{each}.weight") for each in "AB")
-        if place.endswith(".in_proj_weight") and A is not None:
+        if stored == matched and A is not None:
             out = place.removesuffix("in_proj_weight") + "out_proj"
             zeros = A.new_zeros(A.shape), B.new_zeros(len(B) // 3, B.shape[1])
             tensors = tensors | {
@@ -109,14 +112,14 @@ def from_peft(base: nn.Module, names: dict[str, Name], config: dict, tensors: Te
         if not any(stack.endswith(f".{name}") for stack in stacks):
             raise ValueError(f"target_parameters has {name!r}, which names no stack of experts of this model.")
     for place, (stored, matched) in names.items():
-        if place.endswith(".out_proj") and f"{PREFIX}{place}.lora_A.weight" in tensors:
+        if stored.endswith(WRAPPED) and f"{PREFIX}{place}.lora_A.weight" in tensors:
             raise ValueError(f"it adapts {place!r} alone, which attention reads and never calls, so PEFT does nothing.")
         if f".{matched}" in stacks and f"{PREFIX}{stored}.lora_A.weight" not in tensors:
             raise ValueError(f"it has no lora_A for {matched!r}, which target_parameters names.")
     found = moved(tensors, {name.stored: ours for ours, name in names.items()})
     tensors.clear()
     tensors.update(found)
-    for place in (place for place in names if place.endswith(".out_proj")):
+    for place in (place for place, name in names.items() if name.stored.endswith(WRAPPED)):
         A, B = (f"{PREFIX}{place}.lora_{each}.weight" for each in "AB")
         if A in tensors and B in tensors and not tensors[A].any() and not tensors[B].any():  # it never moves, either
             del tensors[A], tensors[B]

@@ -98,6 +98,27 @@ def test_experts_are_peft_s_and_back(name, tmp_path):
     compare(eager, methods, True, one.batch()["input_ids"], tmp_path)
 
 
+class Stacks(nn.Module):
+    """Three stacks, two of which have the names that attention has for its weights; one matrix in the last."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in (("out_proj", (4, 6, 3)), ("in_proj_weight", (4, 2, 6)), ("alone", (1, 2, 3))):
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator)))
+
+    def forward(self, x):
+        hidden = torch.einsum("eoi,ni->neo", self.out_proj, x).tanh()
+        return torch.einsum("eoi,nei->no", self.in_proj_weight, hidden) + x @ self.alone[0].T
+
+
+@pytest.mark.parametrize("named", [["0"], ["out_proj", "alone"], ["0.in_proj_weight"], ["out_proj"]])
+def test_stacks_of_any_name(named, tmp_path):
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    method = mp.LoRA(rank=2, alpha=3, targets=named)
+    compare(lambda: nn.Sequential(Stacks()), [method], True, x, tmp_path)
+
+
 @pytest.mark.parametrize("named", [["self_attn", "cross"], ["encoder.layers.1.self_attn", "out"]])
 def test_a_file_of_peft_with_all_of_attention(named, tmp_path):
     """PEFT 0.21.0 adds ΔW of W_out twice, at once and merged; what it trained so is read as what it computed."""
@@ -157,9 +178,13 @@ def compare(make, methods, peft_has, x, folder):
     torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
     mine.square().sum().backward()
     theirs.square().sum().backward()
-    added = [p.grad for name, p in other.named_parameters() if p.requires_grad and "out_proj" in name]
+    added = [p.grad for name, p in other.named_parameters() if p.requires_grad and "base_layer.out_proj" in name]
     assert not any(gradient.any() for gradient in added), "W_out's, zero in the file"
-    trained = [p.grad.flatten() for name, p in other.named_parameters() if p.requires_grad and "out_proj" not in name]
+    trained = [
+        p.grad.flatten()
+        for name, p in other.named_parameters()
+        if p.requires_grad and "base_layer.out_proj" not in name
+    ]
     grads = torch.cat([p.grad.flatten() for p in tuned.parameters() if p.requires_grad]), torch.cat(trained)
     torch.testing.assert_close(*(each.sort().values for each in grads), atol=1e-9, rtol=1e-9)
     other.save_pretrained(folder / "there")
