@@ -101,11 +101,12 @@ def test_methods_compared_on_texts_of_ones_own(pocket):
         runs = [run for run in found.runs if run["method"] == name]
         assert [run["seed"] for run in runs] == [0, 1] and {run["lr"] for run in runs} == {best}
         assert runs[0]["loss"] != runs[1]["loss"] and all(run["stopped"] == "finished" for run in runs)
-        tuned = mp.attach(pocket, method, seed=1)
         task = with_validation(mp.learn.rows.as_task(TEXTS))
-        mp.fit(tuned, task, steps=2, batch=4, lr=best, seed=1, progress=False)
-        assert math.isclose(mp.evaluate(tuned, task).loss, runs[1]["loss"], rel_tol=1e-6)
-        tuned.detach()
+        for seed, split, loss in ((1, "test", runs[1]["loss"]), (SEARCH_SEED, "validation", found.searched[name][best])):
+            tuned = mp.attach(pocket, method, seed=seed)
+            mp.fit(tuned, task, steps=2, batch=4, lr=best, seed=seed, progress=False)
+            assert math.isclose(mp.evaluate(tuned, task, split).loss, loss, rel_tol=1e-6)
+            tuned.detach()
     assert all(torch.equal(before[name], p) for name, p in pocket.named_parameters())
     shown = cells(found._repr_html_())
     assert shown[:2] == ["method", "numbers"] and shown[5] in methods and "\n" not in repr(found)

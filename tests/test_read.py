@@ -93,6 +93,28 @@ def test_attention_computes_with_what_merging_gives(method, kind, tmp_path):
     assert torch.equal(again(a, b, c), out["plain"])
 
 
+@pytest.mark.parametrize("kind", ["more keys", "other widths"])
+def test_ia3_scales_what_it_says(kind):
+    """k' = l ⊙ (W_k·x + b_k) and so on, each with its own part of the bias, put there by hand."""
+    model = seeded(lambda: Cross(**KINDS[kind]))
+    a, b, c = drawn(2, 3, 8), drawn(2, 3, model.zeta.kdim), drawn(2, 3, model.zeta.vdim)
+    for part, name in enumerate(("q", "k", "v")):
+        rows, scale = slice(8 * part, 8 * part + 8), drawn(8)
+        whole = model.zeta._qkv_same_embed_dim
+        tuned = mp.attach(
+            model, mp.IA3([f"in_proj_weight[{8 * part}:{8 * part + 8}]" if whole else f"{name}_proj_weight"], ())
+        )
+        tuned.layers()[0].l.data.copy_(scale[:, None])
+        found = tuned(a, b, c)
+        tuned.detach()
+        by_hand = copy.deepcopy(model)
+        with torch.no_grad():
+            weight = by_hand.zeta.in_proj_weight[rows] if whole else getattr(by_hand.zeta, f"{name}_proj_weight")
+            weight *= scale[:, None]
+            by_hand.zeta.in_proj_bias[rows] *= scale
+        torch.testing.assert_close(found, by_hand(a, b, c), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "IA3, outputs"])
 def test_no_fast_path_goes_past_an_adapter(method):
     """An encoder of PyTorch's, with a padding mask and without, learning or not, alone or compiled."""
