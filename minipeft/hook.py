@@ -1,5 +1,5 @@
-"""How a layer acts on a module of the base: a forward hook that changes the module's output, or a forward in its place
-that computes the changed output in one go."""
+"""How a layer acts on a module of the base: a forward hook that changes the module's output, a forward in its place
+that computes the changed output in one go, or one that runs the module's own with W + ΔW in W's place."""
 
 from __future__ import annotations
 
@@ -107,9 +107,10 @@ class WeightSeat(Seat):
 
 class ReadingSeat(Seat):
     """The seat of the layers that change what a module reads for itself. It stands in for the module's forward, and
-    calls it on a double that holds W + ΔW, (W + ΔW) rounded to what W is stored in, where the module holds W.
+    calls it on a double of the module that holds W + ΔW, rounded to what W is stored in, where the module holds W.
 
-    The module itself is not written to, so calls from several threads do not meet."""
+    The module itself is not written to, so calls from several threads do not meet.
+    """
 
     def __init__(self, state: State, module: nn.Module):
         super().__init__(state)
@@ -118,7 +119,8 @@ class ReadingSeat(Seat):
     def forward(self, *args, **kwargs) -> object:
         state, module = self.state, self.module
         if not state.silent and state.chosen() is None:
-            shares = ((layer, state.weights.get(name, 1.0)) for name in state.active for layer, _ in self.on(name))
+            active = {name: state.weights.get(name, 1.0) for name in state.active}
+            shares = ((layer, share) for name, share in active.items() for layer, _ in self.layers.get(name, ()))
             changed: dict[tuple[nn.Module, str], torch.Tensor] = {}
             for layer, share in shares:
                 owner = layer.owner[0]
@@ -128,9 +130,6 @@ class ReadingSeat(Seat):
                 self.acted = True
                 module = double(module, changed)
         return type(self.module).forward(module, *args, **kwargs)
-
-    def on(self, name: str) -> list[tuple[Layer, After]]:
-        return self.layers.get(name, [])
 
     def seen(self, *_) -> None:
         """A hook that does nothing, but without one `nn.TransformerEncoderLayer` would not call the module."""

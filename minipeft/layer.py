@@ -29,9 +29,10 @@ After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (o
 
 
 PEFT_NAMES = {
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_rslora":
-    "rank_stabilized", "init_lora_weights": "init", "num_virtual_tokens": "length", "target_r": "rank", "init_r":
-    "initial_rank", "feedforward_modules": "feedforward", "oft_block_size": "block", "encoder_hidden_size": "hidden",
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
+    "target_parameters": "targets", "use_rslora": "rank_stabilized", "init_lora_weights": "init",
+    "num_virtual_tokens": "length", "target_r": "rank", "init_r": "initial_rank",
+    "feedforward_modules": "feedforward", "oft_block_size": "block", "encoder_hidden_size": "hidden",
 }  # fmt: skip
 
 

@@ -102,7 +102,8 @@ def test_methods_compared_on_texts_of_ones_own(pocket):
         assert [run["seed"] for run in runs] == [0, 1] and {run["lr"] for run in runs} == {best}
         assert runs[0]["loss"] != runs[1]["loss"] and all(run["stopped"] == "finished" for run in runs)
         task = with_validation(mp.learn.rows.as_task(TEXTS))
-        for seed, split, loss in ((1, "test", runs[1]["loss"]), (SEARCH_SEED, "validation", found.searched[name][best])):
+        chosen = SEARCH_SEED, "validation", found.searched[name][best]
+        for seed, split, loss in ((1, "test", runs[1]["loss"]), chosen):
             tuned = mp.attach(pocket, method, seed=seed)
             mp.fit(tuned, task, steps=2, batch=4, lr=best, seed=seed, progress=False)
             assert math.isclose(mp.evaluate(tuned, task, split).loss, loss, rel_tol=1e-6)

@@ -31,6 +31,7 @@ class IA3(Method):
     """y' = l ⊙ (W·x + b) on `targets`, y' = W·(l ⊙ x) + b on `feedforward`: d_out and d_in numbers a layer.
 
     `targets`: the layers whose outputs are scaled, keys and values in the paper.
+        The projections of PyTorch's attention, too, where they are named ("v_proj_weight", "in_proj_weight[16:48]").
     `feedforward`: the layers whose inputs are scaled, the second of the feed-forward; () for none.
     The names are Llama's. Left as they are, they stand in other families for the layers of the same roles; where one
     layer computes queries, keys and values, its whole output is scaled, as PEFT does.
