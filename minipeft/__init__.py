@@ -28,6 +28,7 @@ _HOME = {
     "Distil": "learn.distill",
     "Adversarial": "learn.robust",
     "fit_many": "learn.many",
+    "sweep": "learn.trials",
     "load_adapter": "serve.checkpoint",
     "export": "serve.export",
     "export_gguf": "serve.gguf",

@@ -26,7 +26,7 @@ from torch import nn
 from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.calls import unheard
 from minipeft.front import Front, front
-from minipeft.hook import Rows, Seat, State, check_rows, remove_hooks, seat_on
+from minipeft.hook import Rows, Seat, State, check_rows, reading_seat, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged, unrounded
 from minipeft.stand_in import StandIn, stand_in_for, without_base
@@ -118,6 +118,10 @@ class Tuned(StandIn):
             if layer.front:
                 self._front = self._front or front(self.base, self._state)
                 self._front.layers.setdefault(name, []).append(layer)
+            if layer.reader is not None:
+                if (layer.reader, True) not in self._seats:
+                    self._seats[layer.reader, True] = reading_seat(self.base, layer.reader, self._state)
+                self._seats[layer.reader, True].layers.setdefault(name, []).append((layer, None))
             for path, after in layer.seats().items():
                 weight = isinstance(layer, WeightLayer)
                 if (path, weight) not in self._seats:
@@ -353,7 +357,8 @@ class Tuned(StandIn):
         with self.disabled():
             silent = unheard(self.base, paths)
         if not hasattr(self.base, "main_input_name") and any(seat.acted for seat in self._seats.values()):
-            idle = [path for path in paths if not self._seats[path, True].acted]
+            seated = {layer.path: layer.path if layer.reader is None else layer.reader for layer in self.layers()}
+            idle = [path for path in paths if not self._seats[seated[path], True].acted]
             silent |= dict.fromkeys(idle, "it was not called, though the model was")
         deltas = self.deltas() if silent else {}
         for path, why in silent.items():

@@ -12,6 +12,7 @@ from minipeft.calls import unheard
 from minipeft.front import Front
 from minipeft.hook import Seat, seats
 from minipeft.layer import Layer, Method, WeightLayer
+from minipeft.table import table
 from minipeft.targets import Slot, slots
 
 
@@ -28,6 +29,10 @@ class Count:
 
     def __str__(self) -> str:
         return f"trainable {self.trainable:,} of {self.total:,} ({100 * self.share:.3g} %)"
+
+    def _repr_html_(self) -> str:
+        rows = ("trained", f"{self.trainable:,}"), ("in all", f"{self.total:,}"), ("share", f"{100 * self.share:.3g} %")
+        return table("Numbers of the model", rows)
 
 
 def carries_adapters(model: nn.Module) -> bool:
@@ -66,6 +71,12 @@ def build(
             if key in layers and not (layer.slots and layer.slots == layers[key].slots):
                 raise ValueError(f"Two of the methods want to train {key!r}; name it in one of them only.")
             layers.setdefault(key, layer)  # one copy of a parameter serves two methods that both select it
+    for path in {layer.reader for layer in layers.values()} - {None}:
+        forward = vars(model.get_submodule(path)).get("forward")
+        if forward is not None and not isinstance(getattr(forward, "__self__", None), Seat):
+            raise ValueError(
+                f"Somebody replaced the forward of {path!r}, so nothing can be put in place of its weights."
+            )
     if clash := claimed_twice({key: [layer] for key, layer in layers.items()}):
         raise ValueError(f"Two of the methods want to train {'.'.join(clash[2])!r}; name it in one of them only.")
     return methods, layers

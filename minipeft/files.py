@@ -25,7 +25,7 @@ class Layout:
     """One kind of adapter file.
 
     `peft_type`: PEFT's name, or one of ours that begins with MINIPEFT_ where PEFT has no such method.
-    `layer`: the class of layers that it writes, `on_convolutions` another where the method has one for those.
+    `layer`: the class of layers that it writes, `others` those that the method has where no linear layer is.
     `flag`: options that tell it from others with its `peft_type`.
     `kinds`: {option: the types that it may have}. `foreign`: options that change what the numbers mean, in ways that
     are not done here; `fixed`: {option: the values under which they mean what they mean here}.
@@ -34,7 +34,7 @@ class Layout:
 
     peft_type: str
     layer: type[Layer]
-    on_convolutions: type[Layer] | None = None
+    others: tuple[type[Layer], ...] = ()
     flag: dict[str, object] = {}
     kinds: dict[str, tuple[type, ...]] = {}
     foreign: tuple[str, ...] = ()
@@ -64,6 +64,10 @@ class Layout:
         """{key: numbers}: what is written, and what a file must hold."""
         return {self.place(layer) + key: value for layer in layers for key, value in layer.stored().items()}
 
+    def written(self, base: nn.Module, config: dict, tensors: Tensors) -> Tensors:
+        """`tensors` as they stand in the file, where PEFT has other names for them."""
+        return tensors
+
     def restore(self, layers: list[Layer], config: dict, tensors: Tensors) -> None:
         """Puts numbers that passed every check into built layers."""
         for layer in layers:
@@ -80,7 +84,7 @@ def register(cls: type[Layout]) -> type[Layout]:
 
 def layout_of(layer: Layer) -> Layout:
     """The layout that writes this layer."""
-    found = next((layout for layout in LAYOUTS if type(layer) in (layout.layer, layout.on_convolutions)), None)
+    found = next((layout for layout in LAYOUTS if type(layer) in (layout.layer, *layout.others)), None)
     if found is None:
         raise ValueError(f"A {type(layer).__name__} has no file format, so it cannot be saved.")
     return found
@@ -122,11 +126,16 @@ class WeightLayout(Layout):
         ours |= self.peft_type == "LORA" and peft_moves(base, layers)
         ours |= bool(called_otherwise(base, [layer.path for layer in layers]))
         ours |= not all(peft_convolves(base.get_submodule(layer.path), self.peft_type) for layer in layers)
+        ours |= any(layer.reader is not None for layer in layers) and not self.peft_reads(layers)
         return {
             "peft_type": OURS + self.peft_type if ours else self.peft_type,
             "target_modules": target_modules(base, sorted({layer.path for layer in layers})),
             **self.flag,
         }
+
+    def peft_reads(self, layers: list[WeightLayer]) -> bool:
+        """Whether PEFT has the method for these layers on what a module reads for itself."""
+        return False
 
     def owns(self, key: str) -> bool:
         return self.split(key) is not None
@@ -137,7 +146,7 @@ class WeightLayout(Layout):
     def methods(self, base: nn.Module, config: dict, tensors: Tensors) -> list[Method]:
         places = list(dict.fromkeys(match[1] for key in tensors if (match := self.split(key))))
         if config["peft_type"] == self.peft_type:
-            check_complete(base, config, set(places), self.needs)
+            check_complete(base, config, {*places, *(p.removesuffix(".in_proj_weight") for p in places)}, self.needs)
             if twice := called_otherwise(base, [exact(place)[0] for place in places]):
                 raise ValueError(
                     f"it adapts {twice[0]!r}, which this model also calls {twice[1]!r}; PEFT adapts the one and leaves "
@@ -158,7 +167,7 @@ def target_modules(base: nn.Module, paths: list[str]) -> list[str] | str:
 
 
 def adaptable(module: nn.Module) -> bool:
-    return is_matrix(module) or is_convolution(module)
+    return is_matrix(module) or is_convolution(module) or isinstance(module, nn.MultiheadAttention)
 
 
 def peft_moves(base: nn.Module, layers: list[Layer]) -> bool:

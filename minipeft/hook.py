@@ -1,5 +1,5 @@
-"""How a layer acts on a module of the base: a forward hook that changes the module's output, or a forward in its place
-that computes the changed output in one go."""
+"""How a layer acts on a module of the base: a forward hook that changes the module's output, a forward in its place
+that computes the changed output in one go, or one that runs the module's own with W + ΔW in W's place."""
 
 from __future__ import annotations
 
@@ -75,6 +75,16 @@ class Seat:
                 output = output.index_copy(0, own, after(output[own], x[own], plain[own]))
         return output
 
+    def unnested(self, encoder: nn.TransformerEncoder, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before an encoder of PyTorch's is called: given a padding mask alone it may go over to nested tensors, which
+        have no gradients and few operations. Given a mask that hides nothing as well, it does not."""
+        given = dict(zip(("src", "mask", "src_key_padding_mask", "is_causal"), args, strict=False)) | kwargs
+        padding, x = given.get("src_key_padding_mask"), given.get("src")
+        if self.state.silent or padding is None or given.get("mask") is not None or x.ndim < 3:
+            return None
+        length = x.shape[1 if encoder.layers[0].self_attn.batch_first else 0]
+        return (), given | {"mask": torch.zeros(length, length, dtype=padding.dtype, device=padding.device)}
+
 
 class WeightSeat(Seat):
     """The seat of the layers that change the weight of a linear layer. It stands in for the module's own forward, so
@@ -95,18 +105,85 @@ class WeightSeat(Seat):
         return self.hook(self.module, args, kwargs, type(self.module).forward(self.module, *args, **kwargs))
 
 
+class ReadingSeat(Seat):
+    """The seat of the layers that change what a module reads for itself. It stands in for the module's forward, and
+    calls it on a double of the module that holds W + ΔW, rounded to what W is stored in, where the module holds W.
+
+    The module itself is not written to, so calls from several threads do not meet.
+    """
+
+    def __init__(self, state: State, module: nn.Module):
+        super().__init__(state)
+        self.module = module
+
+    def forward(self, *args, **kwargs) -> object:
+        state, module = self.state, self.module
+        if not state.silent and state.chosen() is None:
+            active = {name: state.weights.get(name, 1.0) for name in state.active}
+            shares = ((layer, share) for name, share in active.items() for layer, _ in self.layers.get(name, ()))
+            changed: dict[tuple[nn.Module, str], torch.Tensor] = {}
+            for layer, share in shares:
+                owner = layer.owner[0]
+                for name, delta in layer.changes().items():
+                    changed[owner, name] = changed.get((owner, name), owner._parameters[name]) + share * delta
+            if changed:
+                self.acted = True
+                module = double(module, changed)
+        return type(self.module).forward(module, *args, **kwargs)
+
+    def seen(self, *_) -> None:
+        """A hook that does nothing, but without one `nn.TransformerEncoderLayer` would not call the module."""
+
+
+def double(module: nn.Module, changed: Mapping[tuple[nn.Module, str], torch.Tensor]) -> nn.Module:
+    """A module that is the same, and shares everything, but for `changed`: {(it or a child, parameter): value}."""
+    new = object.__new__(type(module))
+    own = {
+        name: value.to(module._parameters[name].dtype) for (owner, name), value in changed.items() if owner is module
+    }
+    rest = {slot: value for slot, value in changed.items() if slot[0] is not module}
+    children = {
+        name: double(child, rest) for name, child in module._modules.items() if any(child is o for o, _ in rest)
+    }
+    vars(new).update(vars(module), _parameters=module._parameters | own, _modules=module._modules | children)
+    vars(new).pop("forward", None)
+    return new
+
+
 def seat_on(base: nn.Module, path: str, weight: bool, state: State) -> Seat:
     """Puts a seat on the module at `path`. A change of the weight comes first, whatever was attached first: an adapter
     sees what W' gives. A forward that somebody replaced already is left alone, and so is one of which
     `nn.TransformerEncoderLayer` reads the weight without a call, unless it sees a hook."""
-    module, above = base.get_submodule(path), itertools.accumulate(path.split("."), "{}.{}".format)
-    read = any(isinstance(base.get_submodule(name), nn.TransformerEncoderLayer) for name in ("", *above))
+    module, read = base.get_submodule(path), list(above(base, path, nn.TransformerEncoderLayer))
     if weight and plain_linear(module) and "forward" not in vars(module) and not read:
         seat = WeightSeat(state, module)
         module.forward = seat.forward
     else:
         seat = Seat(state)
         module.register_forward_hook(seat.hook, with_kwargs=True, prepend=weight)
+    keep_dense(base, path, seat)
+    return seat
+
+
+def above(base: nn.Module, path: str, kind: type[nn.Module]) -> Iterator[nn.Module]:
+    """The module at `path` and those around it, as far as they are of this kind."""
+    paths = ("", *itertools.accumulate(path.split("."), "{}.{}".format))
+    return (module for module in map(base.get_submodule, paths) if isinstance(module, kind))
+
+
+def keep_dense(base: nn.Module, path: str, seat: Seat) -> None:
+    for encoder in above(base, path, nn.TransformerEncoder):
+        if type(encoder).forward is nn.TransformerEncoder.forward:
+            encoder.register_forward_pre_hook(seat.unnested, with_kwargs=True)
+
+
+def reading_seat(base: nn.Module, path: str, state: State) -> ReadingSeat:
+    """Puts a seat on the module at `path`, which reads parameters for itself."""
+    module = base.get_submodule(path)
+    seat = ReadingSeat(state, module)
+    module.forward = seat.forward
+    module.register_forward_hook(seat.seen)
+    keep_dense(base, path, seat)
     return seat
 
 
@@ -126,6 +203,11 @@ def check_rows(adapters: Sequence[str | None], known: Mapping[str, nn.ModuleDict
         if any(layer.slots or layer.front for layer in layers):
             what = "replaces parameters of" if any(layer.slots for layer in layers) else "puts tokens in front of"
             raise ValueError(f"{name!r} {what} the base, so it cannot be chosen per row; use({name!r}).")
+        if reader := next((layer.reader for layer in layers if layer.reader is not None), None):
+            raise ValueError(
+                f"{name!r} changes what {reader!r} reads for itself, the same for all rows, so it cannot be chosen per "
+                f"row; use({name!r})."
+            )
     tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
     batch = len(next(tensors, adapters))
     if batch != len(adapters):

@@ -29,9 +29,10 @@ After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (o
 
 
 PEFT_NAMES = {
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_rslora":
-    "rank_stabilized", "init_lora_weights": "init", "num_virtual_tokens": "length", "target_r": "rank", "init_r":
-    "initial_rank", "feedforward_modules": "feedforward", "oft_block_size": "block", "encoder_hidden_size": "hidden",
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets",
+    "target_parameters": "targets", "use_rslora": "rank_stabilized", "init_lora_weights": "init",
+    "num_virtual_tokens": "length", "target_r": "rank", "init_r": "initial_rank",
+    "feedforward_modules": "feedforward", "oft_block_size": "block", "encoder_hidden_size": "hidden",
 }  # fmt: skip
 
 
@@ -75,6 +76,7 @@ class Layer(nn.Module):
     """The trainable numbers of one adapter in one place. `path` names the place in `Tuned.deltas()`."""
 
     slots: tuple[Slot, ...] = ()  # the parameters that this layer replaces; () for a layer that works through a hook
+    reader: str | None = None  # the path of a module that computes with W + ΔW itself, so that there is nothing to hook
     front: str | None = None  # "prompt" or "prefix": the layer stands before the tokens, see `front.py`
 
     def __init__(self, path: str):
@@ -126,23 +128,23 @@ class WeightLayer(Layer):
 
     def __init__(self, target: Target):
         super().__init__(target.path)
-        self.key = target.key
+        self.key, self.parameter, self.reader = target.key, target.parameter, target.reader
         self.rows = slice(target.start, target.stop)
         self.padding = (target.start, target.width - target.stop)
         self.owner = (target.module,)  # in a tuple, so that the base is no submodule of the layer
 
     @staticmethod
     def place(target: Target) -> dict[str, object]:
-        weight = target.module.weight
+        weight = target.tensor
         return {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
 
     def seats(self) -> dict[str, After]:
-        return {self.path: self.after}
+        return {self.path: self.after} if self.reader is None else {}
 
     @property
     def weight(self) -> torch.Tensor:
         """The target's own rows of the weight that is in place, (d_out, d_in)."""
-        weight = self.owner[0].weight
+        weight = getattr(self.owner[0], self.parameter)
         return (weight.T if flipped(self.owner[0]) else weight.flatten(1))[self.rows]
 
     def extra(self, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
@@ -169,4 +171,4 @@ class WeightLayer(Layer):
             cls.whole = WeightLayer.whole
 
     def changes(self) -> dict[str, torch.Tensor]:
-        return {"weight": F.pad(self.delta(), (0, 0, *self.padding))}  # zero rows outside the slice
+        return {self.parameter: F.pad(self.delta(), (0, 0, *self.padding))}  # zero rows outside the slice

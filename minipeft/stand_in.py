@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from minipeft.steps import listen
+from minipeft.table import table
 
 ELSEWHERE = {  # what transformers calls otherwise than a Tuned
     "save_pretrained": "use tuned.save(path), or detach() after merge() and save what that returns",
@@ -55,6 +56,19 @@ class StandIn(nn.Module):
             super().__setattr__(name, value)
         else:
             setattr(base, name, value)
+
+    def _repr_html_(self) -> str:
+        """{adapter: methods, whether it acts, how many numbers it trains, their share}."""
+        total = self.count().total
+        rows = []
+        for name, layers in self.adapters.items():
+            n = sum({id(p): p.numel() for p in layers.parameters()}.values())
+            how = f"{self.weights[name]:g}" if name in self.active else "no"
+            how = "merged" if self._merged is not None and name in self.active else how
+            methods = " + ".join(map(repr, self.methods[name]))
+            rows.append((name, methods, len(layers), how, f"{n:,}", f"{100 * n / total:.3g} %" if total else "–"))
+        head = ("adapter", "method", "places", "acts with weight", "numbers", "share")
+        return table(f"{type(self.base).__name__} of {total:,} numbers, with adapters", rows, head)
 
     def __reduce__(self):  # copy and pickle: the class is made at run time, see stand_in_for
         return _empty, (type(self).__bases__[0], type(self.base)), self.__dict__

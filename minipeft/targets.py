@@ -7,7 +7,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -94,12 +94,22 @@ def head(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """Output rows `start:stop` of the matrix at `path`."""
+    """Output rows `start:stop` of the matrix at `path`, or of each in a stack of them (E, d_out, d_in).
+
+    `reader`: where no call of `module` computes W·x, the path of the module that reads the parameter for itself.
+    """
 
     path: str
     module: nn.Module
     start: int
     stop: int
+    parameter: str = "weight"
+    reader: str | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The parameter, as the module stores it."""
+        return getattr(self.module, self.parameter)
 
     @property
     def width(self) -> int:
@@ -114,6 +124,9 @@ class Target:
     def _shape(self) -> tuple[int, int]:
         if packed(self.module) or foreign(self.module):  # its weight would have to be computed
             return self.module.out_features, self.module.in_features
+        if self.reader is not None:
+            rows, columns = self.tensor.shape[-2:]
+            return (columns, rows) if getattr(self.module, "is_transposed", False) else (rows, columns)
         rows, columns = self.module.weight.flatten(1).shape  # of a convolution's kernel: output channels, and a patch
         return (columns, rows) if flipped(self.module) else (rows, columns)
 
@@ -123,19 +136,44 @@ class Target:
 
     @property
     def key(self) -> str:
+        name = self.path if self.parameter == "weight" else f"{self.path}.{self.parameter}".lstrip(".")
         whole = (self.start, self.stop) == (0, self.width)
-        return self.path if whole else f"{self.path}[{self.start}:{self.stop}]"
+        return name if whole else f"{name}[{self.start}:{self.stop}]"
 
 
-def resolve(model: nn.Module, targets: Targets, convolutions: bool = False, unread: bool = False) -> list[Target]:
-    """The matrices that `targets` names, in the model's order. With `convolutions`, those too where they are named;
-    `unread` says that the method never reads a weight, and so may sit on what bitsandbytes packed.
+def projections(module: nn.MultiheadAttention) -> list[str]:
+    """The parameters by which attention computes queries, keys and values: one, or three of different widths."""
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return [name for name in names if module._parameters.get(name) is not None]
+
+
+def read(model: nn.Module) -> list[Target]:
+    """The matrices that a module reads for itself, calling no layer: the projections of PyTorch's attention, and stacks
+    of matrices, one for each expert. All of them are named by the reader, one by its own name."""
+    found = []
+    for path, module in model.named_modules():
+        if type(module).forward is nn.MultiheadAttention.forward:
+            found += [Target(path, module, 0, 0, name, path) for name in projections(module)]
+            found.append(Target(f"{path}.out_proj".lstrip("."), module.out_proj, 0, 0, reader=path))
+        elif not isinstance(module, nn.MultiheadAttention | nn.modules.conv._ConvNd):
+            stacks = [name for name, p in module._parameters.items() if p is not None and p.ndim == 3]
+            found += [Target(path, module, 0, 0, name, path) for name in stacks]
+    return [replace(target, stop=target.width) for target in found]
+
+
+def resolve(
+    model: nn.Module, targets: Targets, convolutions: bool = False, unread: bool = False, reads: bool = False
+) -> list[Target]:
+    """The matrices that `targets` names, in the model's order. With `convolutions`, those too where they are named, and
+    with `reads` what a module reads for itself (`read`); `unread` says that the method never reads a weight, and so may
+    sit on what bitsandbytes packed.
 
     - `"all-linear"`: every linear layer and Conv1D (GPT-2's) but the output layer (where the model says which that is)
       and what chooses among experts;
     - `"attention"`: those of them with "attn" or "attention" in a component of the path;
     - `"mlp"`: the others that belong to a numbered stack of layers;
-    - a sequence of dotted suffixes: "q_proj" matches "layers.0.self_attn.q_proj", not "layers.0.xq_proj";
+    - a sequence of dotted suffixes: "q_proj" matches "layers.0.self_attn.q_proj", not "layers.0.xq_proj"; "experts"
+      stands for all that these experts read, "experts.down_proj" for one of it;
       "c_attn[0:768]" means output features 0…767 of a fused projection;
     - a compiled regular expression that matches the whole path.
 
@@ -146,11 +184,14 @@ def resolve(model: nn.Module, targets: Targets, convolutions: bool = False, unre
     silent = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     suits = {p: is_matrix(m) or (convolutions and is_convolution(m)) for p, m in model.named_modules()}
     matrices = {p: m for p, m in model.named_modules() if suits[p] and id(m) not in silent}
+    others = read(model) if reads and not isinstance(targets, str) else []
+    names = dict.fromkeys(matrices) | {t.key: t for t in others}
+    called = {key: (key, t.reader) if t else (key,) for key, t in names.items()}  # what a pattern may name it by
     ranges: dict[str, set[tuple[int, int]]] = {}
     if isinstance(targets, str):
         ranges = {path: {(0, 0)} for path in _shorthand(model, matrices, targets)}
     elif isinstance(targets, re.Pattern):
-        ranges = {path: {(0, 0)} for path in matrices if targets.fullmatch(path)}
+        ranges = {path: {(0, 0)} for path in names if any(map(targets.fullmatch, called[path]))}
         if not ranges:
             raise ValueError(
                 f"The pattern {targets.pattern!r} matches no whole path; {_near_misses(matrices, targets)}."
@@ -160,17 +201,19 @@ def resolve(model: nn.Module, targets: Targets, convolutions: bool = False, unre
         for pattern in targets:
             suffix, start, stop = pattern if isinstance(pattern, tuple) else _parse(pattern)
             ends = "" if isinstance(pattern, tuple) else "."  # a triple (path, start, stop) names one place exactly
-            found = [path for path in matrices if path == suffix or (ends and path.endswith(ends + suffix))]
-            missed += [] if found else [f"{suffix!r} ({_near_misses(matrices, suffix, model)})"]
+            fits = lambda name: name == suffix or (ends and name.endswith(ends + suffix))  # noqa: E731, B023
+            found = [path for path in names if any(map(fits, called[path] if ends and not stop else (path,)))]
+            missed += [] if found else [f"{suffix!r} ({_near_misses(names, suffix, model)})"]
             for path in found:
                 ranges.setdefault(path, set()).add((start, stop))
         if missed or not ranges:
             raise ValueError(f"Nothing was attached, because no layer matches {'; '.join(missed) or 'an empty list'}.")
-    if not unread and (few := next((path for path in ranges if foreign(matrices[path])), None)):
+    if not unread and (few := next((path for path in ranges if not names[path] and foreign(matrices[path])), None)):
         raise ValueError(
             f"{few!r} is packed by bitsandbytes, over which LoRA alone works; use mp.quantize(model) instead."
         )
-    return [target for path in matrices if path in ranges for target in _cut(path, matrices[path], ranges[path])]
+    every = {path: names[path] or Target(path, matrices[path], 0, 0) for path in names if path in ranges}
+    return [target for path, whole in every.items() for target in _cut(whole, ranges[path])]
 
 
 def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> list[str]:
@@ -189,7 +232,8 @@ def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> l
         share = sum(p.numel() for (path, _), p in slots(model) if path in fused) / numbers(model)
         warnings.warn(
             f"targets={name!r} does not reach {100 * share:.0f} % of the weights: the experts of {fused[0]!r} lie in "
-            "three-dimensional parameters, not in linear layers.",
+            "three-dimensional parameters, not in linear layers; LoRA reaches them by name, as "
+            f"{fused[0].rpartition('.')[2]!r}.",
             stacklevel=5,
         )
     return found
@@ -219,14 +263,16 @@ def exact(place: str) -> tuple[str, int, int]:
     return match[1], int(match[2] or 0), int(match[3] or 0)
 
 
-def _cut(path: str, module: nn.Module, ranges: set[tuple[int, int]]) -> list[Target]:
-    if not torch.is_floating_point(module.weight) and not foreign(module):
-        raise ValueError(f"{path!r} holds {module.weight.dtype} weights; a target needs floating-point weights.")
+def _cut(whole: Target, ranges: set[tuple[int, int]]) -> list[Target]:
+    path, module, width = whole.path, whole.module, whole.width
+    if not foreign(module) and not torch.is_floating_point(whole.tensor):
+        raise ValueError(f"{path!r} holds {whole.tensor.dtype} weights; a target needs floating-point weights.")
     if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
         raise ValueError(f"{path!r} is a {type(module).__name__} with a forward of its own; only nn.Embedding works.")
-    width = Target(path, module, 0, 0).width
-    if is_convolution(module) and ranges != {(0, 0)}:
-        raise ValueError(f"{path!r} is a convolution, of which no part can be named; leave the brackets out.")
+    stack = whole.reader is not None and whole.tensor.ndim == 3
+    if (is_convolution(module) or stack) and ranges != {(0, 0)}:
+        what = "a stack of experts" if stack else "a convolution"
+        raise ValueError(f"{path!r} is {what}, of which no part can be named; leave the brackets out.")
     cuts = sorted({(start, stop or width) for start, stop in ranges})
     for start, stop in cuts:
         if not start < stop <= width:
@@ -234,10 +280,10 @@ def _cut(path: str, module: nn.Module, ranges: set[tuple[int, int]]) -> list[Tar
     for (a, b), (c, d) in itertools.pairwise(cuts):
         if c < b:
             raise ValueError(f"The slices [{a}:{b}] and [{c}:{d}] of {path!r} overlap; give each row to one target.")
-    return [Target(path, module, start, stop) for start, stop in cuts]
+    return [replace(whole, start=start, stop=stop) for start, stop in cuts]
 
 
-def _near_misses(matrices: dict[str, nn.Module], pattern: str | re.Pattern, model: nn.Module | None = None) -> str:
+def _near_misses(matrices: dict[str, object], pattern: str | re.Pattern, model: nn.Module | None = None) -> str:
     """What the pattern could have meant: other kinds of module by that name, else the most similar suffixes."""
     if model is not None:
         found = {type(m).__name__ for p, m in model.named_modules() if p and f".{p}".endswith(f".{pattern}")}

@@ -14,7 +14,7 @@ FILES = {
 }
 # From the bottom up. An arrow may stay on its floor or run down, never up.
 FLOORS = (
-    ("whole", "targets", "reading", "calls"),
+    ("whole", "table", "targets", "reading", "calls"),
     ("layer", "hook", "files", "front", "merging", "build", "stand_in", "steps"),
     ("attach", "methods"),
     ("world",),

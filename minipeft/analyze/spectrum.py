@@ -118,7 +118,8 @@ def spectra(tuned: Tuned) -> dict[str, Spectrum]:
     """{path: spectrum of ΔW} of the active adapters, for every matrix that they change; summed where several meet.
 
     LoRA's come from its factors: γ₁B₁A₁ + γ₂B₂A₂ = [γ₁B₁ γ₂B₂]·[A₁; A₂]. Changes of vectors (biases, norms) have no
-    spectrum and are left out. Raises ValueError for a method that changes no weight.
+    spectrum and are left out; each expert of a stack has its own, "path[0]" and so on. Raises ValueError for a method
+    that changes no weight.
     """
     found: dict[str, Spectrum] = {}
     with tuned.disabled():
@@ -127,8 +128,10 @@ def spectra(tuned: Tuned) -> dict[str, Spectrum]:
                 left = torch.cat([F.pad(layer.gamma * layer.B, (0, 0, *layer.padding)) for layer in layers], 1)
                 found[path] = decompose(left, torch.cat([layer.A for layer in layers]))
     if len(found) < len(_by_path(tuned)):
-        rest = {path: delta for path, delta in tuned.deltas().items() if path not in found and delta.ndim == 2}
-        found |= {path: decompose(delta) for path, delta in rest.items()}
+        rest = {path: delta for path, delta in tuned.deltas().items() if path not in found}
+        found |= {path: decompose(delta) for path, delta in rest.items() if delta.ndim == 2}
+        stacks = {path: delta for path, delta in rest.items() if delta.ndim == 3}
+        found |= {f"{path}[{e}]": decompose(delta[e]) for path, delta in stacks.items() for e in range(len(delta))}
     return found
 
 
@@ -142,6 +145,10 @@ def _by_path(tuned: Tuned) -> dict[str, list[Layer]]:
 def base_weight(tuned: Tuned, path: str) -> torch.Tensor:
     """W (d_out, d_in) of the base at `path`, turned like ΔW whatever way the module stores it."""
     with tuned.disabled():
+        owner, _, name = path.partition("[")[0].rpartition(".")
+        if name in tuned.base.get_submodule(owner)._parameters:  # what a module reads for itself, as it stores it
+            weight = tuned.base.get_parameter(path.partition("[")[0]).detach()
+            return weight[int(path.partition("[")[2][:-1])] if "[" in path else weight
         module = tuned.base.get_submodule(path)
         return (module.weight.T if flipped(module) else module.weight).detach()
 
@@ -157,6 +164,8 @@ def truncated(tuned: Tuned, rank: int, found: Mapping[str, Spectrum] | None = No
     `found`: what `spectra(tuned)` returned, so that a slider need not decompose again.
     """
     tuned.check_open("truncated")
+    if reading := next((layer for layer in tuned.layers() if layer.reader is not None), None):
+        raise ValueError(f"{reading.key!r} is read by {reading.reader!r} itself, which truncated() does not reach.")
     found = spectra(tuned) if found is None else found
     new: dict[Slot, torch.Tensor] = {}
     with torch.no_grad(), tuned.disabled():

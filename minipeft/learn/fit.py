@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from torch import nn
 from minipeft.attach import Tuned
 from minipeft.front import IGNORE
 from minipeft.layer import Layer
+from minipeft.learn.curves import Picture, curves
 from minipeft.learn.master import adamw
 from minipeft.learn.peak import PeakMemory, kept
 from minipeft.learn.plan import Plan
@@ -34,6 +35,7 @@ from minipeft.learn.rows import (
     warn_of_unknown,
 )
 from minipeft.reading import is_pair
+from minipeft.table import table
 from minipeft.world.tasks import Task
 
 if TYPE_CHECKING:
@@ -67,6 +69,31 @@ class History:
             f"{self.seconds[-1]:.1f} s, {self.tokens:,} tokens, peak {self.peak_memory / 2**20:.1f} MiB)"
         )
 
+    def _repr_html_(self) -> str:
+        if not self.losses:
+            return table(f"History: {self.stopped}", [("steps", 0)])
+        last = self.losses[-10:]
+        rows = [
+            ("steps", len(self.losses)),
+            ("loss of the first batch", f"{self.losses[0]:.3f} nats a token"),
+            (f"mean of the last {len(last)}", f"{sum(last) / len(last):.3f} nats a token"),
+            ("time", f"{self.seconds[-1]:.1f} s"),
+            ("tokens read", f"{self.tokens:,}"),
+            ("peak of a step", f"{self.peak_memory / 2**20:.1f} MiB"),
+        ]
+        return table(f"History: {self.stopped}", rows)
+
+    def plot(self, *others: History, labels: Sequence[str] = (), floor: float | None = None) -> Picture:
+        """The loss by step, beside that of other runs: `history.plot(other, labels=["LoRA", "full"])`.
+
+        `floor`: the least loss that is possible, as `task.floor` says; see `curves.curves`.
+        """
+        runs = (self, *others)
+        names = list(labels) or ["this run", *(f"run {i}" for i in range(2, len(runs) + 1))]
+        if len(names) != len(runs):
+            raise ValueError(f"There are {len(runs)} runs and {len(names)} labels; give each run one.")
+        return curves([(name, run.losses) for name, run in zip(names, runs, strict=True)], floor)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -81,6 +108,10 @@ class Score:
     def __repr__(self) -> str:
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.3f}"
         return f"Score(loss {self.loss:.3f} nats a token{accuracy}, {self.n:,} rows)"
+
+    def _repr_html_(self) -> str:
+        accuracy = () if self.accuracy is None else (("accuracy", f"{self.accuracy:.3f}"),)
+        return table("Score", [("loss", f"{self.loss:.3f} nats a token"), *accuracy, ("rows", f"{self.n:,}")])
 
 
 def fit(

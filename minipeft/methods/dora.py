@@ -83,6 +83,10 @@ class ConvolutionDoRALayer(DoRALayer, ConvolutionLoRALayer):
         return ConvolutionLoRALayer.stored(self) | {"lora_magnitude_vector": m}
 
 
+class ReadDoRALayer(DoRALayer):
+    """The same for a matrix that a module reads for itself; see `read.py`."""
+
+
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """W' = m ⊙ (W + γ·B·A)/‖W + γ·B·A‖: LoRA gives the direction, m (d_out,) the magnitude; all three train.
@@ -91,7 +95,7 @@ class DoRA(LoRA):
     """
 
     layers = dict.fromkeys(("kaiming", "gaussian", "orthogonal"), DoRALayer)
-    on_convolutions = ConvolutionDoRALayer
+    on_convolutions, on_read, on_stacks = ConvolutionDoRALayer, ReadDoRALayer, None
     formula = "rank * (d_in + d_out) + d_out"
     examples = ({"rank": 2},)
 
@@ -105,5 +109,6 @@ class DoRA(LoRA):
 class DoRALayout(LoRALayout):
     """LoRA's two, and lora_magnitude_vector (d_out,)."""
 
-    layer, method, flag, on_convolutions = DoRALayer, DoRA, {"use_dora": True}, ConvolutionDoRALayer
+    layer, method, flag, others = DoRALayer, DoRA, {"use_dora": True}, (ConvolutionDoRALayer, ReadDoRALayer)
+    foreign = (*LoRALayout.foreign, "target_parameters")
     ends, needs = r"lora_(?:[AB]\.weight|magnitude_vector)", "lora_A, lora_B and lora_magnitude_vector"

@@ -19,6 +19,8 @@ from minipeft.layer import Method, WeightLayer
 from minipeft.methods import convolution
 from minipeft.methods.adapter import sites
 from minipeft.methods.common import freeze, no_embedding
+from minipeft.methods.read import bias as bias_of
+from minipeft.methods.read import check_read
 from minipeft.targets import Target, Targets, exact, flipped, is_convolution, resolve
 
 KEYS = re.compile(r".*\.(k|v|key|value|kv|qkv|wk|wv|wqkv|query_key_value|c_attn)(_?(proj|lin|linear))?", re.IGNORECASE)
@@ -29,6 +31,7 @@ class IA3(Method):
     """y' = l ⊙ (W·x + b) on `targets`, y' = W·(l ⊙ x) + b on `feedforward`: d_out and d_in numbers a layer.
 
     `targets`: the layers whose outputs are scaled, keys and values in the paper.
+        The projections of PyTorch's attention, too, where they are named ("v_proj_weight", "in_proj_weight[16:48]").
     `feedforward`: the layers whose inputs are scaled, the second of the feed-forward; () for none.
     The names are Llama's. Left as they are, they stand in other families for the layers of the same roles; where one
     layer computes queries, keys and values, its whole output is scaled, as PEFT does.
@@ -47,14 +50,16 @@ class IA3(Method):
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], IA3Layer]]:
         named = (self.targets, self.feedforward)
         outputs, inputs = (
-            {t.key: t for t in resolve(model, which, convolutions=True)} if which != () else {}
+            {t.key: t for t in resolve(model, which, convolutions=True, reads=True)} if which != () else {}
             for which in (roles(model) if named == (IA3.targets, IA3.feedforward) else named)
         )
         if both := outputs.keys() & inputs.keys():
             raise ValueError(f"{min(both)!r} is in targets and in feedforward; scale its output or its input.")
         no_embedding([*outputs.values(), *inputs.values()], self)
         every = (outputs | inputs).values()
-        layers = {t.key: ConvolutionIA3Layer if is_convolution(t.module) else IA3Layer for t in every}
+        check_read(every, "IA3")
+        kinds = {True: ConvolutionIA3Layer, False: IA3Layer}
+        layers = {t.key: kinds[is_convolution(t.module)] if t.reader is None else ReadIA3Layer for t in every}
         return {t.key: partial(layers[t.key], t, t.key in inputs) for t in every}
 
 
@@ -101,15 +106,20 @@ class IA3Layer(WeightLayer):
         return (self.l - 1) * self.weight.to(self.l.dtype)
 
     def changes(self) -> dict[str, torch.Tensor]:
-        bias = getattr(self.owner[0], "bias", None)
+        name, rows = bias_of(self.owner[0], self.parameter, self.rows)
+        bias = getattr(self.owner[0], name, None)
         if self.feedforward or bias is None:
             return super().changes()
         change = torch.zeros(bias.shape, dtype=self.l.dtype, device=bias.device)
-        change[self.rows] = (self.l.flatten() - 1) * bias[self.rows]  # an output's scale takes the bias along
-        return super().changes() | {"bias": change}
+        change[rows] = (self.l.flatten() - 1) * bias[rows]  # an output's scale takes the bias along
+        return super().changes() | {name: change}
 
     def stored(self) -> dict[str, torch.Tensor]:
         return {"ia3_l": self.l}
+
+
+class ReadIA3Layer(IA3Layer):
+    """The same for a matrix that a module reads for itself; see `read.py`."""
 
 
 class ConvolutionIA3Layer(IA3Layer):
@@ -138,13 +148,14 @@ class ConvolutionIA3Layer(IA3Layer):
 class IA3Layout(WeightLayout):
     """ia3_l: (d_out, 1), or (1, d_in) for a layer in feedforward_modules."""
 
-    peft_type, layer, on_convolutions = "IA3", IA3Layer, ConvolutionIA3Layer
+    peft_type, layer, others = "IA3", IA3Layer, (ConvolutionIA3Layer, ReadIA3Layer)
     ends, needs = "ia3_l", "ia3_l"
     kinds = {"feedforward_modules": (str, *WORDS)}
 
     def config(self, base: nn.Module, layers: list[IA3Layer]) -> dict:
-        inputs = sorted({layer.path for layer in layers if layer.feedforward})
-        mistaken = any(layer.path.endswith(tuple(inputs)) for layer in layers if not layer.feedforward)
+        names = {layer.key: exact(layer.key)[0] for layer in layers}
+        inputs = sorted({names[layer.key] for layer in layers if layer.feedforward})
+        mistaken = any(names[layer.key].endswith(tuple(inputs)) for layer in layers if not layer.feedforward)
         return super().config(base, layers) | {
             "feedforward_modules": "|".join(map(re.escape, inputs)) if mistaken else inputs,
             "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),

@@ -20,7 +20,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minipeft.files import MAPPING, NUMBER, Tensors, WeightLayout, by_pattern, exactly, register
+from minipeft.files import (
+    MAPPING,
+    NUMBER,
+    WORDS,
+    Tensors,
+    WeightLayout,
+    by_pattern,
+    exactly,
+    register,
+    target_modules,
+)
 from minipeft.layer import Method, WeightLayer
 from minipeft.methods import convolution
 from minipeft.methods.common import (
@@ -32,7 +42,8 @@ from minipeft.methods.common import (
     no_embedding,
 )
 from minipeft.methods.fused import product
-from minipeft.targets import Target, Targets, exact, flipped, is_convolution, resolve
+from minipeft.methods.read import Name, check_read, from_peft, peft_has, peft_names, to_peft
+from minipeft.targets import Target, Targets, exact, flipped, is_convolution, read, resolve
 
 
 class LoRALayer(WeightLayer):
@@ -62,17 +73,22 @@ class LoRALayer(WeightLayer):
         self.rank_stabilized = method.rank_stabilized  # already in γ; a checkpoint says it again
         self.lr_ratio = method.lr_ratio
         self.embedding = isinstance(target.module, nn.Embedding)
-        self.A = nn.Parameter(torch.zeros(method.rank, target.d_in, **self.place(target)))
-        self.B = nn.Parameter(torch.zeros(target.d_out, method.rank, **self.place(target)))
+        A, B = self.shapes(target)
+        self.A = nn.Parameter(torch.zeros(A, **self.place(target)))
+        self.B = nn.Parameter(torch.zeros(B, **self.place(target)))
         if not self.A.is_meta:
             self.start(method.init, generator)
+
+    def shapes(self, target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.rank, target.d_in), (target.d_out, self.rank)
 
     def start(self, init: str, generator: torch.Generator) -> None:
         """A random and B zero, so that B·A = 0 and the model is still the base."""
         # The input of an embedding is one-hot: a random A would be one small random column per token. So the authors'
         # code swaps the roles there, A = 0 and B ~ N(0, 1), and so does this.
         if not self.embedding:
-            self.A.data.copy_(draw(init, *self.A.shape, self.A.dtype, generator))
+            for A in self.A.data.view(-1, *self.A.shape[-2:]):  # one, or one for each matrix of a stack
+                A.copy_(draw(init, *A.shape, A.dtype, generator))
         if self.embedding or init == "both-random":
             self.B.data.copy_(torch.empty(self.B.shape, dtype=self.B.dtype).normal_(generator=generator))
 
@@ -98,6 +114,31 @@ class ConvolutionLoRALayer(LoRALayer):
         return {"lora_A.weight": A, "lora_B.weight": convolution.as_kernel(self.B, module)}
 
 
+class ReadLoRALayer(LoRALayer):
+    """The same for a matrix that a module reads for itself; see `read.py`."""
+
+
+class StackLoRALayer(ReadLoRALayer):
+    """The same for each of E matrices: A (E, r, d_in), and B (d_out, r, E), which PEFT stores in this order."""
+
+    def __init__(self, target: Target, method: LoRA, generator: torch.Generator):
+        super().__init__(target, method, generator)
+        self.turned = getattr(target.module, "is_transposed", False)  # gpt-oss stores (E, d_in, d_out)
+
+    def shapes(self, target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (len(target.tensor), self.rank, target.d_in), (target.d_out, self.rank, len(target.tensor))
+
+    def delta(self) -> torch.Tensor:
+        """ΔW[e] = γ·B_e·A_e, (E, d_out, d_in)."""
+        return self.gamma * torch.einsum("ore,eri->eoi", self.B, self.A)
+
+    def changes(self) -> dict[str, torch.Tensor]:
+        return {self.parameter: self.delta().mT if self.turned else self.delta()}
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {"lora_A.weight": self.A.flatten(0, 1), "lora_B.weight": self.B.flatten(1)}
+
+
 FAULTS = ("both-random",)
 
 
@@ -108,7 +149,8 @@ class LoRA(Method):
     `rank`: r, from 1 to min(d_in, d_out) of every target (§7.2 asks how small it can be).
     `gamma`: γ, 2.0 if nothing is said. `alpha` is the papers' way to say it: γ = α/r (§4.1), or γ = α/√r with
         `rank_stabilized` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", §3).
-    `targets`: see `minipeft.targets.resolve`; convolutions too, where they are named.
+    `targets`: see `minipeft.targets.resolve`; convolutions, PyTorch's attention and stacks of experts, too, where they
+        are named.
     `init` of A: "kaiming" U(−1/√d_in, 1/√d_in), as in the authors' code; "gaussian" N(0, 1/r²), as in PEFT;
         "orthogonal": orthonormal rows. "pissa": A and B from the largest singular directions of W, see `pissa.py`.
         "both-random" is a fault that is in circulation, A and B both N(0, 1): it is here to be shown, and warns.
@@ -132,7 +174,7 @@ class LoRA(Method):
 
     formula = "rank * (d_in + d_out)"
     layers = dict.fromkeys(("kaiming", "gaussian", "orthogonal", *FAULTS), LoRALayer)  # {init: what it starts}
-    on_convolutions = ConvolutionLoRALayer
+    on_convolutions, on_read, on_stacks = ConvolutionLoRALayer, ReadLoRALayer, StackLoRALayer
     examples = (
         {"rank": 2},
         {"rank": 3, "alpha": 4.0, "rank_stabilized": True, "targets": "attention"},
@@ -142,15 +184,24 @@ class LoRA(Method):
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], LoRALayer]]:
         layer = self.layers[self.init]
-        targets = resolve(model, self.targets, convolutions=True, unread=layer is LoRALayer)
+        targets = resolve(model, self.targets, convolutions=True, unread=layer is LoRALayer, reads=True)
         targets = targets if layer.embeddings else no_embedding(targets, self)
         check_fits(self.rank, targets)
-        convolutions = [t.key for t in targets if is_convolution(t.module)]
-        if convolutions and self.init == "pissa":
-            raise ValueError(f'init="pissa" splits a matrix, and {convolutions[0]!r} is a convolution.')
+        check_read(targets, type(self).__name__, self.dropout, stacks=self.on_stacks is not None)
+        others = {t.key: self.elsewhere(t) for t in targets if self.elsewhere(t) is not None}
+        if others and self.init == "pissa":
+            key, kind = next(iter(others.items()))
+            what = "is a convolution" if kind is self.on_convolutions else "is read by its module itself"
+            raise ValueError(f'init="pissa" splits the weight of a linear layer, and {key!r} {what}.')
         if self.init in FAULTS:
             warnings.warn(f"init={self.init!r} changes the model before training begins: a fault, shown.", stacklevel=4)
-        return {t.key: partial(self.on_convolutions if t.key in convolutions else layer, t, self) for t in targets}
+        return {t.key: partial(others.get(t.key, layer), t, self) for t in targets}
+
+    def elsewhere(self, target: Target) -> type[LoRALayer] | None:
+        """The kind of layer for what is no linear layer."""
+        if target.reader is not None:
+            return self.on_read if target.tensor.ndim == 2 else self.on_stacks
+        return self.on_convolutions if is_convolution(target.module) else None
 
     def __post_init__(self, alpha: float | None) -> None:
         check_whole("rank", self.rank)
@@ -198,34 +249,64 @@ class LoRALayout(WeightLayout):
     lora_alpha = γ·r, or γ·√r with use_rslora.
     """
 
-    peft_type, layer, method, on_convolutions = "LORA", LoRALayer, LoRA, ConvolutionLoRALayer
+    peft_type, layer, method = "LORA", LoRALayer, LoRA
+    others = ConvolutionLoRALayer, ReadLoRALayer, StackLoRALayer
     ends, needs = r"lora_(?:embedding_[AB]|[AB]\.weight)", "lora_A and lora_B"
     kinds = {
         "lora_alpha": NUMBER, "lora_dropout": (*NUMBER, type(None)), "use_rslora": (bool, type(None)),
-        "rank_pattern": MAPPING, "alpha_pattern": MAPPING,
+        "rank_pattern": MAPPING, "alpha_pattern": MAPPING, "target_parameters": WORDS,
     }  # fmt: skip
     foreign = (
-        *("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora"),
+        *("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "use_qalora"),
         *("use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
     )
 
     def config(self, base: nn.Module, layers: list[LoRALayer]) -> dict:
         first = layers[0]
         scale = math.sqrt if first.rank_stabilized else float
-        return super().config(base, layers) | {
+        config = super().config(base, layers)
+        names: dict[str, Name] = {}
+        if config["peft_type"] == self.peft_type and any(x.reader is not None for x in layers):
+            stacks = [x for x in layers if isinstance(x, StackLoRALayer)]
+            modules = {x.path if x.reader is None else x.reader for x in layers if x not in stacks}
+            config["target_modules"] = target_modules(base, sorted(modules))
+            config["target_parameters"] = [f"{x.path}.{x.parameter}" for x in stacks] or None
+            names = peft_names(base, config)
+        matched = lambda x: exactly(names[x.key].matched if x.key in names else x.key)  # noqa: E731
+        return config | {
             "r": first.rank,
             "lora_alpha": first.gamma * scale(first.rank),
             "use_rslora": first.rank_stabilized,
-            "lora_dropout": first.dropout,
+            "lora_dropout": max(x.dropout for x in layers),
             "bias": "none",
             "fan_in_fan_out": any(flipped(base.get_submodule(x.path)) and not x.embedding for x in layers),
-            "rank_pattern": {exactly(x.key): x.rank for x in layers if x.rank != first.rank},
+            "rank_pattern": {matched(x): x.rank for x in layers if x.rank != first.rank},
             "alpha_pattern": {
-                exactly(x.key): x.gamma * scale(x.rank)
-                for x in layers
-                if (x.rank, x.gamma) != (first.rank, first.gamma)
+                matched(x): x.gamma * scale(x.rank) for x in layers if (x.rank, x.gamma) != (first.rank, first.gamma)
             },
         }
+
+    def peft_reads(self, layers: list[LoRALayer]) -> bool:
+        return not self.flag and peft_has(layers)
+
+    def written(self, base: nn.Module, config: dict, tensors: Tensors) -> Tensors:
+        return to_peft(self.names(base, config), tensors)
+
+    def names(self, base: nn.Module, config: dict) -> dict[str, Name]:
+        return peft_names(base, config) if config["peft_type"] == self.peft_type else {}
+
+    def methods(self, base: nn.Module, config: dict, tensors: Tensors) -> list[Method]:
+        names = self.names(base, config)
+        if names:
+            from_peft(base, names, config, tensors)
+        found = {place for key in tensors if (match := self.split(key)) and (place := match[1])}
+        still = {target.key for target in read(base)}  # there, PEFT drops nothing either
+        patterns = {"dropout_pattern": {exactly(place): 0.0 for place in found if exact(place)[0] in still}}
+        for option, default in {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}.items():
+            theirs = config.get(option) or {}
+            mine = {n: by_pattern(theirs, name.matched, config.get(default), option) for n, name in names.items()}
+            patterns[option] = {exactly(place): value for place, value in mine.items()} | theirs
+        return super().methods(base, config | patterns, tensors)
 
     def build(self, config: dict, places: list[str], tensors: Tensors) -> list[LoRA]:
         """One method for each combination of rank and γ."""
@@ -240,9 +321,10 @@ class LoRALayout(WeightLayout):
                 raise ValueError(f"rank={rank!r} is not a whole number.")
             if isinstance(alpha, bool) or not isinstance(alpha, int | float):
                 raise ValueError(f"lora_alpha = {alpha!r} is not a number.")
-            groups.setdefault((rank, alpha), []).append(exact(place))
-        return [self.make(config, rank, alpha, targets) for (rank, alpha), targets in groups.items()]
+            dropout = by_pattern(config["dropout_pattern"], place, config.get("lora_dropout") or 0.0, "dropout_pattern")
+            groups.setdefault((rank, alpha, dropout), []).append(exact(place))
+        return [self.make(config, *settings, targets) for settings, targets in groups.items()]
 
-    def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> LoRA:
-        stable, dropout = bool(config.get("use_rslora")), config.get("lora_dropout") or 0.0
+    def make(self, config: dict, rank: int, alpha: float, dropout: float, targets: list) -> LoRA:
+        stable = bool(config.get("use_rslora"))
         return self.method(rank=rank, alpha=alpha, rank_stabilized=stable, dropout=dropout, targets=targets)

@@ -78,8 +78,7 @@ class PiSSALayout(LoRALayout):
             "alpha_pattern": {key: alphas[key] for key in config["alpha_pattern"]},
         }
 
-    def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> LoRA:
+    def make(self, config: dict, rank: int, alpha: float, dropout: float, targets: list) -> LoRA:
         if rank % 2 or rank < 2:
             raise ValueError(f"rank={rank} is not twice the rank of a PiSSA.")
-        dropout = config.get("lora_dropout") or 0.0
         return LoRA(rank=rank // 2, gamma=alpha / rank, dropout=dropout, targets=targets, init="pissa")

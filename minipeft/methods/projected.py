@@ -97,5 +97,5 @@ class ProjectedLayout(LoRALayout):
 
     layer, flag = ProjectedLayer, {"minipeft": "ProjectedLoRA"}
 
-    def make(self, config: dict, rank: int, alpha: float, targets: list[tuple[str, int, int]]) -> ProjectedLoRA:
+    def make(self, config: dict, rank: int, alpha: float, dropout: float, targets: list) -> ProjectedLoRA:
         return ProjectedLoRA(rank=rank, gamma=alpha / rank, targets=targets)

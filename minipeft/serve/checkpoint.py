@@ -58,6 +58,8 @@ def packed(tuned: Tuned, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
         config = describe(tuned.base, layers)
     config["base_model_name_or_path"] = getattr(getattr(tuned.base, "config", None), "name_or_path", "") or None
     numbers = expected(layers, config)
+    if others := split(layers)[1]:
+        numbers = layout_of(others[0]).written(tuned.base, config, numbers)
     if any(value.is_meta for value in numbers.values()):
         raise ValueError(f"Adapter {name!r} is on the meta device, so it has no numbers to save; use tuned.to_empty().")
     return config, {key: value.detach().cpu().contiguous() for key, value in numbers.items()}

@@ -23,12 +23,17 @@ from architectures import ARCHITECTURES, Architecture  # noqa: E402
 from tiny import randomise  # noqa: E402
 
 import minipeft as mp  # noqa: E402
+from minipeft.targets import mixtures, read  # noqa: E402
 
 KINDS = {"causal": "decoder", "encoder": "encoder", "pair": "encoder–decoder", "image": "pictures", "sound": "sound"}
 
 
 class Wrong(Exception):
     """It went through, and did something else."""
+
+
+class Nothing(Exception):
+    """The model has nothing of the kind."""
 
 
 def outputs(one: Architecture, model, **more) -> torch.Tensor:
@@ -127,10 +132,28 @@ def merge(one: Architecture) -> None:
     same(outputs(one, tuned.detach()), before, "detached", 1e-3)
 
 
+def experts(one: Architecture) -> None:
+    """LoRA on the stacks of matrices, by name: its effect, merged, in PEFT, and from PEFT."""
+    inside = tuple(f"{path}." for path in mixtures(one.model()))
+    stacks = [target for target in read(one.model()) if target.tensor.ndim == 3]
+    named = [target.key for target in stacks if inside and target.path.startswith(inside)]
+    if not named:
+        raise Nothing
+    merged, tuned = moved(one, mp.LoRA(2, targets=named)), moved(one, mp.LoRA(2, targets=named))
+    merged.merge()
+    same(outputs(one, merged), outputs(one, tuned), "merged")
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.save(folder)
+        theirs = peft.PeftModel.from_pretrained(one.model(), folder).eval()
+        same(outputs(one, theirs), outputs(one, tuned), "our file in PEFT")
+        theirs.save_pretrained(f"{folder}/theirs")
+        same(outputs(one, mp.load_adapter(one.model(), f"{folder}/theirs")), outputs(one, tuned), "PEFT's file here")
+
+
 COLUMNS = {
     "attach": attach, "PEFT's file in": file_in, "our file in PEFT": file_out, "train": train, "generate": generate,
     "prompt": stands(mp.PromptTuning(3, init="random")), "prefix": stands(mp.PrefixTuning(3)),
-    "bottleneck": stands(mp.Adapter(4)), "merge": merge,
+    "bottleneck": stands(mp.Adapter(4)), "merge": merge, "stacked experts": experts,
 }  # fmt: skip
 
 
@@ -147,6 +170,8 @@ def main() -> int:
             try:
                 work(one)
                 cells.append("yes")
+            except Nothing:
+                cells.append("–")
             except (ValueError, TypeError) as error:
                 said = re.sub(r"'/\S*/tmp\w+'", "FOLDER", " ".join(str(error).split()))
                 said = said.replace(type(one.model()).__name__, "the model")
@@ -161,7 +186,8 @@ def main() -> int:
         f"Written by `tests/parity/table.py` with transformers {transformers.__version__}, PEFT {peft.__version__} and "
         f"PyTorch {torch.__version__.split('+')[0]}, on tiny random models: LoRA on all linear layers, files to and "
         "from PEFT (equal outputs), twelve steps of training, greedy text against the merged model's, a soft prompt, a "
-        'prefix, Houlsby\'s bottlenecks, merging. "no" is a refusal in one sentence, below.\n',
+        "prefix, Houlsby's bottlenecks, merging; and, where experts lie in stacks of matrices, LoRA on those, merged "
+        'and both ways with PEFT (– where there are none). "no" is a refusal in one sentence, below.\n',
         f"| architecture | kind | {' | '.join(COLUMNS)} |",
         "|" + " --- |" * (len(COLUMNS) + 2),
         *lines,
