@@ -8,6 +8,7 @@ with a seed that no reported run has; the row grows until its best lies inside.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import platform
@@ -23,9 +24,11 @@ from minipeft.whole import write_whole
 
 FILE = Path(__file__).with_name("beyond.json")
 SIZES, AT = (5, 20, 100), 20  # rows a class; a rate is chosen at AT
-STEPS, BATCH = 30, 16
+STEPS, SMALL_STEPS, BATCH = 30, 60, 16  # the second for the two small transformers
 POINTWISE = ("_expand_conv", "_project_conv", "_conv_head")  # the 1×1 convolutions, which hold most numbers
-RANKS = (1, 4, 16)
+RANKS = (0, 1, 4, 16)
+BLOCKS, LARGEST = 4, 120  # of the tail; pictures a class whose features are kept
+TEST_SEED = 900  # of what is spoken for the test, which no training row is drawn with
 
 
 def on_convolutions(rank: int):
@@ -45,7 +48,7 @@ def picture_methods() -> dict[str, tuple[object, tuple[float, ...]]]:
         "output layer": (Softmax(), (1e-2, 3e-2)),
         "norms": (norms, (1e-3, 3e-3)),
         "full": (Full(), (1e-4, 3e-4)),
-        **{f"LoRA r={rank}": (on_convolutions(rank), (3e-4, 1e-3)) for rank in RANKS},
+        "LoRA r=4": (on_convolutions(4), (3e-4, 1e-3)),
     }
 
 
@@ -79,7 +82,7 @@ def compare(notes: Notes, part: str, methods: dict, run: Callable, sizes=SIZES) 
                 key = f"{part} {name} {n} {seed}"
                 found = notes.get(key, lambda m=name, n=n, s=seed: run(m, n, rates[m], s, "test"))
                 runs.append({"method": name, "n": n, "seed": seed} | found)
-    return {"steps": STEPS, "batch": BATCH, "rates": rates, "runs": runs}
+    return {"rates": rates, "runs": runs}
 
 
 # Pictures: ImageNet's network learns digits --------------------------------------------------------------------------
@@ -103,14 +106,121 @@ def pictures(notes: Notes) -> dict:
             "test": rows["test"], "other source": rows["other source"]}  # fmt: skip
         return learn(imagenet(10, seed), methods[name][0], few(rows["train"], n, seed), tests, lr, seed)
 
-    plain = {name: pair for name, pair in methods.items() if not name.startswith("LoRA") or name == "LoRA r=4"}
-    found = compare(notes, "pictures", plain, run)
-    ranks = {name: pair for name, pair in methods.items() if name not in plain}
-    more = compare(notes, "pictures", ranks, run, sizes=(AT,))
-    return found | {"rates": found["rates"] | more["rates"], "runs": found["runs"] + more["runs"]}
+    return compare(notes, "pictures", methods, run, SIZES)
 
 
-PARTS: dict[str, Callable[[Notes], dict]] = {"pictures": pictures}
+# The same with the first blocks' output kept: a run takes seconds --------------------------------------------------
+@functools.cache
+def kept(rows: str = "train") -> object:
+    """MNIST's pictures of one split as the tail of the network reads them: what the blocks before it give."""
+    from minipeft.world.pictures import Pictures, Tail, few, imagenet, mnist, shown
+
+    found = mnist()[rows]
+    found = few(found, LARGEST, 0) if rows == "train" else found
+    return Pictures(Tail(imagenet(), BLOCKS).features(shown(found.x)), found.y)
+
+
+def tail(seed: int):
+    """The last blocks of the ImageNet network with a new output layer."""
+    from minipeft.world.pictures import Tail, imagenet
+
+    return Tail(imagenet(10, seed), BLOCKS).eval()
+
+
+def on_tail(rank: int):
+    """LoRA on the 1×1 convolutions of the tail, and its output layer; rank 0 is the output layer alone."""
+    from minipeft.methods.lora import LoRA
+    from minipeft.methods.select import Softmax
+
+    return [LoRA(rank=rank, targets=("_expand_conv", "_project_conv", "conv")), Softmax()] if rank else Softmax()
+
+
+def ranks(notes: Notes) -> dict:
+    from minipeft.world.pictures import few
+
+    methods = {str(rank): (on_tail(rank), (1e-3, 3e-3) if rank else (3e-3, 1e-2)) for rank in RANKS}
+
+    def run(name, n, lr, seed, on):
+        return learn(tail(seed), methods[name][0], few(kept(), n, seed), {on: kept(on)}, lr, seed)
+
+    return compare(notes, "ranks", methods, run, (AT,))
+
+
+# Attention: two small transformers that know one world learn another -------------------------------------------------
+def attention_methods() -> dict[str, tuple[object, tuple[float, ...]]]:
+    """{name: (method, the rates to begin with)} on a classifier of transformers; all but BitFit train the head too."""
+    from minipeft.methods.adapter import Adapter
+    from minipeft.methods.lora import LoRA
+    from minipeft.methods.select import BitFit, Full, Softmax
+
+    return {
+        "output layer": (Softmax(), (1e-2, 3e-2)),
+        "BitFit": (BitFit(), (1e-2, 3e-2)),
+        "LoRA r=4": ([LoRA(rank=4), Softmax()], (3e-3, 1e-2)),
+        "adapter m=8": ([Adapter(8), Softmax()], (3e-3, 1e-2)),
+        "full": (Full(), (1e-3, 3e-3)),
+        "from scratch": (None, (1e-3, 3e-3)),
+    }
+
+
+def base(folder: Path, name: str, make: Callable, rows, steps: int):
+    """The model trained on `rows`, once: its numbers are kept in the folder."""
+    from safetensors.torch import load_file, save
+
+    from minipeft.learn.arrays import fit_arrays
+    from minipeft.learn.plan import Plan
+
+    model, path = make(0), folder / f"{name}.safetensors"
+    if not path.exists():
+        fit_arrays(model, rows.x, rows.y, Plan(steps, 1e-3, 32, 0, "linear"))
+        write_whole(path, save(model.state_dict()))
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def carried(notes: Notes, part: str, make: Callable, trained, draw: Callable, tests: dict, sizes) -> dict:
+    """What a trained base gives as it is, and every method on it; `draw(n, seed)` gives training rows."""
+    from minipeft.learn.arrays import evaluate_arrays
+
+    methods = attention_methods()
+
+    def run(name, n, lr, seed, on):
+        model = make(seed) if name == "from scratch" else copy.deepcopy(trained)
+        return learn(model, methods[name][0], draw(n, seed), {on: tests[on]}, lr, seed, SMALL_STEPS)
+
+    frozen = evaluate_arrays(trained, tests["test"].x, tests["test"].y)
+    found = compare(notes, part, methods, run, sizes)
+    return found | {"frozen": {"loss": frozen.loss, "accuracy": frozen.accuracy}}
+
+
+def attention(notes: Notes) -> dict:
+    from minipeft.learn.arrays import evaluate_arrays
+    from minipeft.world.pictures import digits, few, mnist, vit
+
+    one, other = mnist(), digits()
+    trained = base(notes.folder, "vit", vit, one["train"], 1000)
+    home = evaluate_arrays(trained, one["test"].x, one["test"].y).accuracy
+    found = carried(notes, "attention", vit, trained, lambda n, seed: few(other["train"], n, seed), other, SIZES)
+    return found | {"home": home}
+
+
+def speech(notes: Notes) -> dict:
+    from minipeft.learn.arrays import evaluate_arrays
+    from minipeft.world.speech import WORLDS, ast, spoken
+
+    trained = base(notes.folder, "ast", ast, spoken("English", 60, SEARCH_SEED), 600)
+    home = evaluate_arrays(trained, *spoken("English", 30, TEST_SEED)).accuracy
+    found = {}
+    for world in (name for name in WORLDS if name != "English"):
+        tests = {"validation": spoken(world, 15, SEARCH_SEED + 1), "test": spoken(world, 30, TEST_SEED)}
+        draw = functools.cache(lambda n, seed, w=world: spoken(w, n, seed))
+        found[world] = carried(notes, f"speech {world}", ast, trained, draw, tests, (AT,))
+    return {"home": home, "worlds": found}
+
+
+PARTS: dict[str, Callable[[Notes], dict]] = {
+    "speech": speech, "attention": attention, "ranks": ranks, "pictures": pictures
+}  # fmt: skip
 
 
 def measure(notes: Notes, parts=PARTS) -> Iterator[tuple[str, dict]]:

@@ -47,9 +47,7 @@ def fit_arrays(model: nn.Module, x: torch.Tensor, y: torch.Tensor, plan: Plan) -
     return history
 
 
-def training_arrays(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, plan: Plan, history: History
-) -> Iterator[int]:
+def training_arrays(model: nn.Module, x: torch.Tensor, y: torch.Tensor, plan: Plan, history: History) -> Iterator[int]:
     """The loop inside `fit_arrays` as a generator: it yields after each step, so a widget can draw, or stop it."""
     if isinstance(model, Tuned):
         model.check_acting("fit_arrays")

@@ -201,3 +201,20 @@ class Tail(nn.Module):
             x = block(x)
         x = self.act(self.norm(self.conv(x))).mean((2, 3))
         return self.output(self.dropout(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A network with attention
+# ---------------------------------------------------------------------------------------------------------------------
+def vit(seed: int = 0) -> nn.Module:
+    """A vision transformer with random weights: 28×28 greys as 16 patches of 7×7, 4 blocks of width 64, 10 classes.
+
+    139,018 numbers. Source: Dosovitskiy et al. 2021, "An Image is Worth 16×16 Words"; transformers' own class.
+    """
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = ViTConfig(image_size=28, patch_size=7, num_channels=1, num_labels=10, **sizes)
+        return ViTForImageClassification(config).eval()
