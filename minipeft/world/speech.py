@@ -153,7 +153,7 @@ def spoken(world: str, n: int, seed: int = 0, noise: float = 0.02) -> Spoken:
 
 
 def ast(seed: int = 0) -> torch.nn.Module:
-    """An audio spectrogram transformer with random weights: 8×8 patches of the frames, 4 blocks of width 64, 10 classes.
+    """An audio spectrogram transformer with random weights: patches of 8×8, 4 blocks of width 64, 10 classes.
 
     141,770 numbers. Source: Gong et al. 2021, "AST"; transformers' own class.
     """
