@@ -26,7 +26,7 @@ FILE = Path(__file__).with_name("beyond.json")
 SIZES, AT = (5, 20, 100), 20  # rows a class; a rate is chosen at AT
 STEPS, SMALL_STEPS, BATCH = 30, 60, 16  # the second for the two small transformers
 POINTWISE = ("_expand_conv", "_project_conv", "_conv_head")  # the 1×1 convolutions, which hold most numbers
-RANKS = (0, 1, 4, 16)
+RANKS = (1, 4, 16)
 BLOCKS, LARGEST = 4, 120  # of the tail; pictures a class whose features are kept
 TEST_SEED = 900  # of what is spoken for the test, which no training row is drawn with
 
@@ -106,7 +106,7 @@ def pictures(notes: Notes) -> dict:
             "test": rows["test"], "other source": rows["other source"]}  # fmt: skip
         return learn(imagenet(10, seed), methods[name][0], few(rows["train"], n, seed), tests, lr, seed)
 
-    return compare(notes, "pictures", methods, run, SIZES)
+    return compare(notes, "pictures", methods, run, (AT,))
 
 
 # The same with the first blocks' output kept: a run takes seconds --------------------------------------------------
@@ -128,22 +128,34 @@ def tail(seed: int):
 
 
 def on_tail(rank: int):
-    """LoRA on the 1×1 convolutions of the tail, and its output layer; rank 0 is the output layer alone."""
+    """LoRA on the 1×1 convolutions of the tail, and its output layer."""
     from minipeft.methods.lora import LoRA
     from minipeft.methods.select import Softmax
 
-    return [LoRA(rank=rank, targets=("_expand_conv", "_project_conv", "conv")), Softmax()] if rank else Softmax()
+    return [LoRA(rank=rank, targets=("_expand_conv", "_project_conv", "conv")), Softmax()]
 
 
-def ranks(notes: Notes) -> dict:
+def tail_methods() -> dict[str, tuple[object, tuple[float, ...]]]:
+    """{name: (method, the rates to begin with)} on the tail."""
+    from minipeft.methods.select import Full, Softmax
+
+    return {
+        "output layer": (Softmax(), (3e-3, 1e-2)),
+        "norms": (Full(re.compile(r".*_bn\d\..*|(norm|output)\..*")), (3e-3, 1e-2)),
+        **{f"LoRA r={rank}": (on_tail(rank), (1e-3, 3e-3)) for rank in RANKS},
+        "full": (Full(), (3e-4, 1e-3)),
+    }
+
+
+def tails(notes: Notes) -> dict:
     from minipeft.world.pictures import few
 
-    methods = {str(rank): (on_tail(rank), (1e-3, 3e-3) if rank else (3e-3, 1e-2)) for rank in RANKS}
+    methods = tail_methods()
 
     def run(name, n, lr, seed, on):
         return learn(tail(seed), methods[name][0], few(kept(), n, seed), {on: kept(on)}, lr, seed)
 
-    return compare(notes, "ranks", methods, run, (AT,))
+    return compare(notes, "tail", methods, run, SIZES)
 
 
 # Attention: two small transformers that know one world learn another -------------------------------------------------
@@ -200,7 +212,7 @@ def attention(notes: Notes) -> dict:
     one, other = mnist(), digits()
     trained = base(notes.folder, "vit", vit, one["train"], 1000)
     home = evaluate_arrays(trained, one["test"].x, one["test"].y).accuracy
-    found = carried(notes, "attention", vit, trained, lambda n, seed: few(other["train"], n, seed), other, SIZES)
+    found = carried(notes, "attention", vit, trained, lambda n, seed: few(other["train"], n, seed), other, SIZES[:2])
     return found | {"home": home}
 
 
@@ -219,8 +231,11 @@ def speech(notes: Notes) -> dict:
 
 
 PARTS: dict[str, Callable[[Notes], dict]] = {
-    "speech": speech, "attention": attention, "ranks": ranks, "pictures": pictures
-}  # fmt: skip
+    "speech": speech,
+    "tail": tails,
+    "attention": attention,
+    "pictures": pictures,
+}
 
 
 def measure(notes: Notes, parts=PARTS) -> Iterator[tuple[str, dict]]:
