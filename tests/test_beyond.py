@@ -1,4 +1,4 @@
-"""Pictures, sounds and the loop that trains on arrays: checked files, the library's own numbers, the same every time."""
+"""Pictures, sounds and the loop that trains on arrays: checked files, the libraries' numbers, the same every time."""
 
 import hashlib
 import math
@@ -315,7 +315,7 @@ def test_spoken_digits_follow_from_the_seed(voice):
 # --- what was measured ---------------------------------------------------------------------------------------------
 def test_the_measured_runs_are_complete():
     found = beyond.measured()
-    parts = {"pictures": found["pictures"], "ranks": found["ranks"], "attention": found["attention"]}
+    parts = {name: found[name] for name in ("tail", "attention", "pictures")}
     for name, part in (parts | found["speech"]["worlds"]).items():
         cells = {(run["method"], run["n"]) for run in part["runs"]}
         for method, n in cells:
@@ -329,12 +329,13 @@ def test_the_measured_runs_are_complete():
 @pytest.mark.parametrize("rank, seed", [(4, 1)])
 def test_a_measured_run_runs_again(network, rank, seed):
     pytest.importorskip("mlxtend", reason=REASON)
-    part = beyond.measured()["ranks"]
-    [then] = [r for r in part["runs"] if r["method"] == str(rank) and r["seed"] == seed]
-    train, test = beyond.kept(), beyond.kept("test")
-    now = beyond.learn(
-        beyond.tail(seed), beyond.on_tail(rank), pictures.few(train, then["n"], seed), {"test": test}, then["lr"], seed
-    )
+    part = beyond.measured()["tail"]
+    name = f"LoRA r={rank}"
+    [then] = [r for r in part["runs"] if (r["method"], r["n"], r["seed"]) == (name, 5, seed)]
+    tail = beyond.tail(seed)
+    drawn = pictures.few(beyond.pool(), 5, seed)
+    train, test = (r._replace(x=tail.features(pictures.shown(r.x))) for r in (drawn, pictures.mnist()["test"]))
+    now = beyond.learn(tail, beyond.on_tail(rank), train, {"test": test}, then["lr"], seed)
     assert now["trained"] == then["trained"]
     assert now["test"]["loss"] == pytest.approx(then["test"]["loss"], abs=0.02)
     assert now["test"]["accuracy"] == pytest.approx(then["test"]["accuracy"], abs=0.01)

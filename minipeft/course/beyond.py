@@ -110,13 +110,19 @@ def pictures(notes: Notes) -> dict:
 
 
 # The same with the first blocks' output kept: a run takes seconds --------------------------------------------------
-@functools.cache
-def kept(rows: str = "train") -> object:
-    """MNIST's pictures of one split as the tail of the network reads them: what the blocks before it give."""
-    from minipeft.world.pictures import Pictures, Tail, few, imagenet, mnist, shown
+def pool():
+    """The pictures of MNIST that a run on the tail draws from."""
+    from minipeft.world.pictures import few, mnist
 
-    found = mnist()[rows]
-    found = few(found, LARGEST, 0) if rows == "train" else found
+    return few(mnist()["train"], LARGEST, 0)
+
+
+@functools.cache
+def kept(rows: str = "train"):
+    """MNIST's pictures of one split as the tail of the network reads them: what the blocks before it give."""
+    from minipeft.world.pictures import Pictures, Tail, imagenet, mnist, shown
+
+    found = pool() if rows == "train" else mnist()[rows]
     return Pictures(Tail(imagenet(), BLOCKS).features(shown(found.x)), found.y)
 
 
