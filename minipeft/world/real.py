@@ -120,7 +120,7 @@ def fetch(requirement: str, file: str, sha256: str) -> Path:
     """
     path = cache_dir() / file
     try:
-        before = sha256(path) if path.exists() else None
+        before = digest(path) if path.exists() else None
         if before == sha256:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,12 +165,12 @@ def _download(folder: Path, requirement: str, file: str, sha256: str) -> str | N
         return f"pip said “{last}”"
     if not (folder / file).is_file():
         return f"pip did not leave a file named {file}"
-    if (found := sha256(folder / file)) != sha256:
+    if (found := digest(folder / file)) != sha256:
         return f"the archive's checksum has changed (its SHA-256 is {found})"
     return None
 
 
-def sha256(path: Path) -> str:
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
