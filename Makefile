@@ -23,7 +23,7 @@ help: ## this list
 # JupyterLab refuses to run as root, the only user that many containers have, unless it is told to.
 lab: ## open the course in JupyterLab
 	@bash tools/setup.sh --port "$$PORT"
-	@bash tools/setup.sh real,serve
+	@bash tools/setup.sh real,serve,beyond
 	PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/python -m jupyterlab --ServerApp.root_dir="$$PWD" --ServerApp.port="$$PORT" \
 		--ServerApp.port_retries=0 $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LABFLAGS) notebooks/00_start_here.ipynb
 
@@ -42,7 +42,7 @@ check: ## lint and the fast tests, for the habit of running them
 	$(PYTEST) -m "not slow" tests
 
 notebooks: ## execute every lesson again and normalise the files
-	@bash tools/setup.sh real,serve
+	@bash tools/setup.sh real,serve,beyond
 	.venv/bin/python -m minipeft.course.notebooks
 
 exercises: ## build exercises/ from solutions/

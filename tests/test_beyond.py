@@ -339,3 +339,26 @@ def test_a_measured_run_runs_again(network, rank, seed):
     assert now["trained"] == then["trained"]
     assert now["test"]["loss"] == pytest.approx(then["test"]["loss"], abs=0.02)
     assert now["test"]["accuracy"] == pytest.approx(then["test"]["accuracy"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_the_slider_runs_what_was_measured(network):
+    pytest.importorskip("mlxtend", reason=REASON)
+    from minipeft.explore.pictures import PicturesExplorer
+
+    explorer = PicturesExplorer()
+    explorer.controls["n"].value = 5
+    assert len(explorer.history.losses) == beyond.STEPS
+    assert explorer.score.accuracy == pytest.approx(explorer.measured(4, 5)[0], abs=0.01)
+
+
+def test_the_slider_without_the_packages(monkeypatch):
+    """The measured figures stay, and a sentence says what is missing."""
+    from minipeft.explore.pictures import PicturesExplorer
+
+    monkeypatch.setattr(real.util, "find_spec", lambda name: None)
+    beyond.pool.cache_clear()
+    explorer = PicturesExplorer()
+    explorer.controls["rank"].value = 16
+    assert explorer.image.value and not explorer.history.losses
+    assert 'pip install "minipeft[beyond]"' in explorer.text.value

@@ -110,6 +110,7 @@ def pictures(notes: Notes) -> dict:
 
 
 # The same with the first blocks' output kept: a run takes seconds --------------------------------------------------
+@functools.cache
 def pool():
     """The pictures of MNIST that a run on the tail draws from."""
     from minipeft.world.pictures import few, mnist
