@@ -315,7 +315,7 @@ def test_spoken_digits_follow_from_the_seed(voice):
 # --- what was measured ---------------------------------------------------------------------------------------------
 def test_the_measured_runs_are_complete():
     found = beyond.measured()
-    parts = {name: found[name] for name in ("tail", "attention", "pictures")}
+    parts = {name: found[name] for name in ("tail", "attention")}
     for name, part in (parts | found["speech"]["worlds"]).items():
         cells = {(run["method"], run["n"]) for run in part["runs"]}
         for method, n in cells:

@@ -39,19 +39,6 @@ def on_convolutions(rank: int):
     return [LoRA(rank=rank, targets=POINTWISE), Softmax()]
 
 
-def picture_methods() -> dict[str, tuple[object, tuple[float, ...]]]:
-    """{name: (method, the rates to begin with)} on the ImageNet network."""
-    from minipeft.methods.select import Full, Softmax
-
-    norms = Full(re.compile(r".*_bn\d\.(weight|bias)|_fc\..*"))
-    return {
-        "output layer": (Softmax(), (1e-2, 3e-2)),
-        "norms": (norms, (1e-3, 3e-3)),
-        "full": (Full(), (1e-4, 3e-4)),
-        "LoRA r=4": (on_convolutions(4), (3e-4, 1e-3)),
-    }
-
-
 def learn(model, method, train, tests: dict, lr: float, seed: int, steps: int = STEPS) -> dict:
     """One run: attach, train on rows (x, y), and the loss and accuracy on each of `tests`."""
     from minipeft.attach import attach
@@ -85,31 +72,7 @@ def compare(notes: Notes, part: str, methods: dict, run: Callable, sizes=SIZES) 
     return {"rates": rates, "runs": runs}
 
 
-# Pictures: ImageNet's network learns digits --------------------------------------------------------------------------
-@functools.cache
-def drawn_large() -> dict:
-    """MNIST's splits and a part of scikit-learn's digits, as the ImageNet network reads them."""
-    from minipeft.world.pictures import Pictures, digits, few, mnist, shown
-
-    splits = mnist() | {"other source": few(digits()["test"], 20)}
-    return {name: Pictures(shown(rows.x), rows.y) for name, rows in splits.items()}
-
-
-def pictures(notes: Notes) -> dict:
-    from minipeft.world.pictures import few, imagenet
-
-    methods = picture_methods()
-
-    def run(name, n, lr, seed, on):
-        rows = drawn_large()
-        tests = {"validation": rows["validation"]} if on == "validation" else {
-            "test": rows["test"], "other source": rows["other source"]}  # fmt: skip
-        return learn(imagenet(10, seed), methods[name][0], few(rows["train"], n, seed), tests, lr, seed)
-
-    return compare(notes, "pictures", methods, run, (AT,))
-
-
-# The same with the first blocks' output kept: a run takes seconds --------------------------------------------------
+# Pictures: the last blocks of ImageNet's network learn digits; what the blocks before them give is kept --------------
 @functools.cache
 def pool():
     """The pictures of MNIST that a run on the tail draws from."""
@@ -241,7 +204,6 @@ PARTS: dict[str, Callable[[Notes], dict]] = {
     "speech": speech,
     "tail": tails,
     "attention": attention,
-    "pictures": pictures,
 }
 
 
