@@ -25,13 +25,15 @@ from minipeft.learn.rows import order
 
 
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    output = model(x)
+    """(n, classes), of rows that may lie on another device than the model."""
+    output = model(x.to(next(model.parameters()).device))
     return getattr(output, "logits", output)
 
 
 def cross_entropy(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """−mean log p(y | x), p = softmax(logits)"""
-    return F.cross_entropy(logits(model, inputs["x"]), inputs["y"])
+    found = logits(model, inputs["x"])
+    return F.cross_entropy(found, inputs["y"].to(found.device))
 
 
 def fit_arrays(model: nn.Module, x: torch.Tensor, y: torch.Tensor, plan: Plan) -> History:
@@ -87,7 +89,7 @@ def evaluate_arrays(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch: i
     check(model, x, y)
     was_training = model.training
     model.eval()
-    found = torch.cat([logits(model, part) for part in x.split(batch)]).float()
+    found = torch.cat([logits(model, part) for part in x.split(batch)]).float().to(y.device)
     model.train(was_training)
     guess = found.argmax(-1)
     loss, right = F.cross_entropy(found, y).item(), (guess == y).float().mean().item()
