@@ -71,7 +71,9 @@ class PicturesExplorer(SliderPlot):
         right.errorbar(places, [i.mean for i in found], spread, fmt="s--", color=GREY, capsize=4, label="5 seeds, 95 %")
         if self.score:
             place = beyond.RANKS.index(rank)
-            right.plot([place], [self.score.accuracy], "D", color=ORANGE, label=f"this run {self.score.accuracy:.3f}")
+            right.plot(
+                [place], [self.score.accuracy], "D", color=ORANGE, zorder=3, label=f"this run {self.score.accuracy:.3f}"
+            )
         right.set_xticks(places, [str(each) for each in beyond.RANKS])
         right.set(xlabel="rank", ylabel="test accuracy", xlim=(-0.5, places[-1] + 0.5), ylim=(0.4, 1))
         right.legend(fontsize="small", loc="lower right")
