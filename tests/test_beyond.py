@@ -326,22 +326,6 @@ def test_the_measured_runs_are_complete():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank, seed", [(4, 1)])
-def test_a_measured_run_runs_again(network, rank, seed):
-    pytest.importorskip("mlxtend", reason=REASON)
-    part = beyond.measured()["tail"]
-    name = f"LoRA r={rank}"
-    [then] = [r for r in part["runs"] if (r["method"], r["n"], r["seed"]) == (name, 5, seed)]
-    tail = beyond.tail(seed)
-    drawn = pictures.few(beyond.pool(), 5, seed)
-    train, test = (r._replace(x=tail.features(pictures.shown(r.x))) for r in (drawn, pictures.mnist()["test"]))
-    now = beyond.learn(tail, beyond.on_tail(rank), train, {"test": test}, then["lr"], seed)
-    assert now["trained"] == then["trained"]
-    assert now["test"]["loss"] == pytest.approx(then["test"]["loss"], abs=0.02)
-    assert now["test"]["accuracy"] == pytest.approx(then["test"]["accuracy"], abs=0.01)
-
-
-@pytest.mark.slow
 def test_the_slider_runs_what_was_measured(network):
     pytest.importorskip("mlxtend", reason=REASON)
     from minipeft.explore.pictures import PicturesExplorer
@@ -349,7 +333,9 @@ def test_the_slider_runs_what_was_measured(network):
     explorer = PicturesExplorer()
     explorer.controls["n"].value = 5
     assert len(explorer.history.losses) == beyond.STEPS
-    assert explorer.score.accuracy == pytest.approx(explorer.measured(4, 5)[0], abs=0.01)
+    [then] = [r for r in explorer.part["runs"] if (r["method"], r["n"], r["seed"]) == ("LoRA r=4", 5, 0)]
+    assert explorer.score.loss == pytest.approx(then["test"]["loss"], abs=0.02)
+    assert explorer.score.accuracy == pytest.approx(then["test"]["accuracy"], abs=0.01)
 
 
 def test_the_slider_without_the_packages(monkeypatch):
