@@ -23,7 +23,7 @@ help: ## this list
 # JupyterLab refuses to run as root, the only user that many containers have, unless it is told to.
 lab: ## open a copy of the course of your own, my/, in JupyterLab
 	@bash tools/setup.sh --port "$$PORT"
-	@bash tools/setup.sh real,serve
+	@bash tools/setup.sh real,serve,beyond
 	.venv/bin/python -m minipeft.course.mine
 	PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/python -m jupyterlab --ServerApp.root_dir="$$PWD" --ServerApp.port="$$PORT" \
 		--ServerApp.port_retries=0 --LabApp.default_url=/lab/tree/my/notebooks/00_start_here.ipynb \
@@ -52,7 +52,7 @@ bench: ## measure every benchmark, and write the tables of README.md and docs/be
 	.venv/bin/python benchmarks/table.py
 
 notebooks: ## execute every lesson again and normalise the files
-	@bash tools/setup.sh real,serve
+	@bash tools/setup.sh real,serve,beyond
 	.venv/bin/python -m minipeft.course.notebooks
 
 exercises: ## build exercises/ from solutions/

@@ -46,6 +46,7 @@ _HOME = {
     "MixtureExplorer": "explore.mixture",
     "Preferences": "explore.preferences",
     "SitesExplorer": "explore.sites",
+    "PicturesExplorer": "explore.pictures",
     "load": "world.base",
     "write": "world.base",
     "pretty": "world.corpus",

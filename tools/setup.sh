@@ -103,6 +103,6 @@ install() { # real,test
 stamp=.venv/installed
 case ${1:-} in
 --port) check_port "${2:-}" ;;
-real | real,serve | real,classroom | real,book | real,test,classroom | real,test,classroom,book) install "$1" ;;
-*) fail "usage: bash tools/setup.sh real | real,serve | real,classroom | real,book | real,test,classroom | real,test,classroom,book | --port NUMBER" ;;
+real | real,serve,beyond | real,classroom | real,book | real,test,classroom | real,test,classroom,book) install "$1" ;;
+*) fail "usage: bash tools/setup.sh real | real,serve,beyond | real,classroom | real,book | real,test,classroom | real,test,classroom,book | --port NUMBER" ;;
 esac

@@ -90,6 +90,7 @@ LESSONS = (
         "06",
         ("worlds",),
     ),
+    Lesson("15_beyond_text", "Beyond text", "Does the same `attach` work on pictures and on speech?", "03 and 06"),
     Lesson("16_capstone", "Capstone", "Which of four methods would you ship for real reviews?", "02, 03 and 06"),
     Lesson("17_claims", "The claims ledger", "Which statements of five documents hold?", "any of the others"),
 )

@@ -3,9 +3,12 @@ over paired seeds."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 from minipeft.learn.protocol import best_rate, paired
@@ -29,6 +32,23 @@ class Notes:
     def best_rate(self, name: str, loss: Callable[[float], float], rates: Sequence[float]) -> float:
         """The rate with the least loss; see `protocol.best_rate`."""
         return best_rate(lambda lr: self.get(f"{name} rate {lr:g}", lambda: {"loss": loss(lr)})["loss"], rates)[0]
+
+
+def measure(file: Path, parts: Mapping[str, Callable[[Notes], dict]], title: str) -> None:
+    """The command line of such a script: each part is measured on one thread and put into `file`; others stay."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--folder", type=Path, required=True, help="where each finished run is kept")
+    parser.add_argument("--parts", nargs="*", default=list(parts), choices=list(parts))
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    notes = Notes(options.folder, lambda text: print(text, flush=True))
+    where = {"device": "CPU, 1 thread", "torch": torch.__version__, "python": platform.python_version()}
+    for name in options.parts:
+        found = parts[name](notes) | {"measured": where | {"date": date.today().isoformat()}}
+        whole = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        write_whole(file, json.dumps(whole | {name: found}, indent=1, ensure_ascii=False) + "\n")
 
 
 def spread(values: list[float]) -> str:

