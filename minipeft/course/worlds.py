@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 from minipeft.course.notes import Notes
@@ -67,7 +69,189 @@ def drift(notes: Notes) -> dict:
     return {"rates": rates, "lengths": LENGTHS, "batch": BATCH, "runs": runs, "still": quiet}
 
 
-PARTS: dict[str, Callable[[Notes], dict]] = {"drift": drift}
+# Domains: from films to tweets, products and editorials, with few labelled sentences ----------------------------------
+SOURCE, TARGETS, SIZES, ARMS = "films", ("tweets", "products", "editorials"), (16, 64, 256), ("from films", "alone")
+SOURCE_STEPS, STEPS, TESTED, DOMAIN_RATES = 120, 30, 400, (3e-4, 1e-3, 3e-3)
+
+
+@cache
+def reader():
+    """MiniLM with LoRA r=8 in its last two layers and a classifier on the mean of its tokens."""
+    from minipeft.attach import attach
+    from minipeft.course.upper import Upper
+    from minipeft.methods.lora import LoRA
+    from minipeft.methods.select import Full
+
+    linear = re.compile(r"above\..*(query|key|value|dense)")
+    return attach(Upper(below=4), [LoRA(rank=8, targets=linear), Full(targets=["classifier.weight", "classifier.bias"])])
+
+
+def adapt(domain: str, size: int | None, steps: int, lr: float, seed: int, split: str, before: dict | None) -> dict:
+    """Train on `size` sentences (None: all) from the numbers `before`, or from a fresh start, and score."""
+    import torch
+
+    from minipeft.learn.fit import evaluate, fit
+    from minipeft.world.real import majority_rate, reviews
+
+    tuned, data = reader(), reviews(domain, seed=seed, train=size)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in tuned.layers():
+        if layer.slots:
+            layer.value.data.zero_()
+        else:
+            layer.start("kaiming", generator)
+            layer.B.data.zero_()
+    if before:
+        tuned.load_state_dict(before)
+    if steps:
+        fit(tuned, data, steps=steps, lr=lr, seed=seed, progress=False)
+    rows = data[split].select(range(min(TESTED, len(data[split]))))
+    score = evaluate(tuned, rows)
+    return {"loss": score.loss, "accuracy": score.accuracy, "majority": majority_rate(rows), "n": score.n}
+
+
+def domains(notes: Notes) -> dict:
+    """Accuracy on each target domain: the films' adapter as it is, adapted with k sentences, and k sentences alone. The
+    rates are chosen on validation rows of the products; a seed draws the sentences of both domains and their order."""
+    rate = notes.best_rate(
+        "domains source", lambda lr: adapt(SOURCE, None, SOURCE_STEPS, lr, CHOOSING, "validation", None)["loss"],
+        DOMAIN_RATES,
+    )  # fmt: skip
+
+    @cache
+    def source(seed: int) -> dict:
+        adapt(SOURCE, None, SOURCE_STEPS, rate, seed, "test", None)
+        return {name: value.clone() for name, value in reader().state_dict().items()}
+
+    def run(domain: str, arm: str, size: int, lr: float, seed: int, split: str) -> dict:
+        before = source(seed) if arm == "from films" else None
+        return adapt(domain, size or None, STEPS if size else 0, lr, seed, split, before)
+
+    rates, runs = {}, []
+    for arm in ARMS:
+        for size in SIZES:
+            rates[arm, size] = notes.best_rate(
+                f"domains {arm} {size}",
+                lambda lr, a=arm, n=size: run("products", a, n, lr, CHOOSING, "validation")["loss"],
+                DOMAIN_RATES,
+            )
+    for seed in SEEDS:
+        for domain, arm, size in [(SOURCE, ARMS[0], 0)] + [
+            (d, a, n) for d in TARGETS for n in (0, *SIZES) for a in ARMS if n or a == ARMS[0]
+        ]:
+            lr = rates.get((arm, size), rate)
+            figures = notes.get(
+                f"domains {domain} {arm} {size} {seed}",
+                lambda d=domain, a=arm, n=size, lr=lr, s=seed: run(d, a, n, lr, s, "test"),
+            )
+            runs.append({"domain": domain, "arm": arm, "size": size, "seed": seed} | figures)
+    named = {f"{arm}, {size}": lr for (arm, size), lr in rates.items()}
+    return {"source rate": rate, "rates": named, "steps": STEPS, "source steps": SOURCE_STEPS, "runs": runs}
+
+
+# Sites: four clients with a dialect each, and six ways to average ------------------------------------------------------
+CLIENTS, ROWS, ROUNDS, LOCAL, SCORED = 4, 40, 3, 5, 100
+SITE_RATES = (1e-2, 3e-2, 1e-1)
+
+
+@cache
+def dialects(split: str, seed: int) -> list:
+    """Rows of pirate stories and of forecasts. Validation and test rows are of seeds that no training has."""
+    from minipeft.world import tasks
+
+    makers = (tasks.pirate, tasks.forecast)
+    if split == "train":
+        return [make(400, 10, 50 + seed).data["train"] for make in makers]
+    return [make(10, SCORED, 90 if split == "validation" else 91).data["test"] for make in makers]
+
+
+def both(model, split: str) -> float:
+    """The mean loss on the two dialects, in nats a token."""
+    from minipeft.learn.fit import evaluate
+
+    return statistics.fmean(evaluate(model, rows).loss for rows in dialects(split, 0))
+
+
+def site(rule: str, difference: float, lr: float, seed: int, split: str, privacy=None, rank: int = 4) -> dict:
+    """One federation of ROUNDS rounds, or "pooled": one place trains on all rows, in batches that are as large together."""
+    from datasets import concatenate_datasets
+
+    from minipeft.attach import attach
+    from minipeft.learn.federated import federate, parted
+    from minipeft.learn.fit import fit
+    from minipeft.learn.plan import Plan
+    from minipeft.methods.lora import LoRA
+    from minipeft.world.base import load
+
+    model, plan = load("pocket")[0], Plan(steps=LOCAL, lr=lr, batch=8, seed=seed)
+    clients = parted(dialects("train", seed), CLIENTS, difference, ROWS, seed)
+    if rule == "pooled":
+        tuned = attach(model, LoRA(rank=rank), seed=seed)
+        rows = concatenate_datasets([client.data for client in clients])
+        fit(tuned, rows, steps=ROUNDS * LOCAL, lr=lr, batch=8 * CLIENTS, seed=seed, progress=False)
+        return {"loss": both(tuned, split)}
+    done = federate(model, LoRA(rank=rank), clients, rule, ROUNDS, plan, privacy=privacy)
+    up, down = (sum(values) for values in zip(*((r.up["site 1"], r.down) for r in done.rounds), strict=True))
+    return {"loss": both(done.tuned(model), split), "missed": done.rounds[-1].missed, "up": up, "down": down}
+
+
+def sites(notes: Notes) -> dict:
+    """The loss on both dialects after three rounds of five local steps, by rule, each at its own best rate."""
+    from minipeft.learn.averaging import RULES
+    from minipeft.world.base import load
+
+    before = notes.get("sites before", lambda: {"loss": both(load("pocket")[0], "test")})["loss"]
+    rules, runs, rates = ("pooled", *RULES), [], {}
+    for rule in rules:
+        rates[rule] = notes.best_rate(
+            f"sites {rule}", lambda lr, rule=rule: site(rule, 1.0, lr, CHOOSING, "validation")["loss"], SITE_RATES
+        )
+    for seed in SEEDS:
+        for rule in rules:
+            found = notes.get(f"sites {rule} {seed}", lambda r=rule, s=seed: site(r, 1.0, rates[r], s, "test"))
+            runs.append({"rule": rule, "seed": seed} | found)
+    return {"before": before, "rates": rates, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS, "local": LOCAL}
+
+
+# Privacy: the same, clipped and noised ---------------------------------------------------------------------------------
+RANKS, EXPONENTS = (1, 8), (-6, -5, -4, -3, -2, -1)  # σ = 10^(k/2)
+SPENT = range(-6, 3)  # of the σ whose ε is stored
+
+
+def privacy(notes: Notes) -> dict:
+    """FFA-LoRA on four sites of one mixture, clipped and noised, at rank 1 and 8. The clip is chosen on validation rows
+    at the third noise. What counts is the noise of the mean, σ/√n: ten times the sites with √10 times the noise are the
+    same point, as long as their mean change is the same. ε is that of one site's σ."""
+    from minipeft.learn.federated import Privacy, epsilon
+
+    runs, chosen = [], {}
+    for rank in RANKS:
+        lr = notes.best_rate(
+            f"privacy {rank}", lambda lr, r=rank: site("ffa", 0.0, lr, CHOOSING, "validation", None, r)["loss"], SITE_RATES
+        )
+        clip = notes.best_rate(
+            f"privacy clip {rank}",
+            lambda clip, r=rank, lr=lr: site(
+                "ffa", 0.0, lr, CHOOSING, "validation", Privacy(clip, 10 ** (EXPONENTS[2] / 2), CHOOSING), r
+            )["loss"],
+            (1.0, 3.0, 10.0),
+        )
+        chosen[str(rank)] = {"lr": lr, "clip": clip}
+    for seed in SEEDS:
+        for rank in RANKS:
+            lr, clip = chosen[str(rank)].values()
+            for k in (None, *EXPONENTS):
+                hidden = Privacy(clip, 0.0 if k is None else 10 ** (k / 2), seed)
+                found = notes.get(
+                    f"privacy {rank} {k} {seed}",
+                    lambda h=hidden, r=rank, s=seed, lr=lr: site("ffa", 0.0, lr, s, "test", h, r),
+                )
+                runs.append({"rank": rank, "exponent": k, "seed": seed, "loss": found["loss"]})
+    spent = {str(k): epsilon(10 ** (k / 2), ROUNDS) for k in SPENT}
+    return {"chosen": chosen, "epsilon": spent, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS}
+
+
+PARTS: dict[str, Callable[[Notes], dict]] = {"drift": drift, "domains": domains, "sites": sites, "privacy": privacy}
 
 
 def measure(notes: Notes, parts=PARTS) -> Iterator[tuple[str, dict]]:
