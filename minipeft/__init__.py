@@ -44,6 +44,7 @@ _HOME = {
     "MixtureExplorer": "explore.mixture",
     "Preferences": "explore.preferences",
     "SitesExplorer": "explore.sites",
+    "PrivacyExplorer": "explore.sites",
     "load": "world.base",
     "write": "world.base",
     "pretty": "world.corpus",

@@ -222,7 +222,7 @@ def sites(notes: Notes) -> dict:
 
 # Privacy: the same, clipped and noised ---------------------------------------------------------------------------------
 RANKS, EXPONENTS = (1, 8), (-6, -5, -4, -3, -2)  # σ = 10^(k/2)
-SPENT = range(-6, 3)  # of the σ whose ε is stored
+SPENT = range(-6, 5)  # of the σ whose ε is stored
 
 
 def privacy(notes: Notes) -> dict:

@@ -1,13 +1,14 @@
-"""The sites explorer: clients that trained apart, and what six rules make of their adapters."""
+"""Two explorers of clients that trained apart: what six rules make of their adapters, and what privacy costs."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 import ipywidgets
 from matplotlib.figure import Figure
 
-from minipeft.explore.slider import BLUE, ORANGE, SliderPlot
+from minipeft.explore.slider import BLUE, GREY, ORANGE, SliderPlot
 from minipeft.learn.averaging import RULES, Pair, mean_product, shares
 from minipeft.learn.federated import Update, made, pairs
 
@@ -70,3 +71,61 @@ def draw_rules(figure: Figure, updates: Sequence[Update], rank: int, title: str)
     right.set(title="sent to every client, a round", xlabel="MiB")
     figure.suptitle(f"{title}: {len(updates)} client{'s' * (len(updates) > 1)}", fontsize="medium")
     return ", ".join(f"{name} {value:.3f}" for name, value in missed.items())
+
+
+class PrivacyExplorer(SliderPlot):
+    """The loss that is left when every site clips what it sends and adds noise, over the ε that this promises.
+
+    `found`: what `course.worlds.privacy` measured: {"runs": [{rank, exponent, seed, loss}], "epsilon": {exponent: ε}, …},
+    where a site's noise is σ = 10^(exponent/2). The runs have `clients` sites. The noise of a mean of n sites is σ/√n,
+    so with 10^m times the sites, whose mean change is taken to be the same, a run belongs to a σ that is 10^(m/2) larger.
+    """
+
+    def __init__(self, found: Mapping, before: float, floor: float):
+        self.found, self.before, self.floor = found, before, floor
+        style = {"description_width": "initial"}
+        measured = sorted({run["exponent"] for run in found["runs"]} - {None})
+        noises = [(f"{10 ** (k / 2):.3g}", k) for k in range(measured[0], max(map(int, found["epsilon"])) + 1)]
+        sites = [(f"{found['clients'] * 10**m:,}", m) for m in range(7)]
+        controls = {
+            "more": ipywidgets.SelectionSlider(options=sites, value=0, description="sites", style=style),
+            "noise": ipywidgets.SelectionSlider(
+                options=noises, value=measured[-1], description="each adds noise σ =", style=style
+            ),
+        }
+        super().__init__(self._draw, controls)
+
+    def _draw(self, figure: Figure, more: int, noise: int) -> str:
+        return draw_privacy(figure, self.found, self.before, self.floor, more, noise)
+
+
+def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, more: int, noise: int) -> str:
+    """Loss over ε with 10^`more` times the sites that trained, and a mark where each site's σ is 10^(`noise`/2);
+    returns what is marked in words."""
+    axes, said = figure.subplots(), []
+    figure.subplots_adjust(left=0.08, right=0.72, top=0.9, bottom=0.15)
+    sites, spent = found["clients"] * 10**more, {int(k): value for k, value in found["epsilon"].items()}
+    for rank, colour, style in ((1, BLUE, "o-"), (8, ORANGE, "s--")):
+        losses: dict[int | None, list[float]] = {}
+        for run in found["runs"]:
+            if run["rank"] == rank:
+                losses.setdefault(run["exponent"], []).append(run["loss"])
+        known = [k for k in losses if k is not None and k + more in spent]
+        x, mean = [spent[k + more] for k in known], [statistics.fmean(losses[k]) for k in known]
+        low, high = ([f(losses[k]) for k in known] for f in (min, max))
+        axes.plot(x, mean, style, color=colour, label=f"rank {rank}")
+        axes.fill_between(x, low, high, color=colour, alpha=0.15)
+        axes.axhline(statistics.fmean(losses[None]), color=colour, linewidth=1, linestyle=":")
+        here = losses.get(noise - more)
+        said.append(f"rank {rank}: " + (f"{statistics.fmean(here):.2f} nats" if here else "not measured"))
+        if here:
+            axes.plot([spent[noise]], [statistics.fmean(here)], "D", color=colour, markersize=11, markerfacecolor="none")
+    axes.axvline(spent[noise], color=GREY, linewidth=1)
+    axes.axhline(before, color=GREY, linestyle="--", label="the base")
+    axes.plot([], [], ":", color=GREY, label="clipped, no noise")
+    axes.axhline(floor, color="black", linewidth=1, label="floor")
+    axes.set(xscale="log", xlabel="ε after all rounds: the smaller, the better a site is hidden", ylabel="loss (nats a token)")
+    axes.set(ylim=(0, 1.15 * max(before, *(run["loss"] for run in found["runs"] if run["loss"] < 2 * before))))
+    axes.set_title(f"{sites:,} sites, each with noise σ = {10 ** (noise / 2):.3g}: ε = {spent[noise]:.3g}", fontsize="medium")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return "; ".join(said) + f"; the base has {before:.2f} nats."
