@@ -36,24 +36,57 @@ if util.find_spec("flwr") is None:
 
     @pytest.mark.slow
     def test_under_flower_in_an_environment_of_its_own():
+        """All tests below, in the environment that `make test` builds. Ray gives its engine 30 s to start, which a busy
+        machine may not keep: that alone is said, and skipped."""
         if not (ROOT / ".venv-flower" / "installed").exists():
             pytest.skip("Flower is not installed: run bash tools/setup.sh flower, which needs a network once")
         command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", __file__]
         settings = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+        if "5 passed" not in done.stdout and "node timed out during startup" in done.stdout and "4 passed" in done.stdout:
+            pytest.skip("Flower's strategy equals one process, but Ray's engine did not start within its 30 s here")
+        assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 else:
+    from flwr.app import Context, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
 
-    @pytest.mark.slow
-    def test_flower_equals_one_process():
-        """Four clients, one of whom is never reached, and two rounds; so what moves into the base is sent as well."""
-        from minipeft.learn.flower import packed, simulate, unpacked
+    from minipeft.learn.flower import Averaging, client_app, packed, simulate, unpacked
 
-        model = tiny.small()
-        here, there = (run(model, METHOD, clients(), "fedex", 2, PLAN) for run in (federate, simulate))
+    class Here:
+        """Flower's grid without an engine: every message goes to the app of its node in this process."""
+
+        def __init__(self, app, nodes: int):
+            self.app, self.nodes = app, range(1, nodes + 1)
+
+        def get_node_ids(self):
+            return self.nodes
+
+        def send_and_receive(self, messages, timeout=None):
+            for message in messages:
+                node = message.metadata.dst_node_id
+                yield self.app(message, Context(1, node, {"partition-id": node - 1}, RecordDict(), {}))
+
+    def same(here, there) -> None:
         assert tiny.same(here.state.numbers, there.state.numbers) and tiny.same(here.state.moved, there.state.moved)
         assert here.rounds == there.rounds and here.rounds[1].refused == {
             "far": "dropped out: ConnectionError no route to the site"
         }
+
+    @pytest.mark.parametrize("rule", ["fedit", "rolora", "flora", "fedex"])
+    def test_flowers_strategy_and_apps_equal_one_process(rule, monkeypatch):
+        """Four clients, one of whom is never reached, and two rounds; so what moves into the base is sent as well."""
+        for name in ("task", "run", "node"):  # whose messages these are, which an engine says
+            monkeypatch.setattr(TaskIdentity, f"_{name}_id", 1)
+        model = tiny.small()
+        here = federate(model, METHOD, clients(), rule, 2, PLAN)
+        strategy = Averaging(model, METHOD, rule, 4, PLAN.seed)
+        grid = Here(client_app(model, METHOD, clients(), strategy.rule, PLAN), 4)
+        strategy.start(grid, packed(strategy.done.state), num_rounds=2)
+        same(here, strategy.done)
         assert tiny.same(unpacked(packed(here.state), 2).moved, here.state.moved)
+
+    @pytest.mark.slow
+    def test_a_simulation_equals_one_process():
+        model = tiny.small()
+        same(*(run(model, METHOD, clients(), "fedex", 2, PLAN) for run in (federate, simulate)))

@@ -123,7 +123,7 @@ install_flower() {
     echo "$wanted" >.venv-flower/installed
 }
 
-flower='flwr[simulation]==FLWRVERSION'
+flower='flwr[simulation]==1.42.0'
 stamp=.venv/installed
 case ${1:-} in
 --port) check_port "${2:-}" ;;

@@ -221,14 +221,14 @@ def sites(notes: Notes) -> dict:
 
 
 # Privacy: the same, clipped and noised ---------------------------------------------------------------------------------
-RANKS, EXPONENTS = (1, 8), (-6, -5, -4, -3, -2)  # σ = 10^(k/2)
-SPENT = range(-6, 5)  # of the σ whose ε is stored
+RANKS, EXPONENTS = (1, 8), (-3, -2, -1)  # σ = 10^k
+SPENT = range(-3, 3)  # of the σ whose ε is stored
 
 
 def privacy(notes: Notes) -> dict:
     """FFA-LoRA on four sites of one mixture, clipped and noised, at rank 1 and 8. The clip is chosen on validation rows
-    at the third noise. What counts is the noise of the mean, σ/√n: ten times the sites with √10 times the noise are the
-    same point, as long as their mean change is the same. ε is that of one site's σ."""
+    at the second noise. What counts is the noise of the mean, σ/√n: a hundred times the sites with ten times the noise
+    are the same point, as long as their mean change is the same. ε is that of one site's σ."""
     from minipeft.learn.federated import Privacy, epsilon
 
     runs, chosen = [], {}
@@ -239,7 +239,7 @@ def privacy(notes: Notes) -> dict:
         clip = notes.best_rate(
             f"privacy clip {rank}",
             lambda clip, r=rank, lr=lr: site(
-                "ffa", 0.0, lr, CHOOSING, "validation", Privacy(clip, 10 ** (EXPONENTS[2] / 2), CHOOSING), r
+                "ffa", 0.0, lr, CHOOSING, "validation", Privacy(clip, 10 ** EXPONENTS[1], CHOOSING), r
             )["loss"],
             (1.0, 3.0, 10.0),
         )
@@ -248,13 +248,13 @@ def privacy(notes: Notes) -> dict:
         for rank in RANKS:
             lr, clip = chosen[str(rank)].values()
             for k in (None, *EXPONENTS):
-                hidden = Privacy(clip, 0.0 if k is None else 10 ** (k / 2), seed)
+                hidden = Privacy(clip, 0.0 if k is None else 10**k, seed)
                 found = notes.get(
                     f"privacy {rank} {k} {seed}",
                     lambda h=hidden, r=rank, s=seed, lr=lr: site("ffa", 0.0, lr, s, "test", h, r),
                 )
                 runs.append({"rank": rank, "exponent": k, "seed": seed, "loss": found["loss"]})
-    spent = {str(k): epsilon(10 ** (k / 2), ROUNDS) for k in SPENT}
+    spent = {str(k): epsilon(10**k, ROUNDS) for k in SPENT}
     return {"chosen": chosen, "epsilon": spent, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS}
 
 

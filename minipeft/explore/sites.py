@@ -77,16 +77,16 @@ class PrivacyExplorer(SliderPlot):
     """The loss that is left when every site clips what it sends and adds noise, over the ε that this promises.
 
     `found`: what `course.worlds.privacy` measured: {"runs": [{rank, exponent, seed, loss}], "epsilon": {exponent: ε}, …},
-    where a site's noise is σ = 10^(exponent/2). The runs have `clients` sites. The noise of a mean of n sites is σ/√n,
-    so with 10^m times the sites, whose mean change is taken to be the same, a run belongs to a σ that is 10^(m/2) larger.
+    where a site's noise is σ = 10^exponent. The runs have `clients` sites. The noise of a mean of n sites is σ/√n, so
+    with 100^m times the sites, whose mean change is taken to be the same, a run belongs to a σ that is 10^m larger.
     """
 
     def __init__(self, found: Mapping, before: float, floor: float):
         self.found, self.before, self.floor = found, before, floor
         style = {"description_width": "initial"}
         measured = sorted({run["exponent"] for run in found["runs"]} - {None})
-        noises = [(f"{10 ** (k / 2):.3g}", k) for k in range(measured[0], max(map(int, found["epsilon"])) + 1)]
-        sites = [(f"{found['clients'] * 10**m:,}", m) for m in range(7)]
+        noises = [(f"{10.0**k:g}", k) for k in range(measured[0], max(map(int, found["epsilon"])) + 1)]
+        sites = [(f"{found['clients'] * 100**m:,}", m) for m in range(4)]
         controls = {
             "more": ipywidgets.SelectionSlider(options=sites, value=0, description="sites", style=style),
             "noise": ipywidgets.SelectionSlider(
@@ -100,11 +100,11 @@ class PrivacyExplorer(SliderPlot):
 
 
 def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, more: int, noise: int) -> str:
-    """Loss over ε with 10^`more` times the sites that trained, and a mark where each site's σ is 10^(`noise`/2);
+    """Loss over ε with 100^`more` times the sites that trained, and a mark where each site's σ is 10^`noise`;
     returns what is marked in words."""
     axes, said = figure.subplots(), []
     figure.subplots_adjust(left=0.08, right=0.72, top=0.9, bottom=0.15)
-    sites, spent = found["clients"] * 10**more, {int(k): value for k, value in found["epsilon"].items()}
+    sites, spent = found["clients"] * 100**more, {int(k): value for k, value in found["epsilon"].items()}
     for rank, colour, style in ((1, BLUE, "o-"), (8, ORANGE, "s--")):
         losses: dict[int | None, list[float]] = {}
         for run in found["runs"]:
@@ -126,6 +126,6 @@ def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, mo
     axes.axhline(floor, color="black", linewidth=1, label="floor")
     axes.set(xscale="log", xlabel="ε after all rounds: the smaller, the better a site is hidden", ylabel="loss (nats a token)")
     axes.set(ylim=(0, 1.15 * max(before, *(run["loss"] for run in found["runs"] if run["loss"] < 2 * before))))
-    axes.set_title(f"{sites:,} sites, each with noise σ = {10 ** (noise / 2):.3g}: ε = {spent[noise]:.3g}", fontsize="medium")
+    axes.set_title(f"{sites:,} sites, each with noise σ = {10.0**noise:g}: ε = {spent[noise]:.3g}", fontsize="medium")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return "; ".join(said) + f"; the base has {before:.2f} nats."
