@@ -1,5 +1,5 @@
-"""Flower runs our strategy to the same numbers as one process does. It has an environment of its own, in which this file
-is run again; see `minipeft/learn/flower.py`."""
+"""Flower runs our strategy to the same numbers as one process does. It has an environment of its own, in which this
+file is run again; see `minipeft/learn/flower.py`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if util.find_spec("flwr") is None:
         command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", __file__]
         settings = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
-        if "5 passed" not in done.stdout and "node timed out during startup" in done.stdout and "4 passed" in done.stdout:
+        if "1 failed, 4 passed" in done.stdout and "node timed out during startup" in done.stdout:
             pytest.skip("Flower's strategy equals one process, but Ray's engine did not start within its 30 s here")
         assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 

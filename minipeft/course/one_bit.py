@@ -59,9 +59,7 @@ def measure(notes: Notes) -> dict:
     torch.set_num_threads(1)
     rates = {}
     for name, (_, grid) in METHODS.items():
-        rates[name] = notes.best_rate(
-            f"one bit {name}", lambda lr, name=name: lost(learn(name, lr, SEARCH_SEED)), grid
-        )
+        rates[name] = notes.best_rate(f"one bit {name}", lambda lr, name=name: lost(learn(name, lr, SEARCH_SEED)), grid)
     runs = []
     for seed in SEEDS:
         for name, lr in rates.items():

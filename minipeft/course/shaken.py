@@ -1,9 +1,9 @@
 """Real reviews under small changes, measured once and shipped: `python -m minipeft.course.shaken --folder runs`.
 
 MiniLM with LoRA r=8 and a new classifier learns 128 film snippets of at most 12 words, plainly or with FGM. Then 100
-test snippets are asked as they are and under attack: synonyms for every replaceable word, a paraphrase by rule, FGM, and
-PGD of three steps. Either training has its own learning rate, the best on clean validation rows with a seed that reports
-nothing; five seeds draw the rows, their order and the initial values.
+test snippets are asked as they are and under attack: synonyms for every replaceable word, a paraphrase by rule, FGM,
+and PGD of three steps. Either training has its own learning rate, the best on clean validation rows with a seed that
+reports nothing; five seeds draw the rows, their order and the initial values.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def measure(notes: Notes) -> dict:
         )
     for seed in SEEDS:
         for training, lr in result["rates"].items():
-            found = notes.get(
-                f"shaken {training} {seed}", lambda t=training, lr=lr, s=seed: ask(learn(t, lr, s), s)
-            )
+            found = notes.get(f"shaken {training} {seed}", lambda t=training, lr=lr, s=seed: ask(learn(t, lr, s), s))
             result["runs"].append({"training": training, "seed": seed, "lr": lr} | found)
     where = {"device": "CPU, 1 thread", "torch": torch.__version__, "python": platform.python_version()}
     return result | {"measured": where | {"date": date.today().isoformat()}}

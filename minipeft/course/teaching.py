@@ -3,8 +3,8 @@
 1. **Few labels.** LoRA learns `flip` from 64 labelled rows: from the labels, from labels that are smoothed, from a
    teacher's probabilities on the same rows at three temperatures, and from both. The teacher is the pocket model, fully
    tuned on all 2,000 rows. Every way trains at its own best rate.
-2. **Forgetting.** Full fine-tuning, LoRA, an adapter, and LoRA with self-distillation learn `pirate`; the loss on the task and on
-   the base's own stories is looked at every ten steps, so the second can be read where the first is equal.
+2. **Forgetting.** Full fine-tuning, LoRA, an adapter, and LoRA with self-distillation learn `pirate`; the loss on the
+   task and on the base's own stories is looked at every ten steps, so the second can be read where the first is equal.
 
 Rates are half a decade apart and chosen with seed 10 on validation rows, on a grid that grows until the best lies
 inside; seeds 0 to 4 report on test rows.

@@ -1,5 +1,5 @@
 """MiniLM whose lower layers are read once a sentence: they are frozen and lie below every adapter, so that they give
-the same every time. It makes runs over real sentences three times cheaper, to the same numbers but for dropout below."""
+the same every time. It makes runs over real sentences cheaper, to the same numbers but for dropout below."""
 
 from __future__ import annotations
 

@@ -83,7 +83,8 @@ def reader():
     from minipeft.methods.select import Full
 
     linear = re.compile(r"above\..*(query|key|value|dense)")
-    return attach(Upper(below=5), [LoRA(rank=8, targets=linear), Full(targets=["classifier.weight", "classifier.bias"])])
+    head = Full(targets=["classifier.weight", "classifier.bias"])
+    return attach(Upper(below=5), [LoRA(rank=8, targets=linear), head])
 
 
 @cache
@@ -94,7 +95,7 @@ def sentences(domain: str, seed: int):
 
 
 def adapt(domain: str, size: int | None, steps: int, lr: float, seed: int, split: str, before: dict | None) -> dict:
-    """Train on `size` sentences (None: as many as the steps see) from the numbers `before`, or from a fresh start, and score."""
+    """Train on `size` sentences (None: as many as the steps see) from the numbers `before` or a fresh start; score."""
     import torch
 
     from minipeft.learn.fit import evaluate, fit
@@ -156,7 +157,7 @@ def domains(notes: Notes) -> dict:
     return {"source rate": rate, "rates": named, "steps": STEPS, "source steps": SOURCE_STEPS, "runs": runs}
 
 
-# Sites: four clients with a dialect each, and six ways to average ------------------------------------------------------
+# Sites: four clients with a dialect each, and six ways to average -----------------------------------------------------
 CLIENTS, ROWS, ROUNDS, LOCAL, SCORED = 4, 40, 3, 5, 100
 SITE_RATES = (1e-2, 3e-2, 1e-1)
 
@@ -180,7 +181,7 @@ def both(model, split: str) -> float:
 
 
 def site(rule: str, difference: float, lr: float, seed: int, split: str, privacy=None, rank: int = 4) -> dict:
-    """One federation of ROUNDS rounds, or "pooled": one place trains on all rows, in batches that are as large together."""
+    """One federation of ROUNDS rounds, or "pooled": one place trains on all rows, in batches as large as all together."""
     from datasets import concatenate_datasets
 
     from minipeft.attach import attach
@@ -220,7 +221,7 @@ def sites(notes: Notes) -> dict:
     return {"before": before, "rates": rates, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS, "local": LOCAL}
 
 
-# Privacy: the same, clipped and noised ---------------------------------------------------------------------------------
+# Privacy: the same, clipped and noised -------------------------------------------------------------------------------
 RANKS, EXPONENTS = (1, 8), (-3, -2, -1)  # σ = 10^k
 SPENT = range(-3, 3)  # of the σ whose ε is stored
 
@@ -234,7 +235,9 @@ def privacy(notes: Notes) -> dict:
     runs, chosen = [], {}
     for rank in RANKS:
         lr = notes.best_rate(
-            f"privacy {rank}", lambda lr, r=rank: site("ffa", 0.0, lr, CHOOSING, "validation", None, r)["loss"], SITE_RATES
+            f"privacy {rank}",
+            lambda lr, r=rank: site("ffa", 0.0, lr, CHOOSING, "validation", None, r)["loss"],
+            SITE_RATES,
         )
         clip = notes.best_rate(
             f"privacy clip {rank}",

@@ -76,8 +76,7 @@ def draw_rules(figure: Figure, updates: Sequence[Update], rank: int, title: str)
 class PrivacyExplorer(SliderPlot):
     """The loss that is left when every site clips what it sends and adds noise, over the ε that this promises.
 
-    `found`: what `course.worlds.privacy` measured: {"runs": [{rank, exponent, seed, loss}], "epsilon": {exponent: ε}, …},
-    where a site's noise is σ = 10^exponent. The runs have `clients` sites. The noise of a mean of n sites is σ/√n, so
+    `found`, which `course.worlds` measured: {"runs": [{rank, exponent, seed, loss}], "epsilon": {exponent: ε}, …}, where a site's noise is σ = 10^exponent. The runs have `clients` sites. The noise of a mean of n sites is σ/√n, so
     with 100^m times the sites, whose mean change is taken to be the same, a run belongs to a σ that is 10^m larger.
     """
 
@@ -119,12 +118,14 @@ def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, mo
         here = losses.get(noise - more)
         said.append(f"rank {rank}: " + (f"{statistics.fmean(here):.2f} nats" if here else "not measured"))
         if here:
-            axes.plot([spent[noise]], [statistics.fmean(here)], "D", color=colour, markersize=11, markerfacecolor="none")
+            y = statistics.fmean(here)
+            axes.plot([spent[noise]], [y], "D", color=colour, markersize=11, markerfacecolor="none")
     axes.axvline(spent[noise], color=GREY, linewidth=1)
     axes.axhline(before, color=GREY, linestyle="--", label="the base")
     axes.plot([], [], ":", color=GREY, label="clipped, no noise")
     axes.axhline(floor, color="black", linewidth=1, label="floor")
-    axes.set(xscale="log", xlabel="ε after all rounds: the smaller, the better a site is hidden", ylabel="loss (nats a token)")
+    axes.set(xscale="log", xlabel="ε after all rounds: the smaller, the better a site is hidden")
+    axes.set_ylabel("loss (nats a token)")
     axes.set(ylim=(0, 1.15 * max(before, *(run["loss"] for run in found["runs"] if run["loss"] < 2 * before))))
     axes.set_title(f"{sites:,} sites, each with noise σ = {10.0**noise:g}: ε = {spent[noise]:.3g}", fontsize="medium")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -4,8 +4,8 @@
     python -m minipeft.course.claims --quick    # only the rows that take seconds
     python -m minipeft.course.claims --write    # and stores the figures and verdicts in ledger.json
 
-A row is a *check*, which returns figures, and a *rule*, which makes a verdict of them: holds, holds when …, wrong, cannot tell.
-`ledger.json` keeps the figures; the verdict must follow from them by the rule, or a test fails. `counting` has the rows
+A row is a *check*, which returns figures, and a *rule*, which makes a verdict of them: holds, holds when …, wrong,
+cannot tell. `ledger.json` keeps the figures; the verdict must follow from them by the rule, or a test fails. `counting` has the rows
 that definitions, counts and code decide, `measuring` those that runs decide.
 """
 

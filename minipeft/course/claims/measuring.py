@@ -349,9 +349,7 @@ def _harmful(f: dict) -> str:
     return _over({name: verdict(Interval(*found), 0.02) for name, found in f["harm, 95 %"].items()}, "combination")
 
 
-@claim(
-    "C26", "An adapter should generally not be combined with LoRA or softmax tuning", "C §2.2", "measured", _harmful
-)
+@claim("C26", "An adapter should generally not be combined with LoRA or softmax tuning", "C §2.2", "measured", _harmful)
 def _() -> dict:
     """Test loss on pirate after 40 steps of 10 texts, each side at its own rate, chosen on validation rows; five seeds.
     Harm is the combination's loss less that of its better part alone, by 0.02 nats or more, paired by seed. Adapter m=4
