@@ -181,7 +181,7 @@ def both(model, split: str) -> float:
 
 
 def site(rule: str, difference: float, lr: float, seed: int, split: str, privacy=None, rank: int = 4) -> dict:
-    """One federation of ROUNDS rounds, or "pooled": one place trains on all rows, in batches as large as all together."""
+    """One federation of ROUNDS rounds, or "pooled": one place trains on all rows, in CLIENTS times larger batches."""
     from datasets import concatenate_datasets
 
     from minipeft.attach import attach

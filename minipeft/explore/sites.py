@@ -76,8 +76,9 @@ def draw_rules(figure: Figure, updates: Sequence[Update], rank: int, title: str)
 class PrivacyExplorer(SliderPlot):
     """The loss that is left when every site clips what it sends and adds noise, over the ε that this promises.
 
-    `found`, which `course.worlds` measured: {"runs": [{rank, exponent, seed, loss}], "epsilon": {exponent: ε}, …}, where a site's noise is σ = 10^exponent. The runs have `clients` sites. The noise of a mean of n sites is σ/√n, so
-    with 100^m times the sites, whose mean change is taken to be the same, a run belongs to a σ that is 10^m larger.
+    `found`, which `course.worlds` measured: {"runs": [{rank, exponent, seed, loss}], "epsilon": {exponent: ε}, …}; a
+    site's noise is σ = 10^exponent. The runs have `clients` sites. The noise of a mean of n sites is σ/√n, so with
+    100^m times the sites, whose mean change is taken to be the same, a run belongs to a σ that is 10^m larger.
     """
 
     def __init__(self, found: Mapping, before: float, floor: float):
