@@ -222,12 +222,12 @@ def sites(notes: Notes) -> dict:
 
 
 # Privacy: the same, clipped and noised -------------------------------------------------------------------------------
-RANKS, EXPONENTS = (1, 8), (-3, -2, -1)  # σ = 10^k
+RANKS, EXPONENTS = (1,), (-3, -2, -1)  # σ = 10^k
 SPENT = range(-3, 3)  # of the σ whose ε is stored
 
 
 def privacy(notes: Notes) -> dict:
-    """FFA-LoRA on four sites of one mixture, clipped and noised, at rank 1 and 8. The clip is chosen on validation rows
+    """FFA-LoRA on four sites of one mixture, clipped and noised, at rank 1. The clip is chosen on validation rows
     at the second noise. What counts is the noise of the mean, σ/√n: a hundred times the sites with ten times the noise
     are the same point, as long as their mean change is the same. ε is that of one site's σ."""
     from minipeft.learn.federated import Privacy, epsilon

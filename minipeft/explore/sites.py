@@ -105,7 +105,8 @@ def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, mo
     axes, said = figure.subplots(), []
     figure.subplots_adjust(left=0.08, right=0.72, top=0.9, bottom=0.15)
     sites, spent = found["clients"] * 100**more, {int(k): value for k, value in found["epsilon"].items()}
-    for rank, colour, style in ((1, BLUE, "o-"), (8, ORANGE, "s--")):
+    ranks = sorted({run["rank"] for run in found["runs"]})
+    for rank, colour, style in zip(ranks, (BLUE, ORANGE), ("o-", "s--"), strict=False):
         losses: dict[int | None, list[float]] = {}
         for run in found["runs"]:
             if run["rank"] == rank:
