@@ -3,8 +3,8 @@
 1. **Few labels.** LoRA learns `flip` from 64 labelled rows: from the labels, from labels that are smoothed, from a
    teacher's probabilities on the same rows at three temperatures, and from both. The teacher is the pocket model, fully
    tuned on all 2,000 rows. Every way trains at its own best rate.
-2. **Forgetting.** Full fine-tuning, LoRA, an adapter, and LoRA with self-distillation learn `pirate`; the loss on the
-   task and on the base's own stories is looked at every ten steps, so the second can be read where the first is equal.
+2. **Forgetting.** Full fine-tuning, LoRA, and LoRA with self-distillation learn `pirate`; the loss on the task and on
+   the base's own stories is looked at every ten steps, so the second can be read where the first is equal.
 
 Rates are half a decade apart and chosen with seed 10 on validation rows, on a grid that grows until the best lies
 inside; seeds 0 to 4 report on test rows.
@@ -30,7 +30,6 @@ from minipeft.layer import Method
 from minipeft.learn.distill import Distil
 from minipeft.learn.fit import batches, evaluate, fit
 from minipeft.learn.protocol import half_decade
-from minipeft.methods.adapter import Adapter
 from minipeft.methods.lora import LoRA
 from minipeft.methods.select import Full
 from minipeft.whole import write_whole
@@ -140,7 +139,6 @@ class Side:
 SIDES = {
     "full fine-tuning": Side(Full(), rates=(3e-4, 1e-3, 3e-3)),
     "LoRA r=8": Side(LoRA(rank=8)),
-    "adapter m=16": Side(Adapter(16)),
     "with the base on the task's texts, w=0.1": Side(LoRA(rank=8), lambda: Distil(weight=0.1)),
     "with the base on the task's texts, w=0.3": Side(LoRA(rank=8), lambda: Distil(weight=0.3)),
     "with the base on its own texts, w=0.5": Side(LoRA(rank=8), lambda: Distil(weight=0.5, rehearsal=own_writing())),
