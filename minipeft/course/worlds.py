@@ -180,7 +180,7 @@ def both(model, split: str) -> float:
     return statistics.fmean(evaluate(model, rows).loss for rows in dialects(split, 0))
 
 
-def site(rule: str, difference: float, lr: float, seed: int, split: str, privacy=None, rank: int = 4) -> dict:
+def site(rule: str, difference: float, lr: float, seed: int, split: str) -> dict:
     """One federation of ROUNDS rounds, or "pooled": one place trains on all rows, in CLIENTS times larger batches."""
     from datasets import concatenate_datasets
 
@@ -194,11 +194,11 @@ def site(rule: str, difference: float, lr: float, seed: int, split: str, privacy
     model, plan = load("pocket")[0], Plan(steps=LOCAL, lr=lr, batch=8, seed=seed)
     clients = parted(dialects("train", seed), CLIENTS, difference, ROWS, seed)
     if rule == "pooled":
-        tuned = attach(model, LoRA(rank=rank), seed=seed)
+        tuned = attach(model, LoRA(rank=4), seed=seed)
         rows = concatenate_datasets([client.data for client in clients])
         fit(tuned, rows, steps=ROUNDS * LOCAL, lr=lr, batch=8 * CLIENTS, seed=seed, progress=False)
         return {"loss": both(tuned, split)}
-    done = federate(model, LoRA(rank=rank), clients, rule, ROUNDS, plan, privacy=privacy)
+    done = federate(model, LoRA(rank=4), clients, rule, ROUNDS, plan)
     up, down = (sum(values) for values in zip(*((r.up["site 1"], r.down) for r in done.rounds), strict=True))
     return {"loss": both(done.tuned(model), split), "missed": done.rounds[-1].missed, "up": up, "down": down}
 
@@ -221,44 +221,61 @@ def sites(notes: Notes) -> dict:
     return {"before": before, "rates": rates, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS, "local": LOCAL}
 
 
-# Privacy: the same, clipped and noised -------------------------------------------------------------------------------
-RANKS, EXPONENTS = (1,), (-3, -2, -1)  # σ = 10^k
-SPENT = range(-3, 3)  # of the σ whose ε is stored
+# Privacy: one round, clipped and noised ------------------------------------------------------------------------------
+EXPONENTS, SPENT, STEPS_AT_HOME = (-3, -2, -1), range(-3, 3), 15  # σ = 10^k
+
+
+@cache
+def learnt(lr: float, seed: int) -> tuple:
+    """(the state before the round, what four sites of one mixture send after training B at rank 1, in the clear)."""
+    from minipeft.learn.averaging import RULES
+    from minipeft.learn.federated import State, fresh, parted, train
+    from minipeft.learn.plan import Plan
+    from minipeft.methods.lora import LoRA
+    from minipeft.world.base import load
+
+    model, method, plan = load("pocket")[0], LoRA(rank=1), Plan(steps=STEPS_AT_HOME, lr=lr, batch=8, seed=seed)
+    state = State(fresh(model, method, seed))
+    clients = parted(dialects("train", seed), CLIENTS, 0.0, ROWS, seed)
+    return state, [train(model, method, state, client, RULES["ffa"], plan) for client in clients]
+
+
+def hidden(lr: float, clip: float, exponent: int | None, seed: int, split: str) -> dict:
+    """The loss after the round, when each site clips its change to length `clip` and adds noise of σ = 10^exponent."""
+    from dataclasses import replace
+
+    from minipeft.learn.averaging import RULES
+    from minipeft.learn.federated import Privacy, aggregate, seated
+    from minipeft.methods.lora import LoRA
+    from minipeft.world.base import load
+
+    state, sent = learnt(lr, seed)
+    privacy, noisy = Privacy(clip, 0.0 if exponent is None else 10.0**exponent, seed), []
+    for update in sent:
+        change = privacy.hide({n: t - state.numbers[n] for n, t in update.numbers.items()}, update.name, 0)
+        noisy.append(replace(update, numbers={n: state.numbers[n] + t for n, t in change.items()}))
+    after, _ = aggregate(state, noisy, RULES["ffa"])
+    return {"loss": both(seated(load("pocket")[0], LoRA(rank=1), after), split)}
 
 
 def privacy(notes: Notes) -> dict:
-    """FFA-LoRA on four sites of one mixture, clipped and noised, at rank 1. The clip is chosen on validation rows
-    at the second noise. What counts is the noise of the mean, σ/√n: a hundred times the sites with ten times the noise
-    are the same point, as long as their mean change is the same. ε is that of one site's σ."""
-    from minipeft.learn.federated import Privacy, epsilon
+    """FFA-LoRA at rank 1, one round of 15 steps at home on four sites of one mixture. The rate is chosen without noise,
+    the clip at the second noise, on validation rows. What counts is the noise of the mean, σ/√n: a hundred times the
+    sites with ten times the noise are the same point, as long as their mean change is the same. ε is that of a site."""
+    from minipeft.learn.federated import epsilon
 
-    runs, chosen = [], {}
-    for rank in RANKS:
-        lr = notes.best_rate(
-            f"privacy {rank}",
-            lambda lr, r=rank: site("ffa", 0.0, lr, CHOOSING, "validation", None, r)["loss"],
-            SITE_RATES,
-        )
-        clip = notes.best_rate(
-            f"privacy clip {rank}",
-            lambda clip, r=rank, lr=lr: site(
-                "ffa", 0.0, lr, CHOOSING, "validation", Privacy(clip, 10 ** EXPONENTS[1], CHOOSING), r
-            )["loss"],
-            (3.0,),
-        )
-        chosen[str(rank)] = {"lr": lr, "clip": clip}
-    for seed in SEEDS:
-        for rank in RANKS:
-            lr, clip = chosen[str(rank)].values()
-            for k in (None, *EXPONENTS):
-                hidden = Privacy(clip, 0.0 if k is None else 10**k, seed)
-                found = notes.get(
-                    f"privacy {rank} {k} {seed}",
-                    lambda h=hidden, r=rank, s=seed, lr=lr: site("ffa", 0.0, lr, s, "test", h, r),
-                )
-                runs.append({"rank": rank, "exponent": k, "seed": seed, "loss": found["loss"]})
-    spent = {str(k): epsilon(10**k, ROUNDS) for k in SPENT}
-    return {"chosen": chosen, "epsilon": spent, "runs": runs, "clients": CLIENTS, "rounds": ROUNDS}
+    lr = notes.best_rate("hidden", lambda lr: hidden(lr, 1e6, None, CHOOSING, "validation")["loss"], (3e-2,))
+    clip = notes.best_rate(
+        "hidden clip", lambda clip: hidden(lr, clip, EXPONENTS[1], CHOOSING, "validation")["loss"], (10.0,)
+    )
+    runs = [
+        {"rank": 1, "exponent": k, "seed": seed}
+        | notes.get(f"hidden {k} {seed}", lambda k=k, s=seed: hidden(lr, clip, k, s, "test"))
+        for seed in SEEDS
+        for k in (None, *EXPONENTS)
+    ]
+    spent = {str(k): epsilon(10.0**k, 1) for k in SPENT}
+    return {"rate": lr, "clip": clip, "epsilon": spent, "runs": runs, "clients": CLIENTS, "steps": STEPS_AT_HOME}
 
 
 PARTS: dict[str, Callable[[Notes], dict]] = {"drift": drift, "domains": domains, "sites": sites, "privacy": privacy}
