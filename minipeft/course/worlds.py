@@ -222,7 +222,8 @@ def sites(notes: Notes) -> dict:
 
 
 # Privacy: one round, clipped and noised ------------------------------------------------------------------------------
-EXPONENTS, SPENT, STEPS_AT_HOME = (-3, -2, -1), range(-3, 3), 15  # σ = 10^k
+EXPONENTS, STEPS_AT_HOME = (-2.5, -2.0, -1.5, -1.0), 15  # σ = 10^k
+SPENT = [k / 2 for k in range(-5, 5)]  # of the σ whose ε is stored
 
 
 @cache

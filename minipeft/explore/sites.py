@@ -85,7 +85,7 @@ class PrivacyExplorer(SliderPlot):
         self.found, self.before, self.floor = found, before, floor
         style = {"description_width": "initial"}
         measured = sorted({run["exponent"] for run in found["runs"]} - {None})
-        noises = [(f"{10.0**k:g}", k) for k in range(measured[0], max(map(int, found["epsilon"])) + 1)]
+        noises = [(f"{10**k:.3g}", k) for k in sorted(map(float, found["epsilon"]))]
         sites = [(f"{found['clients'] * 100**m:,}", m) for m in range(4)]
         controls = {
             "more": ipywidgets.SelectionSlider(options=sites, value=0, description="sites", style=style),
@@ -95,16 +95,16 @@ class PrivacyExplorer(SliderPlot):
         }
         super().__init__(self._draw, controls)
 
-    def _draw(self, figure: Figure, more: int, noise: int) -> str:
+    def _draw(self, figure: Figure, more: int, noise: float) -> str:
         return draw_privacy(figure, self.found, self.before, self.floor, more, noise)
 
 
-def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, more: int, noise: int) -> str:
+def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, more: int, noise: float) -> str:
     """Loss over ε with 100^`more` times the sites that trained, and a mark where each site's σ is 10^`noise`;
     returns what is marked in words."""
     axes, said = figure.subplots(), []
-    figure.subplots_adjust(left=0.08, right=0.72, top=0.9, bottom=0.15)
-    sites, spent = found["clients"] * 100**more, {int(k): value for k, value in found["epsilon"].items()}
+    figure.subplots_adjust(left=0.07, right=0.8, top=0.9, bottom=0.15)
+    sites, spent = found["clients"] * 100**more, {float(k): value for k, value in found["epsilon"].items()}
     ranks = sorted({run["rank"] for run in found["runs"]})
     for rank, colour, style in zip(ranks, (BLUE, ORANGE), ("o-", "s--"), strict=False):
         losses: dict[int | None, list[float]] = {}
@@ -129,6 +129,6 @@ def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, mo
     axes.set(xscale="log", xlabel="ε of a site: the smaller, the better it is hidden")
     axes.set_ylabel("loss (nats a token)")
     axes.set(ylim=(0, 1.15 * max(before, *(run["loss"] for run in found["runs"] if run["loss"] < 2 * before))))
-    axes.set_title(f"{sites:,} sites, each with noise σ = {10.0**noise:g}: ε = {spent[noise]:.3g}", fontsize="medium")
+    axes.set_title(f"{sites:,} sites, each with noise σ = {10**noise:.3g}: ε = {spent[noise]:.3g}", fontsize="medium")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return "; ".join(said) + f"; the base has {before:.2f} nats."
