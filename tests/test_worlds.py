@@ -94,9 +94,11 @@ def test_the_privacy_explorer_moves_what_was_measured():
     assert "rank 8: 4.80" in explorer.text.value or "rank 8: 4.81" in explorer.text.value
     explorer.controls["more"].value = 2
     assert list(drawn("rank 1").get_xdata()) == pytest.approx([1e2, 1e1, 1e0])
-    assert "40,000 sites" in explorer.figure.axes[0].get_title() and "not measured" in explorer.text.value
+    assert "40,000 sites" in explorer.figure.axes[0].get_title() and "rank 1: 1.2" in explorer.text.value
     explorer.controls["noise"].value = 0
     assert "rank 1: 2.1" in explorer.text.value and "ε = 10" in explorer.figure.axes[0].get_title()
+    explorer.controls["noise"].value = 2
+    assert "not measured" in explorer.text.value
 
 
 @pytest.mark.slow
