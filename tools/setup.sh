@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What `make` calls first; each failure is one sentence on stderr and exit status 1.
 #   bash tools/setup.sh real,classroom  builds .venv with these extras at the tested versions, unless that is done already
+#   bash tools/setup.sh flower          builds .venv-flower on top of it, for the test of minipeft/learn/flower.py
 #   bash tools/setup.sh --port 8888     fails if something on this machine already listens on the port
 # PYTHON=… names the interpreter; without it the first usable one of the list below is taken.
 set -euo pipefail
@@ -100,9 +101,33 @@ install() { # real,test
     { fingerprint && tr , '\n' <<<"$1"; } >"$stamp"
 }
 
+# Flower's pins clash with the course's, so it has an environment of its own, which sees .venv's packages behind its own.
+install_flower() {
+    local wanted packages said log=.venv-flower/pip.log
+    wanted="$flower $(version .venv/bin/python) $PWD"
+    [ "$(cat .venv-flower/installed 2>/dev/null)" != "$wanted" ] || return 0
+    packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' 2>/dev/null) ||
+        fail "Flower is installed on top of .venv, which is not there; run make test."
+    .venv/bin/python -m venv --clear .venv-flower || fail "the virtual environment .venv-flower could not be made (see above)."
+    echo "Installing Flower into .venv-flower (the first time: a minute, about 300 MB) …"
+    if ! .venv-flower/bin/python -m pip install --quiet --disable-pip-version-check "$flower" 2>"$log"; then
+        said=$(grep -i '^ *error: ' "$log" | tail -n 1 | sed 's/^ *[Ee][Rr][Rr][Oo][Rr]: //; s/[. ]*$//' | cut -c -160)
+        fail "Flower could not be installed (${said:-see $log}); check the network and run bash tools/setup.sh flower."
+    fi
+    .venv-flower/bin/python - "$packages" <<-'END'
+	import sys, sysconfig
+	from pathlib import Path
+	line = f"import site; site.addsitedir({sys.argv[1]!r})\n"
+	Path(sysconfig.get_path("purelib"), "course.pth").write_text(line)
+	END
+    echo "$wanted" >.venv-flower/installed
+}
+
+flower='flwr[simulation]==1.42.0'
 stamp=.venv/installed
 case ${1:-} in
 --port) check_port "${2:-}" ;;
 real | real,serve,beyond | real,classroom | real,book | real,test,classroom | real,test,classroom,book) install "$1" ;;
-*) fail "usage: bash tools/setup.sh real | real,serve,beyond | real,classroom | real,book | real,test,classroom | real,test,classroom,book | --port NUMBER" ;;
+flower) install_flower ;;
+*) fail "usage: bash tools/setup.sh real | real,serve,beyond | real,classroom | real,book | real,test,classroom | real,test,classroom,book | flower | --port NUMBER" ;;
 esac

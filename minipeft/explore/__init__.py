@@ -9,7 +9,7 @@ from minipeft.explore.preferences import Preferences
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
 from minipeft.explore.rank import RankExplorer
-from minipeft.explore.sites import SitesExplorer
+from minipeft.explore.sites import PrivacyExplorer, SitesExplorer
 from minipeft.explore.slider import SliderPlot
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Predict",
     "Preferences",
     "PrefixExplorer",
+    "PrivacyExplorer",
     "PromptExplorer",
     "QuantisationExplorer",
     "RankExplorer",

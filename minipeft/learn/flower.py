@@ -1,9 +1,9 @@
 """Federated LoRA under Flower: `Averaging` is a Flower strategy with the rules of `averaging.py`, and `simulate` is
 `federate` in Flower's simulation engine, to the same numbers bit for bit.
 
-Flower's pins clash with the course's, so it has an environment of its own:
+Flower's pins clash with the course's, so it has an environment of its own, which `make test` builds as well:
 
-    python -m venv .venv-flower && .venv-flower/bin/pip install -e . "flwr[simulation]>=1.42" pytest hypothesis
+    bash tools/setup.sh flower
     .venv-flower/bin/python -m pytest tests/test_flower.py
 
 A deployment uses the same two parts: a `ClientApp` by `client_app` at every site, and `Averaging` in the `ServerApp`.

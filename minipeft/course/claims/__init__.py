@@ -4,9 +4,9 @@
     python -m minipeft.course.claims --quick    # only the rows that take seconds
     python -m minipeft.course.claims --write    # and stores the figures and verdicts in ledger.json
 
-A row is a *check*, which returns figures, and a *rule*, which makes a verdict of them: holds, holds when …, wrong.
-`ledger.json` keeps the figures; the verdict must follow from them by the rule, or a test fails. `counting` has the rows
-that definitions, counts and code decide, `measuring` those that runs decide.
+A row is a *check*, which returns figures, and a *rule*, which makes a verdict of them: holds, holds when …, wrong,
+cannot tell. `ledger.json` keeps the figures; the verdict must follow from them by the rule, or a test fails. `counting`
+has the rows that definitions, counts and code decide, `measuring` those that runs decide.
 """
 
 from minipeft.course.claims import counting, measuring  # noqa: F401  they fill CLAIMS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PATH = Path(__file__).with_name("ledger.json")
-HOLDS, WRONG = "holds", "wrong"
+HOLDS, WRONG, CANNOT_TELL = "holds", "wrong", "cannot tell"
 
 
 @dataclass(frozen=True)
