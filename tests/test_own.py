@@ -37,7 +37,7 @@ def test_a_csv_becomes_classes_in_three_splits(tmp_path):
     assert {name: len(part) for name, part in task.data.items()} == {"train": 160, "validation": 20, "test": 20}
     for part in task.data.values():  # label by label, so that each split has the shares of the whole
         assert sum(part["label"]) * 2 == len(part)
-        assert all((int(text.split()[2].strip(",")) % 2) == label for text, label in zip(part["text"], part["label"]))
+        assert [int(text.split()[2].strip(",")) % 2 for text in part["text"]] == list(part["label"])
 
 
 def test_numbers_as_labels_keep_their_order(tmp_path):
@@ -53,6 +53,15 @@ def test_no_text_is_on_both_sides_and_order_and_copies_do_not_matter(tmp_path):
     for name, texts in one.items():
         assert {text.lower() for text in other[name]} == set(texts)
     assert len(set.union(*map(set, one.values()))) == sum(map(len, one.values())) == 80
+
+
+def test_a_group_is_not_torn_apart(tmp_path):
+    grouped = [(text, label, f"author {i // 4}") for i, (text, label) in enumerate(rows(160))]
+    task = own(written(tmp_path / "a.csv", grouped, ("text", "label", "who")), label="label", group="who")
+    who = {text: author for text, _, author in grouped}
+    found = {name: {who[text] for text in part["text"]} for name, part in task.data.items()}
+    assert {name: len(authors) for name, authors in found.items()} == {"train": 32, "validation": 4, "test": 4}
+    assert len(set.union(*found.values())) == 40
 
 
 def test_a_folder_of_texts_is_cut_at_empty_lines_and_neighbours_stay_together(tmp_path):
@@ -86,8 +95,8 @@ MISTAKES = {
     "path": (lambda f: own(f / "nothing"), "There is no "),
     "empty folder": (lambda f: own(f), "holds no .txt file"),
     "empty files": (lambda f: ((f / "a.txt").write_text(" \n"), own(f)), "nothing but empty .txt files"),
-    "folder with labels": (lambda f: own(f, label="label"), "a folder of texts without labels"),
-    "few texts": (lambda f: ((f / "a.txt").write_text("one\n\ntwo"), own(f)), "2 different texts"),
+    "folder with labels": (lambda f: own(f, label="label"), "is a folder, which has no columns"),
+    "few texts": (lambda f: ((f / "a.txt").write_text("one\n\ntwo"), own(f)), "2 different texts or groups"),
     "column": (lambda f: own(written(f / "a.csv", rows(40), ("body", "label"))), "no column 'text'.*'body', 'label'"),
     "label column": (lambda f: own(written(f / "a.csv", rows(40)), label="stars"), "no column 'stars'"),
     "no rows": (lambda f: own(written(f / "a.csv", [])), "column names but no rows"),
@@ -115,7 +124,8 @@ def test_a_wrong_input_gets_one_sentence(mistake, tmp_path):
 
 
 def test_latin_1_is_read_when_asked_for(tmp_path):
-    task = own(written(tmp_path / "a.csv", [(f"café {i}", "x") for i in range(20)], encoding="latin-1"), encoding="latin-1")
+    file = written(tmp_path / "a.csv", [(f"café {i}", "x") for i in range(20)], encoding="latin-1")
+    task = own(file, encoding="latin-1")
     assert all(text.startswith("café") for text in task.data["train"]["text"])
 
 
@@ -207,9 +217,7 @@ def test_early_stopping_stops_and_gives_the_best_back(small, monkeypatch):
     """The losses are planted: 5, 3, 4, 4.5 with patience 2 stops after the third look behind the start."""
     tuned, task = small
     planted = iter([5.0, 3.0, 4.0, 4.5, 1.0])
-    monkeypatch.setattr(
-        "minipeft.learn.early.evaluate", lambda *_: type("S", (), {"loss": next(planted)})
-    )
+    monkeypatch.setattr("minipeft.learn.early.evaluate", lambda *_: type("S", (), {"loss": next(planted)}))
     early, seen = EarlyStop(tuned, task, every=2, patience=2), {}
 
     def watch(step, history):

@@ -1,14 +1,14 @@
 """Where to begin with a model and a text of one's own, computed from what the course has measured.
 
     advice = advise(model, "class", batch=16, length=64, memory=4 * 2**30)
-    advice                  # a line for each method: trained numbers, memory, whether it fits, a rate, what was measured
+    advice                  # a line for each method: trained numbers, memory, does it fit, a rate, what was measured
     advice.first            # the Option to begin with; .method for attach, .rate for fit, .why in words
 
 Memory comes from `analyze/memory.py`, which runs a step on tensors without numbers. Quality and rates come from the
-nearest table that was measured: the capstone's board for classes (`board.json`, real encoder and reviews), the atlas for
-words (pocket model). What has no measurement, such as a base in 4 bits, says so.
+nearest table that was measured: for classes the capstone's board (a real encoder on real reviews), for words the atlas
+(the pocket model). What has no measurement, such as a base in 4 bits, says so.
 
-    the rate        η = η* · min(1, w* / w), rounded to half decades; η*: the best rate of the table, whose model has width w*
+    the rate        η = η* · min(1, w* / w), to half decades; η*: the best rate of the table, whose model has width w*
     the method      the best of those that fit, or the one with the least memory that is not worse by what matters
 
 The first is what Adam asks for where matrices become wider (Yang et al. 2022, "Tensor Programs V", table 3). No run of
@@ -35,6 +35,7 @@ from minipeft.methods.dora import DoRA
 from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
 from minipeft.methods.select import BitFit, Full, Softmax
+from minipeft.reading import longest
 
 ROOM = 1.3  # a process needs this many times the sum over its tensors; lesson 18 measures it on 100 M parameters
 MATTERS = {"class": 0.02, "text": 0.1, "answer": 0.1}  # of accuracy; in nats a token
@@ -65,8 +66,8 @@ class Measured:
 class Option:
     """One method on one storage of the base. `memory` is None and `why` says it where the model does not take it.
 
-    `fits`: "fits", "tight" (the tensors alone do; see ROOM), "too large" or "cannot". `rate`: to begin with; `rates`: to
-    try, of which validation rows choose. `file`: bytes of the adapter. `measured` is None without a measurement.
+    `fits`: "fits", "tight" (the tensors alone do; see ROOM), "too large" or "cannot". `rate`: to begin with; `rates`:
+    to try, of which validation rows choose. `file`: bytes of the adapter. `measured` is None without a measurement.
     """
 
     name: str
@@ -150,8 +151,8 @@ def advise(
     """What to begin with on `model`, for a task of this `kind` and batches of (batch, length) tokens.
 
     Args:
-        model: a module of transformers, its configuration, or a name of `minipeft.analyze.catalogue`; only its shapes are
-            used. For classes, one with a classifier.
+        model: a module of transformers, its configuration, or a name of `minipeft.analyze.catalogue`; only its shapes
+            are used. For classes, one with a classifier.
         kind: "class", "text" or "answer", as a `Task` has it.
         memory: bytes that training may take; None is what is free now, on the GPU if the model is on one.
         file: bytes that an adapter's file may take.
@@ -160,11 +161,12 @@ def advise(
     """
     if kind not in MATTERS:
         raise ValueError(f'kind is "class", "text" or "answer", as a task has it, but is {kind!r}.')
+    if isinstance(model, Tuned):
+        raise ValueError("This model carries adapters already: advise on the base, tuned.detach().")
     memory = free(model) if memory is None else memory
     if not (memory > 0 and file > 0):
         raise ValueError(f"memory={memory!r} and file={file!r} are bytes, so each must be more than 0.")
-    if isinstance(model, Tuned):
-        raise ValueError("This model carries adapters already: advise on the base, tuned.detach().")
+    model = check(model, kind, batch, length)
     candidates = {name: method for name, (method, _) in board.METHODS.items()} if kind == "class" else WORDS
     table, options = measured(kind), []
     for name, method in candidates.items():
@@ -172,6 +174,19 @@ def advise(
         for storage in storages:
             options.append(option(model, kind, name, method, storage, table[name], batch, length, memory, file))
     return Advice(tuple(options), choose(options, kind, file), kind)
+
+
+def check(model, kind: str, batch: int, length: int):
+    """The model, or its shapes alone; ValueError where it does not do what a task asks for, or reads no such batch."""
+    shapes = on_meta(model)
+    writes = getattr(shapes, "get_output_embeddings", lambda: None)() is not None
+    if (kind == "class") == writes:
+        asked, does, how = ("a class", "words", "with") if writes else ("words", "classes", "without")
+        raise ValueError(f"The task asks for {asked} but the model predicts {does}: load it {how} labels=….")
+    most = longest(shapes) or length
+    if batch < 1 or not 1 <= length <= most:
+        raise ValueError(f"Batches of {batch} × {length} tokens do not fit: the model reads 1 to {most} tokens.")
+    return shapes
 
 
 def option(model, kind, name, method, storage, known, batch, length, memory, file) -> Option:
@@ -212,8 +227,8 @@ def choose(options: Sequence[Option], kind: str, file: float = math.inf) -> Opti
     else:
         gap = lost(first, best, sign)
         reason = (
-            f"On {where} it lost {gap.mean:.3f} {unit} to {best.name}, at most {gap.high:.3f} with 95 % confidence, and "
-            f"it needs {first.memory.peak / best.memory.peak:.2f} times the memory"
+            f"On {where} it lost {gap.mean:.3f} {unit} to {best.name}, at most {gap.high:.3f} with 95 % confidence, "
+            f"and it needs {first.memory.peak / best.memory.peak:.2f} times the memory"
         )
     return replace(first, why=f"Begin with {first.name} at {first.rate:g}. {reason}. {first.why}")
 

@@ -4,7 +4,7 @@
     fit(tuned, task, steps=600, lr=1e-3, callback=early)
     early.restore()                                        # the trained numbers of the best look, not of the last
 
-After every `every` steps the validation loss is taken. After `patience` looks in a row that are not better than the best
+After every `every` steps the validation loss is taken. After `patience` looks in a row that are no better than the best
 one, training stops. The validation rows have then chosen a number of steps: test rows report, and choose nothing.
 """
 
@@ -25,7 +25,9 @@ class EarlyStop:
     Raises ValueError at once for a task without validation rows, and for `every` or `patience` below 1.
     """
 
-    def __init__(self, model: nn.Module, task, every: int = 10, patience: int = 3, n: int | None = None, tokenizer=None):
+    def __init__(
+        self, model: nn.Module, task, every: int = 10, patience: int = 3, n: int | None = None, tokenizer=None
+    ):
         for name, value in {"every": every, "patience": patience}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}.")

@@ -1,7 +1,7 @@
 """What needs no model: the baseline that a trained one has to beat.
 
-    class          p(label) = how often it stands in the training rows; the guess is the most frequent
-    text, answer   p(token) = (how often it stands in the training rows + 1) / (all tokens there + vocabulary)
+class          p(label) = how often it stands in the training rows; the guess is the most frequent
+text, answer   p(token) = (how often it stands in the training rows + 1) / (all tokens there + vocabulary)
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def trivial(task, tokenizer=None, split: str = "test") -> Score:
         raise ValueError(f"Task {task.name!r} has no split {split!r}: it has {', '.join(task.data)}.")
     rows, train = task.data[split], task.data["train"]
     if task.kind == "class":
-        seen, truth, size = torch.tensor(train["label"]), torch.tensor(rows["label"]), 1 + max(*train["label"], *rows["label"])
+        seen, truth, size = (
+            torch.tensor(train["label"]),
+            torch.tensor(rows["label"]),
+            1 + max(*train["label"], *rows["label"]),
+        )
     else:
         if tokenizer is None:
             raise ValueError("Counting words needs a tokenizer: pass the one that came with the model.")

@@ -6,7 +6,7 @@
 Which row is for training, validation or testing follows from a hash of what it says, so it is the same on every
 machine and in every run, and copies of one text are never on both sides:
 
-    groups (a file, a stretch of one, or all rows of the same words) in the order of their hash
+    groups (a file, a stretch of one, all rows of the same words or of one author) in the order of their hash
     of each ten: 8 train, 1 validation, 1 test; with labels, label by label
 """
 
@@ -26,7 +26,12 @@ LEAST = 10  # rows with a label, so that each split has one
 
 
 def own(
-    path: str | os.PathLike, text: str = "text", label: str | None = None, encoding: str = "utf-8", words: int = 90
+    path: str | os.PathLike,
+    text: str = "text",
+    label: str | None = None,
+    group: str | None = None,
+    encoding: str = "utf-8",
+    words: int = 90,
 ) -> Task:
     """The texts at `path`, with splits train, validation and test (80 · 10 · 10 %).
 
@@ -35,6 +40,8 @@ def own(
             first line names its columns.
         text: the CSV's column of texts.
         label: the CSV's column of labels, of which each becomes a class; without, the task is to write such texts.
+        group: the CSV's column that names what must not be torn apart, such as an author or a whole review: else a test
+            row may be the next sentence of a training row. Without, copies of one text are kept together.
         encoding: of the files; a byte-order mark at the beginning is skipped.
 
     Raises ValueError, in one sentence, for a path that is not there, a folder without text, a file in another encoding,
@@ -46,11 +53,11 @@ def own(
     if not isinstance(words, int) or words < 1:
         raise ValueError(f"words must be a whole number of at least 1, but is {words!r}.")
     if path.is_dir():
-        if label is not None:
-            raise ValueError(f"{str(path)!r} is a folder of texts without labels; labels come in a column of a CSV.")
+        if label is not None or group is not None:
+            raise ValueError(f"{str(path)!r} is a folder, which has no columns; labels and groups come in a CSV file.")
         rows = [{"text": piece, "group": group} for piece, group in pieces(path, encoding, words)]
     else:
-        rows = table(path, text, label, encoding)
+        rows = table(path, text, label, group, encoding)
     classes = sorted({row["label"] for row in rows}, key=_natural) if label else []
     if label:
         check_labels(path, label, Counter(row["label"] for row in rows))
@@ -94,19 +101,18 @@ def decoded(file: Path, encoding: str) -> str:
         raise ValueError(f'encoding={encoding!r} is none that Python knows; "utf-8" and "latin-1" are two.') from error
 
 
-def table(file: Path, text: str, label: str | None, encoding: str) -> list[dict]:
-    """The rows of a CSV: {"text", "group"}, and "label" as it is written there."""
+def table(file: Path, text: str, label: str | None, group: str | None, encoding: str) -> list[dict]:
+    """The rows of a CSV: {"text", "group": what stays in one split}, and "label" as it is written there."""
     import csv
     import io
 
     lines = csv.reader(io.StringIO(decoded(file, encoding), newline=""))
     try:
         head = next(lines, [])
-        wanted = [text] if label is None else [text, label]
+        wanted = [name for name in (text, label, group) if name is not None]
         if missing := [name for name in wanted if name not in head]:
-            raise ValueError(
-                f"{file.name} has no column {missing[0]!r}: its first line names {', '.join(map(repr, head)) or 'none'}."
-            )
+            there = ", ".join(map(repr, head)) or "none"
+            raise ValueError(f"{file.name} has no column {missing[0]!r}: its first line names {there}.")
         rows = []
         for n, line in enumerate(lines, 1):
             if not line:
@@ -117,7 +123,7 @@ def table(file: Path, text: str, label: str | None, encoding: str) -> list[dict]
             for name in wanted:
                 if not cells[name].strip():
                     raise ValueError(f"Row {n} of {file.name} has an empty {name}: fill it in or drop the row.")
-            row = {"text": cells[text], "group": " ".join(cells[text].casefold().split())}
+            row = {"text": cells[text], "group": cells[group] if group else " ".join(cells[text].casefold().split())}
             rows.append(row if label is None else row | {"label": cells[label].strip()})
     except csv.Error as error:
         raise ValueError(f"{file.name} is no CSV that can be read: {error} (line {lines.line_num}).") from error
@@ -155,9 +161,10 @@ def split(path: Path, rows: list[dict]):
     for groups in by_label.values():
         ranked = sorted(groups, key=lambda group: hashlib.sha256(group.encode()).digest())
         if len(ranked) < 4:
+            of_one = " of one label" if len(by_label) > 1 else ""
             raise ValueError(
-                f"{path.name} has {len(ranked)} different texts{' of one label' if len(by_label) > 1 else ''}; it takes "
-                "at least 4 to have some for training, validation and testing, and hundreds to learn from."
+                f"{path.name} has {len(ranked)} different texts or groups{of_one}; it takes at least 4 to have some "
+                "for training, validation and testing, and hundreds to learn from."
             )
         places |= {group: TENTHS[rank % 10] for rank, group in enumerate(ranked)}
     chosen = {name: [row for row in rows if places[row["group"]] == name] for name in ("train", "validation", "test")}
