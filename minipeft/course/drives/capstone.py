@@ -1,9 +1,9 @@
 """How a learner's answers to the assignment `capstone` are called: a recipe is trained here, on real pictures.
 
-The base reads scikit-learn's 8×8 digits as they are. The task is to read them under an uneven light, which adds four smooth
-patterns to each picture, each as strong as chance has it. A recipe is plain data (a method's name, its settings, a learning
-rate, a number of steps), so no code of the learner's sees a row: it cannot answer with a constant, nor with labels. The
-labels of the hidden rows are not here at all.
+The base reads scikit-learn's 8×8 digits as they are. The task is to read them under an uneven light, which adds four
+smooth patterns to each picture, each as strong as chance has it. A recipe is plain data (a method's name, settings, a
+learning rate, a number of steps), so no code of the learner's sees a row: it cannot answer with a constant, nor with
+labels. The labels of the hidden rows are not here at all.
 """
 
 from __future__ import annotations

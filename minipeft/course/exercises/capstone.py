@@ -228,15 +228,15 @@ def recipe_cases(rng: Random):
                 model, model.head.parameters(), x[:200], y[:200], Plan(drive.STEPS, lr, drive.BATCH, 0, "linear")
             )
             frozen.append(accuracy(model, x[300:], y[300:]))
-        least = max(frozen) + MARGIN
+        head, truth = max(frozen), y[300:].tolist()
 
-        def judge(seen, budget=budget, least=least, head=max(frozen), truth=y[300:].tolist()):
+        def judge(seen, budget=budget, head=head, truth=truth):
             if seen["trains"] > budget:
                 return f"It trains {seen['trains']:,} numbers, and the budget is {budget:,}."
             reached = statistics.fmean(a == b for a, b in zip(seen["classes"], truth, strict=True))
-            if not reached >= least:
+            if not reached >= head + MARGIN:
                 return (
-                    f"It reads {reached:.1%} of the hidden pictures; {least:.1%} are asked for, which is "
+                    f"It reads {reached:.1%} of the hidden pictures; {head + MARGIN:.1%} are asked for, which is "
                     f"{MARGIN:.0%} more than a new head on the frozen network ({head:.1%})."
                 )
 
@@ -260,6 +260,8 @@ def cheapest(scores, cost, matters, t, **way) -> str:
         if way.get("unpaired"):
             spread = math.hypot(statistics.stdev(scores[best]), statistics.stdev(scores[name]))
         half = t * spread / (1 if way.get("no root") else math.sqrt(n))
+        if way.get("five"):
+            half = 2.776 * spread / math.sqrt(5)
         sign = 0 if way.get("mean only") else -1 if way.get("low") else 1
         return statistics.fmean(gaps) + sign * half
 
@@ -272,6 +274,7 @@ WAYS = {
     "the lower end of the interval decides, so that whatever cannot be told apart counts as equal": {"low": True},
     "seeds are not paired: take the differences seed by seed": {"unpaired": True},
     "the spread is not divided by √n": {"no root": True},
+    "it counts on five seeds: use the t and the number of seeds that are given": {"five": True},
     "the dearest of them is taken": {"dearest": True},
 }
 
@@ -320,7 +323,7 @@ EXERCISES = (
         "calibration_error", "Is it as sure as it is right?", calibration_cases,
         (
             "The largest probability of a row is its confidence; put each row into the bin of its confidence.",
-            "bin = ceil(confidence · bins) − 1; for each bin that has rows: share of rows · |mean right − mean confidence|.",
+            "bin = ceil(confidence · bins) − 1; in each that has rows: share of rows · |mean right − mean confidence|.",
         ),
         ("calibration_error",),
     ),
@@ -328,7 +331,7 @@ EXERCISES = (
         "stop_early", "When to stop, and what to keep", stop_cases,
         (
             "Keep the least loss so far, where it was, and how many looks have passed since.",
-            "`if loss < least:` is False for NaN too, which is what you want; return as soon as patience looks have passed.",
+            "`if loss < least:` is False for NaN too, as it should be; return as soon as patience looks have passed.",
         ),
         ("stop_early",),
     ),
@@ -343,8 +346,8 @@ EXERCISES = (
     Exercise(
         "recipe", "Your recipe, trained and scored", recipe_cases,
         (
-            "The light is added to the picture before the first layer, and four patterns make a change of rank four there.",
-            'LoRA on ["lower"] costs rank·(64 + 64) numbers: the largest rank up to 8 that the budget pays, at 0.01, 200 steps.',
+            "The light is added to the picture before the first layer; four patterns ask for a change of rank 4.",
+            'LoRA on ["lower"] costs rank·(64 + 64): the largest rank up to 8 that the budget pays, at 0.01, 200 steps.',
         ),
         ("recipe",), "capstone.adapt",
     ),

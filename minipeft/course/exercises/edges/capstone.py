@@ -41,7 +41,7 @@ def calibration_edges(rng: Random):
     yield "be 1 for a model that is sure and wrong", (sure, torch.tensor([1, 0]), 10)
     yield "hold for one row", (sure[:1], torch.tensor([0]), 4)
     half = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.0, 0.25, 0.75]], dtype=torch.float64)
-    yield "put a confidence of 1/2 into the lower of two bins", (half, torch.tensor([0, 0, 2]), 2)
+    yield "put a confidence of 1/2 into the lower of two bins", (half, torch.tensor([0, 2, 0]), 2)
     yield "put 1/2 and 3/4 into bins 2 and 3 of four", (half, torch.tensor([1, 2, 1]), 4)
     P = normal(rng, 30, 3, dtype=torch.float64).softmax(-1)
     truth = torch.tensor([rng.randrange(3) for _ in range(30)])
