@@ -88,7 +88,7 @@ def measure(folder: Path) -> dict:
     notes, task = Notes(folder), read(example(folder))
     runs, rates = [], {name: board.board()[name]["rate"] for name in ADVISED}
     plan = [("LoRA r=8", rates["LoRA r=8"], seed) for seed in SEEDS]
-    plan += [("LoRA r=8", lr, SEARCH_SEED) for lr in (3e-4, 1e-3, 3e-3)]
+    plan += [("LoRA r=8", lr, SEARCH_SEED) for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
     plan += [("full fine-tuning", rates["full fine-tuning"], seed) for seed in SEEDS]
     for name, lr, seed in plan:
         runs.append(notes.get(f"{name} {lr:g} {seed}", lambda a=name, b=lr, c=seed: run(task, a, b, c)))

@@ -26,19 +26,16 @@ def f1(truth: list[int], said: list[int], c: int, beta_of=lambda p, r: 2 * p * r
 
 
 def f1_cases(rng: Random):
-    from sklearn.metrics import f1_score
-
     for classes, n in ((2, 30), (3, 40), (4, 9), (5, 60)):
         truth = rng.choices(range(classes), weights=range(1, classes + 1), k=n)
         said = [t if rng.random() < 0.6 else rng.randrange(classes) for t in truth]
         every = list(range(classes))
         each = [f1(truth, said, c) for c in every]
-        mean = float(f1_score(truth, said, labels=every, average="macro", zero_division=0.0))
         share = [truth.count(c) / n for c in every]
         yield Case(
             f"be the mean over {classes} classes of each class's F1",
             (truth, said, classes),
-            mean,
+            statistics.fmean(each),
             wrong={
                 "it is the accuracy (for one label a row, micro-F1 is the same)": lambda t=truth, s=said: (
                     statistics.fmean(a == b for a, b in zip(t, s, strict=True))
@@ -203,7 +200,9 @@ def rate_cases(rng: Random):
 
 
 # the recipe ----------------------------------------------------------------------------------------------------------
-MARGIN = 0.12  # above a new head on the frozen network, at the best of HEADS; about six standard errors
+# Above a new head on the frozen network, at the best of HEADS. Over twelve draws, right recipes came out at 0.22 or
+# more above it; rank 1 or 2, other layers and all layers at 0.08 or less. One standard error is 0.02.
+MARGIN = 0.15
 HEADS = (1e-2, 3e-2, 1e-1)
 SHAPES = {"lower": (64, 64), "upper": (64, 64), "head": (10, 64)}
 BUDGETS = ((512, 639), (1024, 1300), (2640, 2900))
@@ -216,19 +215,17 @@ def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 def recipe_cases(rng: Random):
     pictures, labels = drive.digits()
-    weights = drive.base()
+    weights, seed = drive.base(), rng.randrange(10**6)
+    rows = drive.READ + torch.randperm(len(labels) - drive.READ, generator=torch.Generator().manual_seed(seed))
+    x, y = drive.lit(pictures[rows], seed), labels[rows]
+    frozen = []
+    for lr in HEADS:
+        model = drive.network(weights)
+        drive.train(model, model.head.parameters(), x[:200], y[:200], Plan(drive.STEPS, lr, drive.BATCH, 0, "linear"))
+        frozen.append(accuracy(model, x[300:], y[300:]))
+    head, truth = max(frozen), y[300:].tolist()
     for low, high in BUDGETS:
-        budget, seed = rng.randint(low, high), rng.randrange(10**6)
-        rows = drive.READ + torch.randperm(len(labels) - drive.READ, generator=torch.Generator().manual_seed(seed))
-        x, y = drive.lit(pictures[rows], seed), labels[rows]
-        frozen = []
-        for lr in HEADS:
-            model = drive.network(weights)
-            drive.train(
-                model, model.head.parameters(), x[:200], y[:200], Plan(drive.STEPS, lr, drive.BATCH, 0, "linear")
-            )
-            frozen.append(accuracy(model, x[300:], y[300:]))
-        head, truth = max(frozen), y[300:].tolist()
+        budget = rng.randint(low, high)
 
         def judge(seen, budget=budget, head=head, truth=truth):
             if seen["trains"] > budget:
@@ -347,7 +344,7 @@ EXERCISES = (
         "recipe", "Your recipe, trained and scored", recipe_cases,
         (
             "The light is added to the picture before the first layer; four patterns ask for a change of rank 4.",
-            'LoRA on ["lower"] costs rank·(64 + 64): the largest rank up to 8 that the budget pays, at 0.01, 200 steps.',
+            'LoRA on ["lower"] costs rank·(64 + 64): the largest rank up to 8 that it pays, at 0.01, 200 steps.',
         ),
         ("recipe",), "capstone.adapt",
     ),

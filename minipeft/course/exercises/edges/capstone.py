@@ -133,7 +133,8 @@ EDGES = {
     "recipe": {
         "reference": (recipe,),
         "without": dict.fromkeys(
-            ("gradient", "strided", "types", "defaults", "order", "memory"), "it is trained in its drive, on pictures"
+            ("gradient", "strided", "types", "defaults", "order", "memory", "again"),
+            "it is trained in its drive, on pictures",
         ),
     },
     "cheapest_alike": {"reference": (cheapest_alike,), "edges": choice_edges, "without": PARALLEL},
