@@ -22,7 +22,7 @@ from minipeft.learn.plan import Plan
 from minipeft.methods import METHODS
 
 READ = 1000  # pictures that the base was trained on; the others are for the task
-STEPS, BATCH = 200, 32  # the most steps that a recipe may ask for, each on so many pictures
+STEPS, BATCH = 120, 32  # the most steps that a recipe may ask for, each on so many pictures
 KEYS = {"method", "settings", "lr", "steps"}
 
 

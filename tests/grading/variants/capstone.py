@@ -400,63 +400,63 @@ def choose_rate(losses):
 
 # %% recipe wrong: the head alone
 def recipe(shapes, budget):
-    return {"method": "LoRA", "settings": {"rank": 6, "targets": ["head"]}, "lr": 3e-2, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": 6, "targets": ["head"]}, "lr": 3e-2, "steps": 120}
 
 
 # %% recipe wrong: everything, over budget
 def recipe(shapes, budget):
-    return {"method": "Full", "settings": {}, "lr": 1e-2, "steps": 200}
+    return {"method": "Full", "settings": {}, "lr": 2e-2, "steps": 120}
 
 
 # %% recipe wrong: a rate for full fine-tuning
 def recipe(shapes, budget):
     rank = min(8, budget // 128)
-    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 1e-4, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 1e-4, "steps": 120}
 
 
 # %% recipe wrong: a rate that is far too large
 def recipe(shapes, budget):
     rank = min(8, budget // 128)
-    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 1.0, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 1.0, "steps": 120}
 
 
 # %% recipe wrong: spread over all layers
 def recipe(shapes, budget):
     rank = max(1, budget // sum(a + b for a, b in shapes.values()))
-    return {"method": "LoRA", "settings": {"rank": rank}, "lr": 1e-2, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": rank}, "lr": 2e-2, "steps": 120}
 
 
 # %% recipe wrong: one rank for every budget
 def recipe(shapes, budget):
-    return {"method": "LoRA", "settings": {"rank": 8, "targets": ["lower"]}, "lr": 1e-2, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": 8, "targets": ["lower"]}, "lr": 2e-2, "steps": 120}
 
 
 # %% recipe wrong: rank one
 def recipe(shapes, budget):
-    return {"method": "LoRA", "settings": {"rank": 1, "targets": ["lower"]}, "lr": 1e-2, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": 1, "targets": ["lower"]}, "lr": 2e-2, "steps": 120}
 
 
 # %% recipe wrong: the last hidden layer
 def recipe(shapes, budget):
     rank = min(8, budget // 128)
-    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["upper"]}, "lr": 1e-2, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["upper"]}, "lr": 2e-2, "steps": 120}
 
 
 # %% recipe wrong: biases
 def recipe(shapes, budget):
-    return {"method": "BitFit", "settings": {}, "lr": 1e-1, "steps": 200}
+    return {"method": "BitFit", "settings": {}, "lr": 1e-1, "steps": 120}
 
 
 # %% recipe wrong: a few steps
 def recipe(shapes, budget):
     rank = min(8, budget // 128)
-    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 1e-2, "steps": 5}
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 2e-2, "steps": 5}
 
 
 # %% recipe wrong: too many steps
 def recipe(shapes, budget):
     rank = min(8, budget // 128)
-    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 1e-2, "steps": 2000}
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 2e-2, "steps": 121}
 
 
 # %% recipe wrong: an object, not data
@@ -469,13 +469,13 @@ def recipe(shapes, budget):
 # %% recipe right: by hand
 def recipe(shapes, budget):
     rank = 4 if budget < 1024 else 8
-    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"], "gamma": 1.0}, "lr": 0.02, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"], "gamma": 1.0}, "lr": 0.03, "steps": 120}
 
 
 # %% recipe right: the whole budget at a smaller rate
 def recipe(shapes, budget):
     rank = budget // sum(shapes["lower"])
-    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 0.008, "steps": 190}
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 0.012, "steps": 110}
 
 
 # %% cheapest_alike wrong: as it was

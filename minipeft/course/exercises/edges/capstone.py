@@ -90,7 +90,7 @@ def rate_edges(rng: Random):
 def recipe(shapes, budget):
     d_out, d_in = shapes["lower"]
     rank = min(8, budget // (d_in + d_out))
-    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 1e-2, "steps": 200}
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 2e-2, "steps": 120}
 
 
 def cheapest_alike(scores, cost, matters, t):
