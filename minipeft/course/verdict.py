@@ -228,7 +228,8 @@ def differ(got, want, exact: bool = False, at: str = "") -> tuple[str, ...]:
         if not isinstance(got, numbers.Number) or isinstance(got, bool):
             return (f"Expected the number {want:g}{place}, got {short(got)}.",)
         close = got == want if exact or isinstance(want, int) else math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-12)
-        return () if close else (f"Expected {written(want)}{place}, got {written(got)}.",)
+        both_nan = got != got and want != want
+        return () if close or both_nan else (f"Expected {written(want)}{place}, got {written(got)}.",)
     if isinstance(want, dict):
         if not isinstance(got, dict) or set(got) != set(want):
             keys = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else short(got)

@@ -2,6 +2,7 @@
 
 from minipeft.world.base import held_out_loss, load, write
 from minipeft.world.corpus import forecasts, pretty, stories
+from minipeft.world.own import own
 from minipeft.world.real import cache_dir, minilm_path, reviews
 from minipeft.world.tasks import (
     Task,
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "minilm_path",
     "mood",
+    "own",
     "pirate",
     "pirates",
     "plain",

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import random
+import re
 import socket
 import tempfile
 import time
@@ -66,16 +67,18 @@ def load(name: str, labels: int | None = None):
         path = {"pocket": FOLDER, "desk": DESK}.get(name, name)
         if not Path(path).is_dir():
             _check_hub(name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    with torch.random.fork_rng(devices=[]):  # a new classifier is drawn from its own seed, whatever was drawn before
-        torch.manual_seed(0)
-        with _quiet():
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(0)  # a new classifier is drawn from its own seed, whatever was drawn before
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             if labels is None:
                 model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
             else:
                 model = transformers.AutoModelForSequenceClassification.from_pretrained(
                     path, num_labels=labels, dtype=torch.float32
                 )
+        except (OSError, ValueError) as error:  # their messages are a page long, and the first line says it
+            raise ValueError(f"transformers cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
     if name in ("pocket", "desk", "minilm"):  # not the folder that this machine happens to keep it in
         model.name_or_path = model.config.name_or_path = name
     model.tokenizer = tokenizer  # so that fit, evaluate and the widgets need not be told
@@ -86,6 +89,8 @@ def _check_hub(name: str) -> None:
     """Says at once when a name can only be a hub's and the hub cannot be reached; transformers tries for a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
 
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"There is no folder {name!r}, and a name of the Hugging Face hub looks like owner/model.")
     host = urllib.parse.urlsplit(constants.ENDPOINT)
     if isinstance(try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
         return

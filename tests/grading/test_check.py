@@ -289,6 +289,7 @@ SHOWN = {  # what the last cell of an assignment shows that draws no loss curve 
     "serving": "torch.allclose(mine, y, atol=1e-5)",
     "feedback": "sum(shares[-4:]) > sum(shares[:4])",
     "worlds": "(B @ A - wanted).norm() > 0.1 * wanted.norm() and page_hinkley(losses, 0.05, 1.0, 5)[0] in (12, 13)",
+    "capstone": "mine > 0.7 and looks[best] < looks[0] and macro_f1(truth, said, 10) > 0.7",
 }
 
 

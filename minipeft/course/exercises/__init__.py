@@ -17,7 +17,7 @@ from minipeft.course.verdict import Exercise
 
 ASSIGNMENTS = (
     *("lora", "select", "quantisation", "adapters", "lora_family", "prompts", "prefixes", "budget", "rank"),
-    *("distillation", "serving", "feedback", "worlds"),
+    *("distillation", "serving", "feedback", "worlds", "capstone"),
 )
 
 

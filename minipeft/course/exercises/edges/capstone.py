@@ -1,0 +1,141 @@
+"""The edges of the assignment `capstone`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from random import Random
+
+import torch
+
+from minipeft.course.exercises.draw import normal
+
+
+def macro_f1(truth, predictions, classes):
+    total = 0.0
+    for c in range(classes):
+        pairs = [(t == c, p == c) for t, p in zip(truth, predictions, strict=True)]
+        found, named, there = (sum(map(f, pairs)) for f in (all, lambda x: x[1], lambda x: x[0]))
+        total += 2 * found / (named + there) if found else 0.0
+    return total / classes
+
+
+def f1_edges(rng: Random):
+    yield "count a class that nothing belongs to, and that is never named, as 0", ([0, 1, 1], [0, 1, 0], 3)
+    yield "hold where every answer is wrong", ([0, 1], [1, 0], 2)
+    yield "be 1 where every answer is right", ([2, 0, 1], [2, 0, 1], 3)
+    yield "hold where only one class is ever named", ([0, 0, 0, 1], [0, 0, 0, 0], 2)
+    yield "hold for one row", ([1], [1], 2)
+
+
+def calibration_error(probabilities, truth, bins=10):
+    confidence, said = probabilities.max(-1)
+    place = (confidence * bins).ceil().long() - 1
+    gaps = ((said == truth).to(confidence.dtype) - confidence).double()
+    return sum(gaps[place == b].sum().abs().item() for b in range(bins)) / len(gaps)
+
+
+def calibration_edges(rng: Random):
+    sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    yield "be 0 for a model that is sure and right", (sure, torch.tensor([0, 1]), 10)
+    yield "be 1 for a model that is sure and wrong", (sure, torch.tensor([1, 0]), 10)
+    yield "hold for one row", (sure[:1], torch.tensor([0]), 4)
+    half = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.0, 0.25, 0.75]], dtype=torch.float64)
+    yield "put a confidence of 1/2 into the lower of two bins", (half, torch.tensor([0, 2, 0]), 2)
+    yield "put 1/2 and 3/4 into bins 2 and 3 of four", (half, torch.tensor([1, 2, 1]), 4)
+    P = normal(rng, 30, 3, dtype=torch.float64).softmax(-1)
+    truth = torch.tensor([rng.randrange(3) for _ in range(30)])
+    yield "use ten bins where nothing is said", (P, truth)
+    yield "hold for one bin", (P, truth, 1)
+
+
+def stop_early(losses, patience):
+    best, least = 0, math.inf
+    for i, loss in enumerate(losses):
+        if loss < least:
+            best, least = i, loss
+        elif i - best >= patience:
+            return i, best
+    return len(losses) - 1, best
+
+
+def stop_edges(rng: Random):
+    yield "hold for one look", ([3.0], 1)
+    yield "go to the end where it gets better all the time", ([3.0, 2.0, 1.0], 1)
+    yield "stop after patience looks where it only gets worse", ([1.0, 2.0, 3.0, 4.0], 2)
+    yield "not take NaN for the best", ([2.0, math.nan, 1.0, math.nan, math.nan], 2)
+    yield "keep the first of equal looks", ([2.0, 1.0, 1.0, 1.0], 2)
+    yield "stop at the very last look", ([1.0, 2.0, 2.0], 2)
+    yield "let an infinite loss pass", ([5.0, math.inf, 4.0, 3.0], 2)
+
+
+def choose_rate(losses):
+    means = {rate: sum(each) / len(each) for rate, each in losses.items()}
+    finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
+    if not finite:
+        raise ValueError("Every rate diverged: try smaller ones.")
+    best = min(finite, key=finite.get)
+    return best, min(losses) < best < max(losses)
+
+
+def rate_edges(rng: Random):
+    yield "say that the only rate is not inside", ({0.01: [2.0]},)
+    yield "say that the smallest rate is not inside", ({0.01: [1.0, 1.2], 0.03: [2.0, 2.0], 0.1: [3.0, 3.0]},)
+    yield "say that the largest rate is not inside", ({0.1: [1.0], 0.01: [3.0], 0.03: [2.0]},)
+    yield "count rates that diverged on both sides as tried", ({1.0: [math.inf], 0.1: [2.0], 0.01: [math.nan]},)
+    yield "raise a ValueError where the only rate diverged", ({0.1: [math.nan]},)
+    yield "go by size, not by the order of the rates", ({0.03: [1.0], 0.1: [2.0], 0.01: [2.0]},)
+
+
+def recipe(shapes, budget):
+    d_out, d_in = shapes["lower"]
+    rank = min(8, budget // (d_in + d_out))
+    return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 2e-2, "steps": 120}
+
+
+def cheapest_alike(scores, cost, matters, t):
+    best = max(scores, key=lambda name: statistics.fmean(scores[name]))
+
+    def worst_loss(name):
+        gaps = [b - s for b, s in zip(scores[best], scores[name], strict=True)]
+        return statistics.fmean(gaps) + t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+    near = [name for name in scores if name == best or worst_loss(name) <= matters]
+    return min(near, key=lambda name: cost[name])
+
+
+def choice_edges(rng: Random):
+    yield "hold for one candidate", ({"LoRA": [0.8, 0.9]}, {"LoRA": 5.0}, 0.02, 12.706)
+    same = {"b": [0.5, 0.75, 0.5], "a": [0.5, 0.75, 0.5]}
+    yield "take the cheaper of two that score the same", (same, {"a": 1.0, "b": 2.0}, 0.0, 4.303)
+    yield "look costs up by name", (same, {"b": 1.0, "a": 2.0}, 0.0, 4.303)
+    loose = {"best": [0.75] * 3, "loose": [0.25, 0.75, 1.0]}
+    yield "keep the best where nothing else is sure", (loose, {"best": 9.0, "loose": 1.0}, 0.1, 4.303)
+    steady = {"best": [0.75, 0.5, 1.0], "near": [0.5, 0.25, 0.75], "far": [0.0, 0.0, 0.0]}
+    yield "take one whose loss is exactly what matters", (steady, {"best": 3.0, "near": 2.0, "far": 1.0}, 0.25, 4.303)
+
+
+NUMBERS = {"gradient": "it is a measurement, without a gradient of its own", "types": "it returns a Python number"}
+PARALLEL = {"order": "its lists are parallel"}
+EDGES = {
+    "macro_f1": {"reference": (macro_f1,), "edges": f1_edges, "without": PARALLEL},
+    "calibration_error": {
+        "reference": (calibration_error,),
+        "edges": calibration_edges,
+        "without": NUMBERS | PARALLEL,
+    },
+    "stop_early": {
+        "reference": (stop_early,),
+        "edges": stop_edges,
+        "without": {"order": "losses stand in the order of time"},
+    },
+    "choose_rate": {"reference": (choose_rate,), "edges": rate_edges},
+    "recipe": {
+        "reference": (recipe,),
+        "without": dict.fromkeys(
+            ("gradient", "strided", "types", "defaults", "order", "memory", "again"),
+            "it is trained in its drive, on pictures",
+        ),
+    },
+    "cheapest_alike": {"reference": (cheapest_alike,), "edges": choice_edges, "without": PARALLEL},
+}
