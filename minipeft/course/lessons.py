@@ -91,8 +91,17 @@ LESSONS = (
         ("worlds",),
     ),
     Lesson("15_beyond_text", "Beyond text", "Does the same `attach` work on pictures and on speech?", "03 and 06"),
-    Lesson("16_capstone", "Capstone", "Which of four methods would you ship for real reviews?", "02, 03 and 06"),
+    Lesson(
+        "16_capstone",
+        "Capstone",
+        "Which of four methods would you ship for real reviews?",
+        "02, 03 and 06",
+        ("capstone",),
+    ),
     Lesson("17_claims", "The claims ledger", "Which statements of five documents hold?", "any of the others"),
+    Lesson(
+        "18_your_model", "Your own model", "What do you try first, and how do you know that it worked?", "06 and 10"
+    ),
 )
 
 
