@@ -159,7 +159,8 @@ def of(path: Path) -> Lesson | None:
 
 def signpost(notebook, lesson: Lesson) -> None:
     """Writes both cells of the notebook, and hides what a prediction would have to be made without: the outputs from a
-    `Predict` to the next heading, which come back when their cells are run."""
+    `Predict` to the end of its section or, where that has none, of the first with a picture or a table. They come back
+    when their cells are run."""
     import nbformat
 
     cells = [cell for cell in notebook.cells if not set(cell.metadata.get("tags", ())) & {WHERE, NEXT}]
@@ -167,16 +168,19 @@ def signpost(notebook, lesson: Lesson) -> None:
     first = new(strip(lesson, cells), metadata={"tags": [WHERE]})
     last = new(footer(lesson), metadata={"tags": [NEXT]})
     notebook.cells = [cells[0], first, *cells[1:], last]
-    hidden = False
+    asked = here = answered = False  # here: still in the section of the question
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
         cell.metadata.pop("jupyter", None)
         if cell.cell_type == "markdown":
-            hidden = hidden and not re.search(r"^#", cell.source, re.MULTILINE)
+            if re.search(r"^#", cell.source, re.MULTILINE):
+                asked, here = asked and not answered, False
         elif "mp.Predict(" in cell.source:
-            hidden = True
-        elif hidden and cell.outputs and "Explorer(" not in cell.source:
+            asked, here, answered = True, True, False
+        elif asked and cell.outputs and "Explorer(" not in cell.source:
             cell.metadata["jupyter"] = {"outputs_hidden": True}
+            seen = any({"image/png", "text/html"} & output.get("data", {}).keys() for output in cell.outputs)
+            answered = answered or here or seen
 
 
 def table() -> str:
