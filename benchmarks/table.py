@@ -105,6 +105,13 @@ def between(text: str, section: str) -> str:
     return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
 
 
+def merged(old: list[dict], new: list[dict]) -> list[dict]:
+    """The rows in the order of the benchmarks, the new ones in the place of those of the same benchmark and threads."""
+    measured = {(row["benchmark"], row["threads"]) for row in new}
+    rows = [row for row in old if (row["benchmark"], row["threads"]) not in measured] + new
+    return sorted(rows, key=lambda row: (list(THREADS).index(row["benchmark"]), row["threads"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"only some of {', '.join(THREADS)}; what is not measured stays")
@@ -117,12 +124,11 @@ def main() -> None:
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
     held = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
     for name in [] if options.tables else options.names or THREADS:
-        rows = [row for threads in THREADS[name] for row in measure(name, threads, options.quick)]
-        if options.quick:
-            continue
-        others = {each: [row for row in held["rows"] if row["benchmark"] == each] for each in THREADS} | {name: rows}
-        held = machine() | {"rows": [row for each in others.values() for row in each]}
-        write_whole(FILE, json.dumps(held, indent=1, ensure_ascii=False) + "\n")
+        for threads in THREADS[name]:
+            rows = measure(name, threads, options.quick)
+            if not options.quick:  # written at once: whoever stops it keeps what is done
+                held = machine() | {"rows": merged(held["rows"], rows)}
+                write_whole(FILE, json.dumps(held, indent=1, ensure_ascii=False) + "\n")
     if not options.quick:
         for path, section in sections(held).items():
             write_whole(path, between(path.read_text(encoding="utf-8"), section))

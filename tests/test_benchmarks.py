@@ -36,6 +36,14 @@ def test_the_sides_run_in_turn_and_the_first_rounds_do_not_count(rooms):
     assert order == ["a", "b"] * 5 and [len(each) for each in times.values()] == [3, 3]
 
 
+def test_new_rows_take_the_place_of_the_same_benchmark_and_threads(rooms):
+    row = lambda name, threads, median: {"benchmark": name, "threads": threads, "median": median}  # noqa: E731
+    old = [row("merged", 1, 1.0), row("timings", 2, 2.0), row("merged", 2, 3.0)]
+    assert rooms[1].merged(old, [row("merged", 2, 4.0), row("many", 1, 5.0)]) == [
+        row("many", 1, 5.0), row("merged", 1, 1.0), row("merged", 2, 4.0), row("timings", 2, 2.0),
+    ]  # fmt: skip
+
+
 def test_every_benchmark_of_figures_is_in_the_table(rooms):
     have = {path.stem for path in FOLDER.glob("*.py") if "def figures(" in path.read_text(encoding="utf-8")}
     assert have == set(rooms[1].THREADS)
