@@ -34,7 +34,7 @@ PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n 2 --dist loadfile -
 
 test: ## lint, tests, and every lesson executed and compared with its committed outputs
 	@bash tools/setup.sh real,test,classroom,book
-	@bash tools/setup.sh flower || echo "The test of Flower will be skipped."
+	@(bash tools/setup.sh flower || echo "The test of Flower will be skipped.") & # ready long before its test
 	.venv/bin/python -m ruff check .
 	$(PYTEST) --durations 10 --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout 600 \
 		notebooks tests/grading tests
