@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 STEPS, BATCH, LR = 6, 6, 3e-3
 
 
-def losses(*command: str) -> tuple[int, list[float]]:
+def losses(*command: str, more: tuple[str, ...] = ()) -> tuple[int, list[float]]:
     """(processes, losses) that tools/scale/ddp.py prints."""
-    arguments = ["tools/scale/ddp.py", "--steps", str(STEPS), "--batch", str(BATCH), "--lr", str(LR)]
+    arguments = ["tools/scale/ddp.py", "--steps", str(STEPS), "--batch", str(BATCH), "--lr", str(LR), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -28,11 +28,15 @@ def losses(*command: str) -> tuple[int, list[float]]:
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does():
-    """The same global batches: every loss to 1e-5, and that of `fit`, which knows nothing of processes."""
+    """The same global batches: every loss to 1e-5, and that of `fit`, which knows nothing of processes; also where each
+    process holds a share of the weights only."""
     import minipeft as mp
 
-    count, two = losses("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two_processes = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    count, two = losses(*two_processes)
     assert count == 2 and len(two) == STEPS and two[-1] < two[0]
+    count, shared = losses(*two_processes, more=("--shard",))
+    assert count == 2 and shared == pytest.approx(two, abs=1e-5)
     tuned = mp.attach(mp.load("pocket")[0], mp.LoRA(rank=8))
     alone = mp.fit(tuned, mp.world.pirate(), steps=STEPS, batch=BATCH, lr=LR, progress=False)
     assert two == pytest.approx(alone.losses, abs=1e-5)
