@@ -49,9 +49,10 @@ class IA3(Method):
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], IA3Layer]]:
         named = (self.targets, self.feedforward)
+        default = named == (IA3.targets, IA3.feedforward)  # which leaves stacks of experts alone
         outputs, inputs = (
-            {t.key: t for t in resolve(model, which, convolutions=True, reads=True)} if which != () else {}
-            for which in (roles(model) if named == (IA3.targets, IA3.feedforward) else named)
+            {t.key: t for t in resolve(model, which, convolutions=True, reads=not default)} if which != () else {}
+            for which in (roles(model) if default else named)
         )
         if both := outputs.keys() & inputs.keys():
             raise ValueError(f"{min(both)!r} is in targets and in feedforward; scale its output or its input.")
