@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ from minipeft.course.suspicion import nearly_the_same
 from minipeft.course.verdict import CORRECT
 from minipeft.whole import write_whole
 
+INTERRUPTED = threading.Event()
 AHEAD = 32  # submissions that are given to an executor and not back yet
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would run
 
@@ -119,7 +121,9 @@ def reports_of(found: list[Submission], out: Path, executor, limits: Limits) -> 
                 text, problem = content_of(each)
                 of = (text, each.assignment, limits, problem)
                 waiting[own.submit(report, *of, stop) if own else executor.submit(report, *of)] = each, of
-            done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+            done, _ = concurrent.futures.wait(waiting, 1, return_when=concurrent.futures.FIRST_COMPLETED)
+            if INTERRUPTED.is_set():
+                raise KeyboardInterrupt
             for future in done:
                 each, of = waiting.pop(future)
                 result = result_of(future, *of)
@@ -215,6 +219,12 @@ def harmless(table: pd.DataFrame) -> pd.DataFrame:
     return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell)
 
 
+def interrupted(signum, frame) -> None:
+    """Ctrl-C, also where the exception falls into code that drops exceptions: the loop looks at the flag."""
+    INTERRUPTED.set()
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("submissions", type=Path)
@@ -232,6 +242,8 @@ def main() -> int:
         )
         return 2
     started = time.perf_counter()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupted)
     try:
         table = grade(asked.submissions, asked.out, asked.assignment, reveal=asked.reveal)
     except (ValueError, CannotStart) as error:
