@@ -8,9 +8,6 @@ The loss is the cross-entropy of the logits, which are the model's output or its
 
 from __future__ import annotations
 
-import math
-import time
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -18,8 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minipeft.attach import Tuned
-from minipeft.learn.fit import History, Score, _step, groups
-from minipeft.learn.master import adamw
+from minipeft.learn.fit import History, Score, loop
 from minipeft.learn.plan import Plan
 from minipeft.learn.rows import order
 
@@ -56,30 +52,8 @@ def training_arrays(model: nn.Module, x: torch.Tensor, y: torch.Tensor, plan: Pl
     check(model, x, y)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of the model requires a gradient: attach a method first, e.g. mp.LoRA(rank=8).")
-    optimizer = adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)
-    rows, started = order([1] * len(x), plan.batch, plan.seed), time.perf_counter()
-    model.train()
-    try:
-        for step in range(plan.steps):
-            chosen = next(rows)
-            with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
-                torch.manual_seed(plan.seed * 1_000_003 + step)
-                loss = _step(model, {"x": x[chosen], "y": y[chosen]}, optimizer, cross_entropy)
-            if not math.isfinite(loss):
-                history.stopped = "diverged"
-                advice = f"start again with a learning rate ten times smaller than {plan.lr:g}"
-                warnings.warn(f"The loss became {loss} at step {step}, so training stopped: {advice}.", stacklevel=3)
-                return
-            scheduler.step()
-            history.losses.append(loss)
-            history.seconds.append(time.perf_counter() - started)
-            if step == plan.steps - 1:
-                history.stopped = "finished"
-            yield step
-    finally:
-        optimizer.zero_grad(set_to_none=True)
-        model.eval()
+    rows = order([1] * len(x), plan.batch, plan.seed)
+    return loop(model, ({"x": x[chosen], "y": y[chosen]} for chosen in rows), history, plan, cross_entropy)
 
 
 @torch.no_grad()

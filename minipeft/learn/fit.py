@@ -179,20 +179,24 @@ def training(
     warn_of_unknown(encoded, tokenizer)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of the model requires a gradient: attach a method first, e.g. mp.LoRA(rank=8).")
-    return _train(model, task.kind, encoded, tokenizer, history, plan, objective or own_loss)
-
-
-def _train(model, kind: str, encoded: list, tokenizer, history: History, plan: Plan, objective) -> Iterator[int]:
-    optimizer = adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
+    device = next(p for p in model.parameters() if p.requires_grad).device
     rows = order([len(ids) for ids, _ in encoded], plan.batch, plan.seed)
     pad = padding(model, tokenizer)
+    batches = (collate(task.kind, [encoded[i] for i in chosen], tokenizer, device, pad) for chosen in rows)
+    return loop(model, batches, history, plan, objective or own_loss)
+
+
+def loop(
+    model: nn.Module, batches: Iterator[dict[str, torch.Tensor]], history: History, plan: Plan, objective: Objective
+) -> Iterator[int]:
+    """What every training does, whatever a batch is: a step along the objective of each, and what is kept of it."""
+    optimizer = adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)
-    device = next(p for p in model.parameters() if p.requires_grad).device
     started = time.perf_counter()
     model.train()
     try:
         for step in range(plan.steps):
-            inputs = collate(kind, [encoded[i] for i in next(rows)], tokenizer, device, pad)
+            inputs = next(batches)
             memory = PeakMemory(chain(*kept(model, optimizer).values())) if step == 1 else None  # step 0 makes moments
             with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
                 torch.manual_seed(plan.seed * 1_000_003 + step)
@@ -214,7 +218,7 @@ def _train(model, kind: str, encoded: list, tokenizer, history: History, plan: P
                 _warn_of_idle(model.layers())
             scheduler.step()
             history.losses.append(loss)
-            history.tokens += int(inputs["attention_mask"].sum())
+            history.tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
             history.seconds.append(time.perf_counter() - started)
             if step == plan.steps - 1:
                 history.stopped = "finished"
