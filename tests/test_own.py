@@ -91,6 +91,14 @@ def test_long_paragraphs_are_cut():
     assert cut("", 2) == cut(" \n\n ", 2) == []
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_spreadsheet_writes_other_separators(separator, tmp_path):
+    file = written(tmp_path / "a.csv", [(f"text {i}", "yes" if i % 2 else "no") for i in range(40)])
+    want = own(file, label="label").data["train"]["text"]
+    file.write_text(file.read_text().replace(",", separator))
+    assert own(file, label="label").data["train"]["text"] == want
+
+
 MISTAKES = {
     "path": (lambda f: own(f / "nothing"), "There is no "),
     "empty folder": (lambda f: own(f), "holds no .txt file"),
@@ -108,6 +116,10 @@ MISTAKES = {
     "Latin-1": (
         lambda f: own(written(f / "a.csv", [("café", "no")], encoding="latin-1")),
         r'a.csv is not utf-8: byte \d+ is 0xe9; .*encoding="latin-1"',
+    ),
+    "UTF-16": (
+        lambda f: own(written(f / "a.csv", rows(40), encoding="utf-16")),
+        r'a.csv is not utf-8: byte 0 is 0xf[ef]; it begins as "utf-16" does',
     ),
     "encoding": (lambda f: own(written(f / "a.csv", rows(40)), encoding="klingon"), "none that Python knows"),
     "NUL": (lambda f: own(written(f / "a.csv", [("a" * 200_000, "no")])), "no CSV that can be read"),

@@ -116,7 +116,12 @@ class Advice:
                 "begin at": "{:g}".format, "accuracy there": "{:.3f}".format, "loss there": "{:.3f}".format,
             }, na_rep="–",
         )  # fmt: skip
-        why = self.first.why if self.first else "Nothing fits: take a smaller batch, shorter texts or a smaller model."
+        if self.first:
+            why = self.first.why
+        elif all(o.fits == "cannot" for o in self.options):
+            why = self.options[-1].why
+        else:
+            why = "Nothing fits: take a smaller batch, shorter texts or a smaller model."
         return f"{table}\n\n{why}"
 
 
@@ -180,9 +185,15 @@ def check(model, kind: str, batch: int, length: int):
     """The model, or its shapes alone; ValueError where it does not do what a task asks for, or reads no such batch."""
     shapes = on_meta(model)
     writes = getattr(shapes, "get_output_embeddings", lambda: None)() is not None
-    if (kind == "class") == writes:
-        asked, does, how = ("a class", "words", "with") if writes else ("words", "classes", "without")
-        raise ValueError(f"The task asks for {asked} but the model predicts {does}: load it {how} labels=….")
+    if not isinstance(shapes.get_input_embeddings(), torch.nn.Embedding):
+        raise ValueError(f"{type(shapes).__name__} reads no words, and this advice was measured on words alone.")
+    if kind == "class" and writes:
+        raise ValueError("The task asks for a class but the model predicts words: load it with labels=….")
+    if kind != "class" and not writes:
+        raise ValueError(
+            f"The task asks for words but the model, {type(shapes).__name__}, has no output layer over words: load "
+            "it as a language model, without labels=…."
+        )
     most = longest(shapes) or length
     if batch < 1 or not 1 <= length <= most:
         raise ValueError(f"Batches of {batch} × {length} tokens do not fit: the model reads 1 to {most} tokens.")

@@ -93,9 +93,13 @@ def decoded(file: Path, encoding: str) -> str:
     try:
         return file.read_bytes().decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        marked = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
+        likely = 'it begins as "utf-16" does, so try encoding="utf-16"'
+        if not marked:
+            likely = 'if it was written in Western Europe, try encoding="latin-1" or "cp1252"'
         raise ValueError(
-            f"{file.name} is not {encoding}: byte {error.start} is {error.object[error.start]:#x}; if it was written "
-            'in Western Europe, try encoding="latin-1" or "cp1252", or save it as UTF-8.'
+            f"{file.name} is not {encoding}: byte {error.start} is {error.object[error.start]:#x}; {likely}, or save "
+            "it as UTF-8."
         ) from error
     except LookupError as error:
         raise ValueError(f'encoding={encoding!r} is none that Python knows; "utf-8" and "latin-1" are two.') from error
@@ -106,10 +110,13 @@ def table(file: Path, text: str, label: str | None, group: str | None, encoding:
     import csv
     import io
 
-    lines = csv.reader(io.StringIO(decoded(file, encoding), newline=""))
+    content, wanted = decoded(file, encoding), [name for name in (text, label, group) if name is not None]
     try:
-        head = next(lines, [])
-        wanted = [name for name in (text, label, group) if name is not None]
+        for separator in (",", ";", "\t", ","):  # a spreadsheet of half of Europe writes semicolons
+            lines = csv.reader(io.StringIO(content, newline=""), delimiter=separator)
+            head = next(lines, [])
+            if all(name in head for name in wanted):
+                break
         if missing := [name for name in wanted if name not in head]:
             there = ", ".join(map(repr, head)) or "none"
             raise ValueError(f"{file.name} has no column {missing[0]!r}: its first line names {there}.")
