@@ -145,7 +145,7 @@ def test_a_model_without_biases_has_no_bitfit(weighed):
     (lambda m: advise(m, "text", 0, 8, 2**30), "do not fit"),
     (lambda m: advise(m, "class", 2, 8, 2**30), "asks for a class but the model predicts words"),
     (lambda m: advise(tiny.bert("SequenceClassification"), "text", 2, 8, 2**30), "asks for words but the model"),
-    (lambda m: advise(transformers.ViTConfig(hidden_size=24, num_attention_heads=2), "class"), "ViTModel reads no words"),
+    (lambda m: advise(transformers.ViTConfig(hidden_size=24, num_attention_heads=2), "class"), "ViTModel reads no"),
     (lambda m: advise(transformers.T5Config(vocab_size=61), "text", 2, 8, 2**30), "T5Model, has no output layer over"),
     (lambda m: advise(mp.attach(m, mp.LoRA(2)), "text", 2, 8, 2**30), "carries adapters already"),
 ])  # fmt: skip
