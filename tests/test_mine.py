@@ -14,53 +14,75 @@ from minipeft.course.mine import RECORD, copy
 LESSON, TASK = "notebooks/00_start.ipynb", "exercises/lora/lora.ipynb"
 
 
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"cells": [text], "metadata": {"language_info": {"name": "python"}}}))
+
+
+def read(path: Path) -> str:
+    return json.loads(path.read_text())["cells"][0]
+
+
 @pytest.fixture
 def course(tmp_path):
     for name, text in ((LESSON, "lesson 1"), (TASK, "task 1")):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        write(tmp_path / name, text)
     return tmp_path
 
 
 def test_the_first_call_copies_and_the_next_does_nothing(course):
     mine = course / "my"
     assert copy(course, mine) == {TASK: "copied", LESSON: "copied"}
-    assert (mine / LESSON).read_text() == "lesson 1"
+    assert read(mine / LESSON) == "lesson 1"
     before = {path: path.stat().st_mtime_ns for path in mine.rglob("*")}
     assert copy(course, mine) == {} and {path: path.stat().st_mtime_ns for path in mine.rglob("*")} == before
+
+
+def test_a_copy_opens_without_a_change(course):
+    """JupyterLab writes the kernel's language into a notebook that it opens, unless it stands there already."""
+    copy(course, course / "my")
+    language = json.loads((course / "my" / LESSON).read_text())["metadata"]["language_info"]
+    assert language["version"] == sys.version.split()[0] and language["file_extension"] == ".py"
+
+
+def test_another_python_is_no_new_lesson(course, monkeypatch):
+    copy(course, course / "my")
+    write(course / "my" / TASK, "my answer")
+    monkeypatch.setattr("minipeft.course.mine.opened", lambda text: text.encode() + b" ")
+    assert copy(course, course / "my") == {}
 
 
 def test_what_was_left_alone_is_renewed_and_what_was_changed_stays(course):
     mine = course / "my"
     copy(course, mine)
-    (mine / TASK).write_text("my answer")
-    (course / LESSON).write_text("lesson 2")
-    (course / TASK).write_text("task 2")
+    write(mine / TASK, "my answer")
+    write(course / LESSON, "lesson 2")
+    write(course / TASK, "task 2")
     assert copy(course, mine) == {TASK: "offered as lora (new).ipynb", LESSON: "renewed"}
-    assert (mine / LESSON).read_text() == "lesson 2" and (mine / TASK).read_text() == "my answer"
-    assert (mine / "exercises/lora/lora (new).ipynb").read_text() == "task 2"
+    assert read(mine / LESSON) == "lesson 2" and read(mine / TASK) == "my answer"
+    assert read(mine / "exercises/lora/lora (new).ipynb") == "task 2"
     assert copy(course, mine) == {}
     (mine / "exercises/lora/lora (new).ipynb").unlink()  # seen, and thrown away: it does not come back
-    assert copy(course, mine) == {} and (mine / TASK).read_text() == "my answer"
+    assert copy(course, mine) == {} and read(mine / TASK) == "my answer"
 
 
 def test_a_deleted_copy_comes_back(course):
     """Whoever wants to begin again deletes the file."""
     mine = course / "my"
     copy(course, mine)
-    (mine / LESSON).write_text("a mess")
+    write(mine / LESSON, "a mess")
     (mine / LESSON).unlink()
-    assert copy(course, mine) == {LESSON: "copied"} and (mine / LESSON).read_text() == "lesson 1"
+    assert copy(course, mine) == {LESSON: "copied"} and read(mine / LESSON) == "lesson 1"
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", None])
 def test_without_a_record_nothing_of_theirs_is_overwritten(course, damage):
     mine = course / "my"
     copy(course, mine)
-    (mine / TASK).write_text("my answer")
+    write(mine / TASK, "my answer")
     (mine / RECORD).unlink() if damage is None else (mine / RECORD).write_text(damage)
     copy(course, mine)
-    assert (mine / TASK).read_text() == "my answer" and (mine / LESSON).read_text() == "lesson 1"
+    assert read(mine / TASK) == "my answer" and read(mine / LESSON) == "lesson 1"
     assert json.loads((mine / RECORD).read_text()).keys() == {TASK, LESSON}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from minipeft.whole import write_whole
 
 SOURCES = ("notebooks/*.ipynb", "exercises/*/*.ipynb")
-RECORD = ".copied.json"  # {name: SHA-256 of what was copied there}
+RECORD = ".copied.json"  # {name: SHA-256 of the "lesson" that was given out, and of the "copy" that was written}
 
 
 def copy(course: Path, mine: Path) -> dict[str, str]:
@@ -30,31 +30,41 @@ def copy(course: Path, mine: Path) -> dict[str, str]:
     done: dict[str, str] = {}
     for page in pages:
         name = page.relative_to(course).as_posix()
-        data, target = page.read_bytes(), mine / name
-        new = digest(data)
+        data, target = opened(page.read_text(encoding="utf-8")), mine / name
+        lesson, given = digest(page.read_bytes()), record.get(name, {})
         if not target.exists():
             done[name] = "copied"
-        elif record.get(name) == new:  # given out already, and changed or not: it is theirs
+        elif given.get("lesson") == lesson:  # given out already, and changed or not: it is theirs
             continue
-        elif digest(target.read_bytes()) == record.get(name):
+        elif digest(target.read_bytes()) == given.get("copy"):
             done[name] = "renewed"
         elif target.read_bytes() != data:
             target = target.with_stem(f"{target.stem} (new)")
             done[name] = f"offered as {target.name}"
         write_whole(target, data)
-        record[name] = new
+        record[name] = {"lesson": lesson, "copy": digest(data)}
     if record != recorded(mine):
         write_whole(mine / RECORD, json.dumps(record, indent=1))
     return done
 
 
-def recorded(mine: Path) -> dict[str, str]:
+def recorded(mine: Path) -> dict[str, dict[str, str]]:
     """What was given out; {} where nothing was, or the record is damaged: then every change counts as yours."""
     try:
         found = json.loads((mine / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: given for name, given in found.items() if isinstance(given, dict)} if isinstance(found, dict) else {}
+
+
+def opened(text: str) -> bytes:
+    """A notebook as JupyterLab has it once it is opened: its language as this kernel tells it, down to the version of
+    Python. Else every lesson would count as changed, and ask to be saved, before anybody has written a word."""
+    from ipykernel.ipkernel import IPythonKernel
+
+    notebook = json.loads(text)
+    notebook["metadata"]["language_info"] = dict(IPythonKernel.language_info)
+    return (json.dumps(notebook, ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def digest(data: bytes) -> str:
