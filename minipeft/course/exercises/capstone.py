@@ -271,6 +271,7 @@ WAYS = {
     "the lower end of the interval decides, so that whatever cannot be told apart counts as equal": {"low": True},
     "seeds are not paired: take the differences seed by seed": {"unpaired": True},
     "the spread is not divided by √n": {"no root": True},
+    "the spread is taken with n: a sample's has n − 1": {"population": True},
     "it counts on five seeds: use the t and the number of seeds that are given": {"five": True},
     "the dearest of them is taken": {"dearest": True},
 }

@@ -303,6 +303,16 @@ def stop_early(losses, patience):
     return len(clean) - 1, clean.index(min(clean))
 
 
+# %% stop_early wrong: counts looks that are worse than the look before
+def stop_early(losses, patience):
+    worse = 0
+    for i in range(1, len(losses)):
+        worse = worse + 1 if losses[i] >= losses[i - 1] else 0
+        if worse >= patience:
+            return i, min(range(i + 1), key=losses.__getitem__)
+    return len(losses) - 1, min(range(len(losses)), key=losses.__getitem__)
+
+
 # %% choose_rate wrong: the best single run
 def choose_rate(losses):
     whole = {r: min(each) for r, each in losses.items() if all(map(math.isfinite, each))}
@@ -476,6 +486,18 @@ def recipe(shapes, budget):
 def recipe(shapes, budget):
     rank = budget // sum(shapes["lower"])
     return {"method": "LoRA", "settings": {"rank": rank, "targets": ["lower"]}, "lr": 0.012, "steps": 110}
+
+
+# %% cheapest_alike wrong: the spread of a whole population
+def cheapest_alike(scores, cost, matters, t):
+    best = max(scores, key=lambda name: statistics.fmean(scores[name]))
+
+    def worst_loss(name):
+        gaps = [b - s for b, s in zip(scores[best], scores[name])]
+        return statistics.fmean(gaps) + t * statistics.pstdev(gaps) / math.sqrt(len(gaps))
+
+    near = [name for name in scores if name == best or worst_loss(name) <= matters]
+    return min(near, key=cost.get)
 
 
 # %% cheapest_alike wrong: as it was

@@ -65,6 +65,8 @@ def stop_edges(rng: Random):
     yield "stop after patience looks where it only gets worse", ([1.0, 2.0, 3.0, 4.0], 2)
     yield "not take NaN for the best", ([2.0, math.nan, 1.0, math.nan, math.nan], 2)
     yield "keep the first of equal looks", ([2.0, 1.0, 1.0, 1.0], 2)
+    falling = [1.0, 4.0, 3.0, 2.0, 1.5, 0.5]
+    yield "count the looks since the best, though each is better than the one before", (falling, 3)
     yield "stop at the very last look", ([1.0, 2.0, 2.0], 2)
     yield "let an infinite loss pass", ([5.0, math.inf, 4.0, 3.0], 2)
 
