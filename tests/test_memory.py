@@ -283,3 +283,14 @@ def test_mistakes(model, batch, length, error, message):
 
 def test_bytes_are_additive():
     assert Memory(1, 2, 3, 4, 5, 6).peak == 21
+
+
+def test_a_model_that_looks_at_numbers_is_named_and_not_the_optimizer():
+    """OPT draws a number for each layer, and compares it, while it trains; so do BART's and Whisper's families."""
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=61, hidden_size=16, num_hidden_layers=2, ffn_dim=24, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    with pytest.raises(ValueError, match="OPTForCausalLM looks at numbers on the way"):
+        predict(transformers.OPTForCausalLM(config), LoRA(rank=2), 2, 8)

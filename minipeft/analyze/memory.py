@@ -127,7 +127,13 @@ def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Call
 
 def _step(model: nn.Module, inputs: dict, optimizer, memory: PeakMemory | None = None) -> int:
     """One step in the order of `fit`; returns the bytes alive after its forward pass."""
-    loss = getattr(model(**inputs), "loss", None)
+    try:
+        loss = getattr(model(**inputs), "loss", None)
+    except DataDependentOutputException as error:
+        raise ValueError(
+            f"{type(getattr(model, 'base', model)).__name__} looks at numbers on the way (it may drop whole layers at "
+            "random), so its memory cannot be foretold without any; call measure() on the real model."
+        ) from error
     if loss is None:
         raise ValueError(f"{type(model).__name__} gives no loss to train on; take its class with a head for a task.")
     live = memory.live if memory else 0
