@@ -9,16 +9,12 @@ folder, so whoever kills the script starts it again and it goes on.
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-from collections.abc import Iterator
-from datetime import date
+from itertools import product
 from pathlib import Path
 
-from minipeft.course.notes import Notes
-from minipeft.learn.protocol import SEARCH_SEED, SEEDS
-from minipeft.whole import write_whole
+from minipeft.course.notes import Notes, measure
+from minipeft.learn.protocol import SEARCH_SEED, SEEDS, best_rate
 
 FILE = Path(__file__).with_name("entries.json")
 SHARE, STEPS, BATCH = 0.005, 60, 10
@@ -50,56 +46,59 @@ def losses(tuned, validation: bool) -> float:
     return mp.evaluate(tuned, mp.world.pirate(10, 100, 91) if validation else mp.world.pirate(), n=100).loss
 
 
+def masked(model, by: dict, name: str, lr: float, seed: int) -> dict:
+    """One run of 60 steps in which one entry in 200 moves, those that `by[name]` scores highest."""
+    import minipeft as mp
+
+    tuned = mp.attach(model, mp.Masked(SHARE, by[name]), seed=seed)
+    try:
+        mp.fit(tuned, mp.world.pirate(), steps=STEPS, lr=lr, batch=BATCH, seed=seed, progress=False)
+        return {"loss": losses(tuned, seed == SEARCH_SEED)}
+    finally:
+        tuned.detach()
+
+
 def masks(notes: Notes) -> dict:
     """{mask: {"rate", "tried": {rate: validation loss}, "losses": one for each seed}}"""
     import minipeft as mp
 
     model, _ = mp.load("pocket")
-    by = scores(model)
-
-    def run(name: str, lr: float, seed: int) -> float:
-        tuned = mp.attach(model, mp.Masked(SHARE, by[name]), seed=seed)
-        try:
-            mp.fit(tuned, mp.world.pirate(), steps=STEPS, lr=lr, batch=BATCH, seed=seed, progress=False)
-            return losses(tuned, seed == SEARCH_SEED)
-        finally:
-            tuned.detach()
-
-    found = {}
+    by, found = scores(model), {}
     for name in MASKS:
-        lr = notes.best_rate(f"mask {name}", lambda lr, name=name: run(name, lr, SEARCH_SEED), (3e-2, 1e-1, 3e-1))
-        kept = notes.folder.glob(f"mask_{name}_rate_*")
-        tried = {float(path.stem.split("_")[-1]): json.loads(path.read_text())["loss"] for path in kept}
+
+        def loss(lr: float, name=name) -> float:
+            return notes.get(f"mask {name} rate {lr:g}", lambda: masked(model, by, name, lr, SEARCH_SEED))["loss"]
+
+        rate, tried = best_rate(loss, (3e-2, 1e-1, 3e-1))
         runs = [
-            notes.get(f"mask {name} seed {s}", lambda s=s, name=name, lr=lr: {"loss": run(name, lr, s)}) for s in SEEDS
+            notes.get(f"mask {name} seed {s}", lambda s=s, n=name, lr=rate: masked(model, by, n, lr, s)) for s in SEEDS
         ]
-        found[name] = {"rate": lr, "tried": dict(sorted(tried.items())), "losses": [each["loss"] for each in runs]}
+        found[name] = {"rate": rate, "tried": tried, "losses": [each["loss"] for each in runs]}
     return {"share": SHARE, "steps": STEPS, "untrained": losses(model, False), "masks": found}
 
 
-def directions(notes: Notes) -> dict:
-    """{side: [{"lr", "seed", "intruders" among each linear layer's ten strongest, "norm" of ΔW, "loss"}]}"""
+def direction(name: str, lr: float, seed: int) -> dict:
+    """One run of 60 steps: "intruders" among each linear layer's ten strongest directions, "norm" of the whole ΔW."""
     import minipeft as mp
     from minipeft.analyze.spectrum import base_weight, intruders, spectra
 
-    def run(name: str, lr: float, seed: int) -> dict:
-        method = mp.Full() if name == "full" else mp.LoRA(rank=int(name[7:]), gamma=2.0)
-        tuned = mp.attach(mp.load("pocket")[0], method, seed=seed)
-        mp.fit(tuned, mp.world.pirate(), steps=STEPS, lr=lr, batch=BATCH, seed=seed, progress=False)
-        loss = losses(tuned, False)
-        found = {path: each for path, each in spectra(tuned).items() if "layers" in path}
-        new = sum(len(intruders(base_weight(tuned, path), each.matrix())) for path, each in found.items())
-        norm = sum(float(each.sigma.square().sum()) for each in found.values()) ** 0.5
-        return {"lr": lr, "seed": seed, "intruders": new, "norm": norm, "loss": loss, "matrices": len(found)}
+    method = mp.Full() if name == "full" else mp.LoRA(rank=int(name[7:]), gamma=2.0)
+    tuned = mp.attach(mp.load("pocket")[0], method, seed=seed)
+    mp.fit(tuned, mp.world.pirate(), steps=STEPS, lr=lr, batch=BATCH, seed=seed, progress=False)
+    loss = losses(tuned, False)
+    found = {path: each for path, each in spectra(tuned).items() if "layers" in path}
+    new = sum(len(intruders(base_weight(tuned, path), each.matrix())) for path, each in found.items())
+    norm = sum(float(each.sigma.square().sum()) for each in found.values()) ** 0.5
+    return {"lr": lr, "seed": seed, "intruders": new, "norm": norm, "loss": loss, "matrices": len(found)}
 
-    sides = {
-        name: [
-            notes.get(f"{name} {lr:g} seed {s}", lambda n=name, lr=lr, s=s: run(n, lr, s))
-            for lr in rates
-            for s in SEEDS[:3]
-        ]
-        for name, rates in SIDES.items()
-    }
+
+def directions(notes: Notes) -> dict:
+    """{side: [what `direction` found, for each rate and three seeds]}"""
+    sides: dict[str, list[dict]] = {}
+    for name, rates in SIDES.items():
+        for lr, seed in product(rates, SEEDS[:3]):
+            found = notes.get(f"{name} {lr:g} seed {seed}", lambda n=name, lr=lr, s=seed: direction(n, lr, s))
+            sides.setdefault(name, []).append(found)
     return {"steps": STEPS, "sides": sides}
 
 
@@ -111,24 +110,5 @@ def measured() -> dict:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def measure(notes: Notes, parts) -> Iterator[tuple[str, dict]]:
-    import torch
-
-    threads = torch.get_num_threads()
-    on = f"CPU, {threads} thread{'s' * (threads > 1)} ({platform.machine()}), torch {torch.__version__}"
-    for name in parts:
-        yield name, PARTS[name](notes) | {"measured": f"{date.today()}, {on}"}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where each finished run is kept")
-    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
-    options = parser.parse_args()
-    for name, found in measure(Notes(options.folder, lambda text: print(text, flush=True)), options.parts):
-        whole = measured() if FILE.exists() else {}
-        write_whole(FILE, json.dumps(whole | {name: found}, indent=1, ensure_ascii=False) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    measure(FILE, PARTS, __doc__.splitlines()[0])
