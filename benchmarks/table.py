@@ -2,7 +2,7 @@
 
 Each benchmark runs in a process of its own, at one and at two threads. What it found replaces what `figures.json` held
 of it, and the tables of README.md (what is promised) and docs/benchmarks.md (everything) are written again. It takes
-about a quarter of an hour on two cores that do nothing else.
+some twenty minutes on two cores that do nothing else.
 """
 
 from __future__ import annotations
