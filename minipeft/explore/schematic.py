@@ -16,7 +16,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Patch
 from minipeft.explore.slider import ORANGE
 
 FROZEN, TRAINED, DATA, STEP = "frozen", "trained", "data", "step"
-WIDE, HIGH = 1.85, 0.95  # inches between two places of the grid
+WIDE, HIGH = 1.8, 0.95  # inches between two places of the grid
 WIDTH, HEIGHT = 1.45, 0.7  # inches of a part
 FACES, HATCHES = {FROZEN: "#e4e4e4", TRAINED: ORANGE}, {FROZEN: "//", TRAINED: None}
 
