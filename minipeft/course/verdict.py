@@ -21,6 +21,7 @@ import torch
 # relative to the largest expected number: |got − expected| ≤ tolerance · max(1, max|expected|)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.0, torch.float16: 0.0}
 CORRECT, WRONG, NOT_ATTEMPTED, COULD_NOT_RUN = "correct", "wrong", "not attempted", "could not run"
+SIGNS = {CORRECT: "✓", WRONG: "✗", NOT_ATTEMPTED: "○", COULD_NOT_RUN: "!"}
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
@@ -96,8 +97,7 @@ class Verdict:
     lines: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        sign = {CORRECT: "✓", WRONG: "✗", NOT_ATTEMPTED: "○", COULD_NOT_RUN: "!"}[self.outcome]
-        return "\n  ".join([f"{sign} {self.exercise}: {self.outcome}", *self.lines])
+        return "\n  ".join([f"{SIGNS[self.outcome]} {self.exercise}: {self.outcome}", *self.lines])
 
     def _repr_html_(self) -> str:
         colour = {CORRECT: "#1a7f37", WRONG: "#b42318", NOT_ATTEMPTED: "#57606a", COULD_NOT_RUN: "#9a6700"}
