@@ -22,7 +22,7 @@ from minipeft.course.exercises import exercise, exercises
 from minipeft.course.folds import folds, why_closed
 from minipeft.course.folds import solution as opened
 from minipeft.course.standing import Standing, remember, standings, table
-from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, Verdict, examine, raised
+from minipeft.course.verdict import CORRECT, COULD_NOT_RUN, Shown, Verdict, examine, raised
 
 SEED = 0  # of the visible checks: the same failing case comes again until it is mended
 SECONDS = 10  # that one call may take
@@ -83,7 +83,7 @@ def show(name: str, *objects) -> None:
     except ValueError as error:
         found = Verdict(name, COULD_NOT_RUN, (str(error),))
     display(found)
-    display(folds(name, remember(name, found.outcome, objects)), raw=True)
+    display(folds(name, remember(name, found.outcome, objects)))
 
 
 def hint(name: str, number: int = 1) -> None:
@@ -100,14 +100,14 @@ def solution(name: str) -> None:
 
     closed = why_closed(name, standings().get(exercise(name).name, Standing()))
     text = closed or opened(name)
-    display({"text/plain": text, "text/markdown": text}, raw=True)
+    display(Shown({"text/plain": text, "text/markdown": text}))
 
 
 def progress(assignment: str | None = None) -> None:
     """Shows where the learner stands: each exercise of one assignment, and how many of each are right."""
     from IPython.display import display
 
-    display(table(assignment), raw=True)
+    display(table(assignment))
 
 
 def __getattr__(name: str):

@@ -11,15 +11,15 @@ import re
 from datetime import datetime
 from functools import cache
 
-from minipeft.course.assignments import deadlines, sources
+from minipeft.course import assignments
 from minipeft.course.exercises import assignment_of, exercise
 from minipeft.course.standing import Standing
-from minipeft.course.verdict import CORRECT
+from minipeft.course.verdict import CORRECT, Shown
 
 TRIES = 10
 
 
-def folds(name: str, now: Standing) -> dict[str, str]:
+def folds(name: str, now: Standing) -> Shown:
     """What follows a verdict, as text and as Markdown."""
     hints = {} if now.outcome == CORRECT else dict(zip(("Hint 1", "Hint 2"), exercise(name).hints, strict=True))
     closed = why_closed(name, now)
@@ -31,14 +31,14 @@ def folds(name: str, now: Standing) -> dict[str, str]:
         text += f" {closed}"
     folded = "\n\n".join(f"<details><summary>{what}</summary>\n\n{said}\n\n</details>" for what, said in hints.items())
     note = f"\n\n{closed}" if closed and closed in text else ""
-    return {"text/plain": text, "text/markdown": folded + note}
+    return Shown({"text/plain": text, "text/markdown": folded + note})
 
 
 def why_closed(name: str, now: Standing) -> str:
     """When the solution opens; "" if it is open."""
     try:
-        due = deadlines().get(assignment_of(name))
-        sources()
+        due = assignments.deadlines().get(assignment_of(name))
+        assignments.sources()
     except ValueError as error:
         return str(error)
     if due is not None:
@@ -52,7 +52,7 @@ def why_closed(name: str, now: Standing) -> str:
 @cache
 def solution(name: str) -> str:
     """The solution's cell and its explanation in Markdown, from the notebook in solutions/."""
-    cells = json.loads(sources()[assignment_of(name)].read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(assignments.sources()[assignment_of(name)].read_text(encoding="utf-8"))["cells"]
     ids = [cell["metadata"].get("nbgrader", {}).get("grade_id") for cell in cells]
     texts = ["".join(cell["source"]) for cell in cells]
     left_out = r"^ *(### (BEGIN|END) SOLUTION|raise NotImplementedError\(.*\))\n?"

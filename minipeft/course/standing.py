@@ -1,6 +1,6 @@
 """Where a learner stands: the last outcome of each exercise and the answers that were tried, in one JSON file.
 
-A try is an answer that was not right and is not the one that was tried just before, so that Run All counts nothing twice.
+A try is a wrong answer that is not the one tried just before, so that Run All counts nothing twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minipeft.course.exercises import exercises
-from minipeft.course.verdict import CORRECT, NOT_ATTEMPTED, SIGNS, Exercise
+from minipeft.course.verdict import CORRECT, NOT_ATTEMPTED, SIGNS, Exercise, Shown
 from minipeft.whole import write_whole
 
 
@@ -37,7 +37,7 @@ def standings() -> dict[str, Standing]:
     try:
         found = json.loads(store().read_text(encoding="utf-8"))
         return {str(name): standing(value) for name, value in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
@@ -73,7 +73,7 @@ def number(objects: tuple) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
-def table(assignment: str | None = None) -> dict[str, str]:
+def table(assignment: str | None = None) -> Shown:
     """The exercises of one assignment with their outcomes, and how many of each assignment are right; as text and HTML.
 
     ValueError for an assignment that there is not.
@@ -87,7 +87,7 @@ def table(assignment: str | None = None) -> dict[str, str]:
     parts = [(("Exercise", "Outcome", "Wrong answers"), rows)] if assignment else []
     parts += [(("Assignment", "Correct", ""), counts)]
     text = [f"{cells[0][0]:<42} {cells[1]:<16} {cells[2]}".rstrip() for _, lines in parts for cells in lines]
-    return {"text/plain": "\n".join(text), "text/html": "".join(as_html(head, lines) for head, lines in parts)}
+    return Shown({"text/plain": "\n".join(text), "text/html": "".join(as_html(*part) for part in parts)})
 
 
 def row(number: int, exercise: Exercise, now: Standing) -> tuple[tuple[str, str], str, str]:
@@ -105,7 +105,7 @@ def count(name: str, several: dict[str, Exercise], known: dict[str, Standing]) -
 
 def as_html(head: tuple[str, ...], lines: list[tuple[tuple[str, str], str, str]]) -> str:
     def cell(kind: str, text: str) -> str:
-        return f'<{kind} style="text-align:left;padding:.15em 1em .15em 0">{text}</{kind}>'
+        return f'<{kind} style="text-align:left">{text}</{kind}>'
 
     def linked(text: str, link: str) -> str:
         text = html.escape(text)

@@ -106,6 +106,19 @@ class Verdict:
         return f'<div style="{style}"><b>{head}</b>' + "".join(f"<br>{line}" for line in rest) + "</div>"
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a notebook shows in one of several forms, {type: text}; as plain text anywhere else."""
+
+    forms: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        return self.forms["text/plain"]
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        return dict(self.forms)
+
+
 def examine(exercise: Exercise, run: Callable[..., tuple[object, tuple]], seed: int) -> Verdict:
     """Tries the cases in order. `run(promises, args, keywords)` returns (what came out, the same three afterwards)."""
     done = 0

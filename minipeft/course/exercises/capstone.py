@@ -313,7 +313,8 @@ EXERCISES = (
         "macro_f1", "A score that small classes count in", f1_cases,
         (
             "For each class count three things: found, named without being it, missed.",
-            "F1 = 2·found / (2·found + wrongly named + missed), 0 where found is 0; then the mean over range(classes).",
+            "`predictions.count(c)` is found + wrongly named. What is `truth.count(c)`? A class without any counts "
+            "in the mean, too.",
         ),
         ("macro_f1",),
     ),
@@ -321,7 +322,8 @@ EXERCISES = (
         "calibration_error", "Is it as sure as it is right?", calibration_cases,
         (
             "The largest probability of a row is its confidence; put each row into the bin of its confidence.",
-            "bin = ceil(confidence · bins) − 1; in each that has rows: share of rows · |mean right − mean confidence|.",
+            "0.3 of 10 bins lies in (0.2, 0.3]: round up, then one less. Two means in each bin, and the gap weighs "
+            "as the bin's share.",
         ),
         ("calibration_error",),
     ),
@@ -329,7 +331,7 @@ EXERCISES = (
         "stop_early", "When to stop, and what to keep", stop_cases,
         (
             "Keep the least loss so far, where it was, and how many looks have passed since.",
-            "`if loss < least:` is False for NaN too, as it should be; return as soon as patience looks have passed.",
+            "A comparison with `<` is False for NaN, as it should be. How many looks have passed since the best one?",
         ),
         ("stop_early",),
     ),
@@ -337,7 +339,8 @@ EXERCISES = (
         "choose_rate", "Which learning rate", rate_cases,
         (
             "The mean of a list with NaN or infinity in it is not finite: such a rate is out, but it was tried.",
-            "best = min(finite, key=finite.get); return best, min(losses) < best < max(losses).",
+            "A mean with NaN in it is not finite. The best is among the finite ones; its neighbours are among *all* "
+            "that were tried.",
         ),
         ("choose_rate",),
     ),
@@ -345,7 +348,8 @@ EXERCISES = (
         "recipe", "Your recipe, trained and scored", recipe_cases,
         (
             "The light is added to the picture before the first layer; four patterns ask for a change of rank 4.",
-            'LoRA on ["lower"] costs rank·(64 + 64): the largest rank up to 8 that it pays, at 0.02, 120 steps.',
+            "LoRA costs rank · 128 at a 64 × 64 layer. Put all of the budget where the light comes in, and try rates "
+            "from 0.003 to 0.1.",
         ),
         ("recipe",), "capstone.adapt",
     ),
@@ -353,7 +357,8 @@ EXERCISES = (
         "cheapest_alike", "Find the bug", choice_cases,
         (
             "Take the differences best − candidate seed by seed: their mean, and their spread with n − 1.",
-            "near if mean + t·stdev/√n <= matters, or if it is the best itself; then min by cost.",
+            "Differences first, seed by seed; then their mean and spread (`stdev` has n − 1). The best itself always "
+            "belongs.",
         ),
         ("cheapest_alike",),
     ),

@@ -212,7 +212,8 @@ EXERCISES = (
         "soft_loss", "The loss of a teacher", soft_cases,
         (
             "Divide both logits by T, take log_softmax of both, and write KL down: Σ q·(log q − log p).",
-            "q, log_q from (teacher / T).detach(); (q * (log_q - log_p)).sum(-1).mean() * T**2.",
+            "`log_softmax` stays finite where the logarithm of a softmax does not. Sum over V, mean over rows. Which "
+            "one is detached?",
         ),
         ("soft_loss",),
     ),
@@ -220,7 +221,8 @@ EXERCISES = (
         "masked_soft_loss", "Only where there is a label", masked_cases,
         (
             "The logits at place j speak of token j + 1: drop the last logits and the first label.",
-            "kept = labels[:, 1:] != -100; student[:, :-1][kept] is (places, V): the first exercise's formula does it.",
+            "A mask of the shifted labels picks (places, V) from the shifted logits. With no place left, divide by "
+            "1, not by 0.",
         ),
         ("masked_soft_loss",),
     ),
@@ -228,7 +230,8 @@ EXERCISES = (
         "teach_itself", "The base as its adapter's teacher", itself_cases,
         (
             "`with tuned.disabled():` is the base; a teacher needs no gradient and no dropout.",
-            "Keep tuned.training, call tuned.eval(), read the teacher, tuned.train(what it was), then the student.",
+            "Four steps: keep the mode, read the teacher, put the mode back, read the student. Which need eval(), "
+            "no_grad, disabled()?",
         ),
         ("teach_itself",), "distillation.teach_itself",
     ),
@@ -236,7 +239,8 @@ EXERCISES = (
         "fgm_gradients", "A step that is taken back", shake_cases,
         (
             "The gradient of the table from the clean loss alone is needed: torch.autograd.grad gives it by itself.",
-            "Keep a clone of the table, add ε·g/‖g‖ under no_grad, call backward again, copy the clone back.",
+            "By hand: keep a copy of the table, move it, copy back. Two losses call backward; the step must not come "
+            "from `.grad`.",
         ),
         ("fgm_gradients",), "distillation.shake",
     ),
@@ -244,7 +248,8 @@ EXERCISES = (
         "mixed_loss", "Find the bug", mixed_cases,
         (
             "Four things are wrong: try weight = 0, weight = 1, and a student that agrees with its teacher.",
-            "Labels: cross_entropy(student, labels) without T. Teacher: KL from the teacher, T², no gradient to it.",
+            "Which half may see T at all? In `F.kl_div(input, target)` it is the *target* that weighs. What pays "
+            "back the 1/T²?",
         ),
         ("mixed_loss",),
     ),

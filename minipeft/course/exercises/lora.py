@@ -333,14 +333,18 @@ def target_cases(rng: Random):
 EXERCISES = (
     Exercise(
         "lora_scale", "The scale γ", scale_cases,
-        ("Two formulas and an if.", "γ = α/r; with rank_stabilized, γ = α/√r. `math.sqrt(rank)` is √r."),
+        (
+            "Two formulas: the flag says which. The task gives both results for α = 16 and r = 4.",
+            "`math.sqrt` gives √r. Only what α is divided by depends on the flag.",
+        ),
         ("lora_scale",),
     ),
     Exercise(
         "init_lora", "The start: A random, B zero", init_cases,
         (
             "`torch.rand(rank, d_in, generator=generator)` is uniform on [0, 1). Stretch and shift it.",
-            "U(−a, a) is (2·u − 1)·a with u uniform on [0, 1) and a = 1/√d_in. B is `torch.zeros(d_out, rank)`.",
+            "Stretch by the length of the interval, 2/√d_in, then move its left end to −1/√d_in. B needs no random "
+            "number.",
         ),
         ("init_lora",), "lora.initialise",
     ),
@@ -348,33 +352,42 @@ EXERCISES = (
         "lora_forward", "The forward pass", forward_cases,
         (
             "Never form B·A: send x through A first, to r numbers, then through B.",
-            "x @ A.T has shape (…, r). The result is F.linear(x, W, b) + gamma * (x @ A.T) @ B.T.",
+            "`F.linear(x, M)` is x·Mᵀ, with any number of axes, and takes a bias that is None. Which of A and B does "
+            "x meet first?",
         ),
         ("lora_forward",),
     ),
     Exercise(
         "lora_delta", "The change of the weight", delta_cases,
-        ("It has the shape of W: (d_out, d_in).", "B is (d_out, r) and A is (r, d_in), so B @ A has the right shape."),
+        (
+            "It has the shape of W: (d_out, d_in).",
+            "An (a, b) matrix times a (b, c) matrix is (a, c). Which order of A and B puts d_out first and d_in last?",
+        ),
         ("lora_delta",),
     ),
     Exercise(
         "count_lora", "How many numbers train", count_cases,
-        ("Count A and B of one matrix first.", "A has r·d_in numbers and B has d_out·r; add over all matrices."),
+        (
+            "Count A and B of one matrix first.",
+            "One matrix of (4, 6) at rank 2: A is (2, 6) and B is (4, 2), 12 + 8 numbers. Write this with letters.",
+        ),
         ("count_lora",),
     ),
     Exercise(
         "merge", "Merging", merge_cases,
         (
             "Put a new tensor into the layer as a new `nn.Parameter`; `flipped(layer)` says if it is a Conv1D.",
-            "(W.to(A.dtype) + delta).to(W.dtype), delta transposed if flipped(layer). Return the old parameter.",
+            "Bring W to A's type before the sum, and go back after it. Turn ΔW, not W, where the layer is flipped.",
         ),
         ("merge",), "lora.merge",
     ),
     Exercise(
         "unmerge", "Unmerging", unmerge_cases,
         (
-            "What merge returned is handed to you.",
-            "If merge returned the old parameter, put it back: layer.weight = receipt.",
+            "What merge returned is handed to you as `receipt`: the numbers that were there need not be computed "
+            "again.",
+            "A tensor that nobody wrote into still has every bit. If merge returned the old parameter, where does it "
+            "belong?",
         ),
         ("merge", "unmerge"), "lora.unmerge",
     ),
@@ -382,7 +395,8 @@ EXERCISES = (
         "freeze", "Freezing", freeze_cases,
         (
             "`for name, parameter in model.named_parameters()` gives dotted names.",
-            "name.split('.')[-1] in ('lora_A', 'lora_B') decides; parameter.numel() counts.",
+            "`'layers.0.attn.lora_A'.split('.')` gives the parts: compare the last one as a whole, and set the flag "
+            "both ways.",
         ),
         ("freeze",), "lora.freeze",
     ),
@@ -390,7 +404,8 @@ EXERCISES = (
         "find_targets", "Targets", target_cases,
         (
             "A match may begin only at a dot, or at the start of the name.",
-            "('.' + name).endswith('.' + pattern). Collect the patterns without any match, and raise if there is one.",
+            "With a dot before both the name and the pattern, `endswith` is safe. Collect what matched nothing "
+            "before you answer.",
         ),
         ("find_targets",),
     ),
@@ -398,7 +413,8 @@ EXERCISES = (
         "RepairedLoRA", "Find the bug", repair_cases,
         (
             "There are four faults: the start, the scale, what trains, and what stays frozen.",
-            "B = zeros; alpha / rank; trainable() returns [self.A, self.B]; linear.requires_grad_(False).",
+            "Four questions: what comes out before training? Is α divided? Who is caught by a letter in its name? "
+            "Who stops W?",
         ),
         ("RepairedLoRA",), "lora.adapted_layer",
     ),

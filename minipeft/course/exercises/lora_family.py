@@ -298,7 +298,7 @@ EXERCISES = (
         "dora_weight", "DoRA's weight", dora_cases,
         (
             "First V = W + γ·B·A, then the norm of each of its rows, (d_out,), then m divided by that norm.",
-            "torch.linalg.norm(V, dim=1) has shape (d_out,); (m / norm)[:, None] * V scales the rows.",
+            "The norm of (3, 4) sums over d_in. Numbers of shape (d_out,) scale rows only as a column, (d_out, 1).",
         ),
         ("dora_weight",),
     ),
@@ -306,7 +306,8 @@ EXERCISES = (
         "vera_delta", "VeRA's change", vera_cases,
         (
             "A diagonal matrix on the left scales rows: you need not build it.",
-            "diag(d)·A is d[:, None] * A. So ΔW = b[:, None] * (B @ (d[:, None] * A)).",
+            "`v[:, None]` makes a column of a vector. Go from right to left: A's rows, then the product with B, then "
+            "its rows.",
         ),
         ("vera_delta",),
     ),
@@ -314,7 +315,8 @@ EXERCISES = (
         "adalora_budget", "AdaLoRA's budget", budget_cases,
         (
             "Two ifs for the two phases in which nothing changes, and a formula between them.",
-            "x = (step − start) / (total − final − start); target + (first − target) * (1 − x) ** 3.",
+            "x is the share of the middle that has passed: 0 at `start`, 1 at `total − final`, and ½ at step 40 of "
+            "the example.",
         ),
         ("adalora_budget",),
     ),
@@ -322,7 +324,8 @@ EXERCISES = (
         "adalora_keep", "AdaLoRA's pruning", keep_cases,
         (
             "One score for each triplet, all scores in one vector; its `budget` largest say which stay.",
-            "S = lam + P.mean(0) + Q.mean(1). Then torch.cat, topk(min(budget, len)), a mask, and split by the ranks.",
+            "Means, not sums: over which axis, if columns of P and rows of Q are the triplets? One `topk` for all; "
+            "`split` goes by the ranks.",
         ),
         ("adalora_keep",),
     ),
@@ -330,7 +333,8 @@ EXERCISES = (
         "RepairedDoRA", "Find the bug", repair_cases,
         (
             "There are three faults: where m starts, what the norm runs over, and what the gradient flows through.",
-            "m = nn.Parameter(linear.weight.detach().norm(dim=1)); V.norm(dim=1, keepdim=True).detach() in forward.",
+            "While B is 0, which m gives W' = W? One output is one row. And the norm, but not V, is a constant for "
+            "the gradient.",
         ),
         ("RepairedDoRA",), "lora_family.dora_layer",
     ),

@@ -363,7 +363,8 @@ EXERCISES = (
         "truncate", "The best approximation", truncate_cases,
         (
             "`U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)`: the third is Vᵀ already, so its *rows* are v.",
-            "U[:, :rank] * sigma[:rank] scales the columns of U; then @ Vh[:rank].",
+            "Σ σᵢ·uᵢ·vᵢᵀ is U with scaled columns, times Vᵀ. Which part of each of the three belongs to the first r "
+            "terms?",
         ),
         ("truncate",),
     ),
@@ -371,7 +372,7 @@ EXERCISES = (
         "effective_rank", "Effective rank", effective_cases,
         (
             "p = σ/Σσ is a probability distribution: its entropy is −Σ p·ln p, and 0·ln 0 counts as 0.",
-            "torch.special.entr(p).sum().exp() does all of it, once sigma.sum() > 0 is known.",
+            "`torch.special.entr` is −p·ln p, and 0 at 0. Ask first whether there is anything to divide by.",
         ),
         ("effective_rank",),
     ),
@@ -379,7 +380,7 @@ EXERCISES = (
         "stable_rank", "Stable rank", stable_cases,
         (
             "σ₁ is the largest of torch.linalg.svdvals(M), and ‖M‖²_F is the sum of the squares of all of them.",
-            "sigma.square().sum() / sigma[0] ** 2; and 0.0 if sigma[0] is 0.",
+            "diag(4, 3) gives 25/16. Zeros have nothing to divide by: ask first, and add no small number.",
         ),
         ("stable_rank",),
     ),
@@ -387,7 +388,8 @@ EXERCISES = (
         "factor_spectrum", "The spectrum of two factors", factor_cases,
         (
             "Q with orthonormal columns changes no singular value: so B·A has those of R_B·R_Aᵀ, an r × r matrix.",
-            "R_B = torch.linalg.qr(B).R and R_A = torch.linalg.qr(A.T).R; then torch.linalg.svdvals(R_B @ R_A.T).",
+            "`torch.linalg.qr` gives the triangle as `.R`, for a *thin* matrix. A is wide: what do you decompose "
+            "instead?",
         ),
         ("factor_spectrum",), "rank.factor_values",
     ),
@@ -395,7 +397,8 @@ EXERCISES = (
         "subspace_similarity", "What two updates share", similarity_cases,
         (
             "Entry (a, b) of XᵀY is x_a·y_b. ‖Xᵢᵀ·Yⱼ‖²_F is the sum of the squares of its first i rows and j columns.",
-            "(X.T @ Y).square().cumsum(0).cumsum(1) has all these sums; divide by torch.minimum(i[:, None], j).",
+            "Sums over the first i rows and j columns, for all i and j: `cumsum` in one dimension, then the other. "
+            "min(i, j) is a table too.",
         ),
         ("subspace_similarity",),
     ),
@@ -403,7 +406,8 @@ EXERCISES = (
         "equivalent_settings", "Settings that train alike", equivalent_cases,
         (
             "γ'·B'·A' must stay γ·B·A. The gradient of p·A is 1/p of A's. How far does each optimizer move A' then?",
-            "γ/(p·q). Adam's step is lr whatever the gradient's size: p·lr_A, q·lr_B. SGD's is lr·gradient: p², q².",
+            "A' must move p times as far. Its gradient is 1/p of A's: SGD follows that, Adam's step does not. Which "
+            "rate makes up for it?",
         ),
         ("equivalent_settings",),
     ),
@@ -411,7 +415,8 @@ EXERCISES = (
         "repaired_comparison", "Find the bug", repair_cases,
         (
             "There are four faults, one in each number. What is σ, what is σ²; what does U say, and what V?",
-            "σ/Σσ; σ²/Σσ²; U[:, :k] of both; and k divided by the dimension in which the columns of U live.",
+            "Effective rank: shares of σ. Energy: of σ². What an update writes is in U: in which dimension do these "
+            "directions live?",
         ),
         ("repaired_comparison",),
     ),

@@ -245,7 +245,8 @@ EXERCISES = (
         "bitfit_names", "The names of the biases", bitfit_cases,
         (
             "Walk over `model.named_modules()` and look at each module's class, then at its bias.",
-            "is_matrix(module) or 'Norm' in type(module).__name__, and getattr(module, 'bias', None) is not None.",
+            'Two questions a module: is its kind right, and is its bias there (`getattr` with None)? Path and "bias" '
+            'make the name.',
         ),
         ("bitfit_names",), "select.name_biases",
     ),
@@ -253,7 +254,8 @@ EXERCISES = (
         "tune_softmax", "Softmax tuning, with tied weights", softmax_cases,
         (
             "`model.head.weight is model.embed.weight` says whether they are tied.",
-            "If tied: model.head.weight = nn.Parameter(model.head.weight.detach().clone()). Then freeze the others.",
+            "Untie first, with a parameter over a *copy* of the numbers. Set the flags last: then no new tensor "
+            "escapes them.",
         ),
         ("tune_softmax",), "select.tune_softmax",
     ),
@@ -261,7 +263,8 @@ EXERCISES = (
         "magnitude_mask", "A mask by magnitude", magnitude_cases,
         (
             "Put all |w| into one long vector: the threshold is the same for every tensor.",
-            "topk(k) of all |w| gives places; set them True in a long vector of False, then split and reshape.",
+            "`topk` gives places, not a threshold: that settles ties and a share of 0. `split` cuts a long mask back "
+            "into pieces.",
         ),
         ("magnitude_mask",),
     ),
@@ -269,7 +272,8 @@ EXERCISES = (
         "fisher_importance", "Importance by Fisher information", fisher_cases,
         (
             "One backward pass for each example: a batch's gradient has already been averaged.",
-            "torch.autograd.grad(log_p, list(model.parameters())) for one row; add grad² / n to each total.",
+            "`torch.autograd.grad` returns gradients and touches no `.grad`. Loop over the rows; square first, "
+            "average then.",
         ),
         ("fisher_importance",), "select.importance",
     ),
@@ -277,7 +281,8 @@ EXERCISES = (
         "MaskedAdamW", "Adam that leaves masked entries alone", adam_cases,
         (
             "Keep moments for parameter[mask] only: a vector as long as the mask has True.",
-            "An inner torch.optim.AdamW over vectors parameter[mask]; copy gradients in, step, write the vectors back.",
+            "torch's own AdamW can train short vectors of the marked entries. What is copied in before its step, "
+            "what out after?",
         ),
         ("MaskedAdamW",), "select.optimise",
     ),
@@ -285,7 +290,8 @@ EXERCISES = (
         "layer_range", "Find the bug", range_cases,
         (
             "Test it on a model with more than ten layers.",
-            "Split the name at its dots; the first part that is all digits is the number; compare it as an int.",
+            "`'h.10.mlp.1.w'.split('.')` has two parts of digits: which one counts? Compare numbers, and mind what "
+            "`range` omits.",
         ),
         ("layer_range",),
     ),
