@@ -240,6 +240,9 @@ def route_cases(rng: Random):
                     ]
                 ),
                 "the softmax runs over the tokens, not over the experts": columns,
+                "the chosen logits come out as they are: take their softmax": rows(
+                    lambda row, k=k: [v if i in largest(row, k) else 0.0 for i, v in enumerate(row)]
+                ),
             },
         )
     for shape, level in (((3,), 0.0), ((2, 2), 0.0), ((3,), -1e12)):

@@ -144,9 +144,11 @@ PRINTED = (  # papers' rows with the exact count
 
 
 def count_cases(rng: Random):
-    drawn = [
+    methods = ("lora", "adapter", "vera", "dora", "adalora")
+    small = [(method, [(8, 5), (3, 9)], 2, None, "small layers") for method in methods]
+    drawn = small + [
         (method, random_shapes(rng, rng.randint(2, 6)), rng.randint(3, 40), None, "layers of random size")
-        for method in ("lora", "adapter", "vera", "dora", "adalora")
+        for method in methods
     ]
     for method, shapes, size, exact, what in (*drawn, *PRINTED):
 

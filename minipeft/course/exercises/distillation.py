@@ -35,6 +35,12 @@ def mean_wasted(student: torch.Tensor, teacher: torch.Tensor, T: float) -> float
     return sum(each) / len(each)
 
 
+def crossed(student: torch.Tensor, teacher: torch.Tensor, T: float) -> float:
+    """−Σ q·ln p, the mean over the rows."""
+    p, q = ([probabilities(row, T) for row in rows_of(logits)] for logits in (student, teacher))
+    return -sum(b * math.log(a) for x, y in zip(p, q, strict=True) for a, b in zip(x, y, strict=True)) / len(p)
+
+
 # soft loss -----------------------------------------------------------------------------------------------------------
 def soft_cases(rng: Random):
     for T in (1.0, 2.0, 0.5, 4.0):
@@ -58,6 +64,9 @@ def soft_cases(rng: Random):
                 "logits are multiplied by T": lambda z=z, t=t, T=T: tensor(T * T * mean_wasted(z, t, 1 / T)),
                 "it adds over the rows: take the mean": lambda r=right, n=n: tensor(r * n),
                 "it takes the mean over the classes too": lambda r=right, c=classes: tensor(r / c),
+                "it is the cross-entropy: the teacher's own −Σ q·ln q is not taken off": lambda z=z, t=t, T=T: tensor(
+                    T * T * crossed(z, t, T)
+                ),
                 "only the teacher is softened": lambda z=z, t=t, T=T: tensor(T * T * mean_wasted(z * T, t, T)),
                 "the sign is wrong": lambda r=right: tensor(-r),
             },
@@ -96,6 +105,9 @@ def masked_cases(rng: Random):
             "each text counts the same, however many labels it has": lambda b=by_row, f=tensor: f(
                 sum(sum(r) / len(r) for r in b) / len(b)
             ),
+            "a label 0 is left out: 0 is a word, and −100 alone means no loss": lambda e=each, f=tensor: f(
+                sum(v for v, label, *_ in e if label > 0) / max(1, sum(label > 0 for _, label, *_ in e))
+            ),
             "T² is missing": lambda k=kept: torch.tensor(sum(k) / len(k), dtype=torch.float64),
         }
         claim = f"be the mean over the places whose next token has a label, with {kind} left out"
@@ -117,13 +129,16 @@ def itself_cases(rng: Random):
         slope = T * ((z / T).softmax(-1) - (t / T).softmax(-1)).detach() / n  # the closed form
         slopes = torch.autograd.grad(z, (a, b), slope)
 
-        def judge(got, value=value, slopes=slopes, t=t, T=T, weight=weight, seen=seen):
+        def judge(got, value=value, slopes=slopes, t=t, z=z, T=T, weight=weight, seen=seen):
             if set(got) == {"loss"}:
                 return f"It returns {type(got['loss']).__name__}; it should return the loss, a tensor without axes."
             if said := holds(got):
                 return said
             if lines := differ(got["loss"], torch.tensor(value, dtype=torch.float32)):
                 heard = seen.double() @ weight.double().T
+                turned = torch.tensor(T * T * mean_wasted(t, z.detach(), T), dtype=torch.float32)
+                if not differ(got["loss"], turned):
+                    return "It looks as if KL is reversed: the base teaches, the adapted model learns."
                 if not torch.equal(heard, t):
                     return "The loss is not that of a teacher who reads without dropout. " + " ".join(lines)
                 return " ".join(lines)
@@ -201,6 +216,9 @@ def mixed_cases(rng: Random):
             wrong={
                 "the labels' loss is softened: T is for the teacher's half": lambda m=mixed, s=soft, T=T: m(s, T=T),
                 "T² is missing": lambda m=mixed, s=soft, T=T: m(s / T**2),
+                'KL is a mean over the classes too: reduction="batchmean" takes it over the rows': (
+                    lambda m=mixed, s=soft, c=classes: m(s / c)
+                ),
                 "KL is reversed": lambda m=mixed, z=z, t=t, T=T: m(T * T * mean_wasted(t, z, T)),
                 "the weights are exchanged": lambda m=mixed, s=soft, w=w: m(s, weight=1 - w),
             },

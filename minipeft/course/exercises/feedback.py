@@ -135,6 +135,9 @@ def price_cases(rng: Random):
                 "it is averaged over the tokens: the KL of a text is a sum": lambda f=priced, c=counts: f(
                     lambda p, q, m, i: m * (p - q) / c[i]
                 ),
+                "it is averaged over all places: the KL of a text is a sum": lambda f=priced, T=length: f(
+                    lambda p, q, m, i: m * (p - q) / T
+                ),
                 "the sign is wrong: leaving the base is rewarded": lambda f=priced: f(lambda p, q, m, i: m * (q - p)),
                 "the base is left out: that is a price on certainty": lambda f=priced: f(lambda p, q, m, i: m * p),
                 "the difference is made positive: a token may well be less likely than before": lambda f=priced: f(
@@ -153,7 +156,7 @@ def clipped(log_p, old, base, mask, rewards, clip, beta, **way) -> torch.Tensor:
     """The group-relative loss, a number at a time; `way` says what is done otherwise."""
     R = rewards.double().tolist()
     spread = (statistics.pstdev if way.get("population") else statistics.stdev)(R)
-    A = [(r - statistics.fmean(R)) / (spread + 1e-4 if not way.get("unscaled") else 1.0) for r in R]
+    A = [(r - statistics.fmean(R)) / (1.0 if way.get("unscaled") else spread + 1e-4 * (not way.get("bare"))) for r in R]
     pick = max if way.get("larger") else min
     texts = []
     for i, a in enumerate(A):
@@ -167,7 +170,7 @@ def clipped(log_p, old, base, mask, rewards, clip, beta, **way) -> torch.Tensor:
             surrogate = ratio * a if way.get("no clip") else surrogate
             d = (base[i, t] - log_p[i, t]).item() * (-1 if way.get("backwards") else 1)
             kl = -d if way.get("k1") else math.exp(d) - d - 1
-            tokens.append(-surrogate + beta * kl * (-1 if way.get("paid") else 1))
+            tokens.append((surrogate if way.get("sign") else -surrogate) + beta * kl * (-1 if way.get("paid") else 1))
         texts.append(tokens)
     if way.get("tokens alike"):
         every = [x for tokens in texts for x in tokens]
@@ -189,6 +192,8 @@ CLIP_MISTAKES = {
     "the KL is −d alone: e^d − d − 1 is never negative": {"k1": True},
     "the KL is subtracted from the loss": {"paid": True},
     "the mask is left out": {"unmasked": True},
+    "10⁻⁴ is missing from the divisor": {"bare": True},
+    "the sign of the first part is turned round: a loss falls where what is good becomes likely": {"sign": True},
 }
 
 

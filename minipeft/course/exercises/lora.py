@@ -15,7 +15,7 @@ from minipeft.course.verdict import Case, Exercise, Raises
 
 def scale_cases(rng: Random):
     # α = 16 at r = 4 shows every slip: γ is 4 or 8, and α·r, r², α and 1/γ are other numbers
-    fixed, drawn = [(16, 4)] * 2, [(round(rng.uniform(0.5, 64.0), 2), rng.choice([3, 5, 8, 32, 48])) for _ in range(2)]
+    fixed, drawn = [(16, 4)] * 2, [(rng.choice([1, 6, 10, 14, 18, 0.5]), rng.choice([4, 8, 32, 48])) for _ in range(2)]
     for (alpha, rank), stable in zip(fixed + drawn, (False, True, False, True), strict=True):
         # γ = α/r,  or  γ = α/√r
         gamma, other = alpha / rank, alpha / math.sqrt(rank)
@@ -125,17 +125,28 @@ def delta_cases(rng: Random):
 
 # count ---------------------------------------------------------------------------------------------------------------
 def count_cases(rng: Random):
-    lists = [[(1024, 1024)], [(4096, 4096)]] + [
+    lists = [[(5, 7)], [(4096, 4096)]] + [
         [(rng.randint(8, 5000), rng.randint(8, 5000)) for _ in range(n)] for n in (1, 4, 7)
     ]
-    for shapes, rank in zip(lists, (8, 8, *(rng.randint(1, 7) for _ in range(3))), strict=True):
+    matrices = {1: "one matrix"}
+    for shapes, rank in zip(lists, (3, 8, *(rng.randint(1, 7) for _ in range(3))), strict=True):
         # Σ r·(d_in + d_out)
         yield Case(
-            f"count the numbers in A and B for {len(shapes)} matrices at rank {rank}",
+            f"count the numbers in A and B for {matrices.get(len(shapes), f'{len(shapes)} matrices')} at rank {rank}",
             (shapes, rank),
             sum(rank * d_out + rank * d_in for d_out, d_in in shapes),
             wrong={
                 "it counts W, or ΔW, instead of A and B": lambda s=shapes: sum(o * i for o, i in s),
+                "r multiplies d_out·d_in, but A has r·d_in numbers and B d_out·r": lambda s=shapes, r=rank: sum(
+                    r * o * i for o, i in s
+                ),
+                "r multiplies d_out alone: A has r·d_in numbers, so put brackets around the sum": (
+                    lambda s=shapes, r=rank: sum(r * o + i for o, i in s)
+                ),
+                "r multiplies d_in alone: B has d_out·r numbers, so put brackets around the sum": (
+                    lambda s=shapes, r=rank: sum(o + r * i for o, i in s)
+                ),
+                "the rank is left out: A has r rows and B r columns": lambda s=shapes: sum(map(sum, s)),
                 "only A is counted": lambda s=shapes, r=rank: sum(r * i for _, i in s),
                 "only B is counted": lambda s=shapes, r=rank: sum(r * o for o, _ in s),
                 "every matrix is taken for a square one": lambda s=shapes, r=rank: sum(2 * r * i for _, i in s),

@@ -97,11 +97,12 @@ def cubic(step: int, total: int, start: int, final: int, first: int, target: int
 
 
 def budget_cases(rng: Random):
-    for start, final in ((10, 20), (rng.randint(3, 9), rng.randint(11, 30)), (0, 0), (rng.randint(11, 20), 5)):
-        total = start + final + rng.randint(30, 90)
-        target = rng.randint(8, 60)
-        first, last = target + rng.randint(5, 60), total - final
+    for start, final in ((10, 30), (rng.randint(3, 9), rng.randint(11, 29)), (0, 0), (rng.randint(11, 20), 5)):
+        total = start + final + (60 if final == 30 else rng.randint(30, 90))
+        target = 64 if final == 30 else rng.randint(8, 60)
+        first, last = target + (32 if final == 30 else rng.randint(5, 60)), total - final
         middle = rng.choice([t for t in range(start + 5, last - 7) if t != start + final])
+        middle = 25 if final == 30 else middle  # a quarter of the way: the example's half does not tell x from 1 − x
         for step in dict.fromkeys((middle, start, start + 1, last - 1, last, start // 2, last + final // 2, total)):
             args = (step, total, start, final, first, target)
             phase = "before the pruning" if step <= start else "in the final phase" if step >= last else "between"
@@ -125,6 +126,12 @@ def budget_cases(rng: Random):
                     "target is not added: at the end target triplets stay": lambda a=args: cubic(*a) - a[5],
                     "it is rounded: return the number as it is": lambda a=args: int(cubic(*a)),
                     "it is rounded to the nearest: return the number as it is": lambda a=args: round(cubic(*a)),
+                    "it rises with x³: the number that is left falls with (1 − x)³": lambda a=args: (
+                        a[5] + (a[4] - a[5]) * ((a[0] - a[2]) / (a[1] - a[3] - a[2])) ** 3
+                    ),
+                    "x is a share of all steps: it goes from 0 at `start` to 1 at `total − final`": lambda a=args: (
+                        a[5] + (a[4] - a[5]) * (1 - (a[0] - a[2]) / a[1]) ** 3
+                    ),
                     "it falls as 1 − x³ instead of (1 − x)³": lambda a=args: (
                         a[5] + (a[4] - a[5]) * (1 - min(1, max(0, (a[0] - a[2]) / (a[1] - a[3] - a[2]))) ** 3)
                     ),

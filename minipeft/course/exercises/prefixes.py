@@ -39,6 +39,7 @@ def count_cases(rng: Random):
                 ),
                 "d stands where heads share keys, and the factor 2 is missing": times(heads, 2 * kv_heads),
                 "Q is counted too: a prefix has K and V only": times(3, 2),
+                "heads are multiplied by heads: each is d / heads wide": times(heads, head_dim),
                 "only one layer is counted": times(1, layers),
                 "only one place is counted": times(1, n),
                 "only one key-value head is counted": times(1, kv_heads),

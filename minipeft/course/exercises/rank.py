@@ -75,6 +75,7 @@ def effective_cases(rng: Random):
     k = rng.randint(5, 12)
     drawn = falling(rng, k).tolist()
     for what, sigma in {
+        "of 2, 1, 1 (√8)": [2.0, 1.0, 1.0],
         "of σ_k = 2⁻ᵏ (published: 4.000)": [2.0**-i for i in range(1, 60)],
         "of σ_k = 1/k for k ≤ 100 (published: 39.677)": [1 / i for i in range(1, 101)],
         f"of {k} values that fall": drawn,
@@ -98,6 +99,9 @@ def effective_cases(rng: Random):
                 ),
                 "the entropy is in nats, and 2ᴴ wants bits": lambda h=entropy, t=total: 2 ** h(t),
                 "the minus sign of the entropy is missing": lambda h=entropy, t=total: math.exp(-h(t)),
+                "(σ/Σσ)² is no distribution: take σ/Σσ": lambda t=total, s=sigma: math.exp(
+                    -sum((v / t) ** 2 * math.log((v / t) ** 2) for v in s)
+                ),
                 "σ is not divided by its sum": lambda h=entropy: math.exp(h(1.0)),
                 "σ is divided by the largest, not by the sum": lambda h=entropy, s=sigma: math.exp(h(s[0])),
                 "σ is divided by √Σσ², not by the sum": lambda h=entropy, n=length: math.exp(h(n)),
@@ -153,6 +157,7 @@ def stable_cases(rng: Random):
             squares / values[0] ** 2,
             wrong={
                 "both norms are Frobenius': M.norm(2) is, torch.linalg.matrix_norm(M, 2) is not": lambda: 1.0,
+                "σ is summed, not σ²": lambda v=values: sum(v) / v[0] ** 2,
                 "the norms are not squared": lambda s=squares, v=values: math.sqrt(s) / v[0],
                 "σ₁ is not squared": lambda s=squares, v=values: s / v[0],
                 "‖·‖_F is not squared": lambda s=squares, v=values: math.sqrt(s) / v[0] ** 2,

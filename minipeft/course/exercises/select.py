@@ -72,12 +72,14 @@ def softmax_cases(rng: Random):
 
 # magnitude -----------------------------------------------------------------------------------------------------------
 def magnitude_cases(rng: Random):
-    for share in (0.25, 0.5, 0.1, 0.0, 1.0, 0.0357, 0.77):
+    few = {"up": torch.tensor([[3.0, -1.0], [0.5, 2.0]]), "down": torch.tensor([-4.0, 1.5, 0.0, -2.5])}
+    for share in (0.375, 0.25, 0.5, 0.1, 0.0, 1.0, 0.0357, 0.77):
         weights = {f"layer{i}.weight": normal(rng, 10, 2 * i + 2) * (i + 1) for i in range(rng.randint(2, 4))}
+        weights = few if share == 0.375 else weights
         total = sum(w.numel() for w in weights.values())
         count = round(share * total)
 
-        def keep(score, share_each=None, weights=weights, count=count):
+        def keep(score, weights=weights, count=count):
             """The `count` places with the highest score over all tensors, found by sorting a list of pairs."""
             flat = sorted(((score(v), n, i) for n, w in weights.items() for i, v in enumerate(w.flatten().tolist())))
             masks = {n: torch.zeros(w.numel(), dtype=torch.bool) for n, w in weights.items()}
@@ -99,9 +101,17 @@ def magnitude_cases(rng: Random):
             f"mark the {count} of {total} entries of largest |w|, over all tensors together",
             (weights, share),
             keep(abs),
-            wrong={"a share of 0 marks everything: the last 0 of a list, [-0:], are all of it": lambda e=every: e}
+            wrong={
+                "a share of 0 marks everything: the last 0 of a list, [-0:], are all of it": lambda e=every: e,
+                "the largest entry is marked at a share of 0: `>=` a threshold always lets one in": lambda s=keep: s(
+                    abs, count=1
+                ),
+            }
             if share == 0
             else {
+                "the others are marked, and those that should be are not": lambda keep=keep, n=total - count: keep(
+                    abs, count=n
+                ),
                 "each tensor gets its own share": apart,
                 "the sign counts: take |w|": lambda keep=keep: keep(lambda v: v),
                 "the smallest are marked": lambda keep=keep: keep(lambda v: -abs(v)),
@@ -117,17 +127,22 @@ def fisher_cases(rng: Random):
         weights = [normal(rng, hidden, d_in, dtype=torch.float64), normal(rng, classes, hidden, dtype=torch.float64)]
         inputs = normal(rng, rows, d_in, dtype=torch.float64)
         labels = torch.tensor([rng.randrange(classes) for _ in range(rows)])
-        gradients = []
-        for x, y in zip(inputs, labels, strict=True):
-            model = classifier(weights)
-            model(x).log_softmax(-1)[y].backward()
-            gradients.append([p.grad for p in model.parameters()])
+
+        def slopes(score, weights=weights, inputs=inputs, labels=labels):
+            """The gradients of score(logits)[label] for each example, one tensor a parameter."""
+            found = []
+            for x, y in zip(inputs, labels, strict=True):
+                model = classifier(weights)
+                score(model(x))[y].backward()
+                found.append([p.grad for p in model.parameters()])
+            return [torch.stack([each[i] for each in found]) for i in range(len(weights))]
+
         names = [name for name, _ in classifier(weights).named_parameters()]
 
         def named(values, names=names):
             return {"importance": dict(zip(names, values, strict=True)), "weights kept": True}
 
-        each = [torch.stack([g[i] for g in gradients]) for i in range(2)]
+        each, plain = slopes(lambda logits: logits.log_softmax(-1)), slopes(lambda logits: logits)
         yield Case(
             "be the mean over the examples of the squared gradient of log p(label | input)",
             (weights, inputs, labels),
@@ -138,7 +153,13 @@ def fisher_cases(rng: Random):
                     [g.mean(0).square() for g in e]
                 ),
                 "it adds over the examples: take the mean": lambda e=each, f=named: f([g.square().sum(0) for g in e]),
-                "the gradient is not squared": lambda e=each, f=named: f([g.abs().mean(0) for g in e]),
+                "the gradient is not squared, only made positive": lambda e=each, f=named: f(
+                    [g.abs().mean(0) for g in e]
+                ),
+                "the gradient is not squared": lambda e=each, f=named: f([g.mean(0) for g in e]),
+                "it is of the logit, not of log p: log_softmax is missing": lambda e=plain, f=named: f(
+                    [g.square().mean(0) for g in e]
+                ),
                 "it is the square root of the importance": lambda e=each, f=named: f(
                     [g.square().mean(0).sqrt() for g in e]
                 ),
@@ -198,7 +219,8 @@ def adam_cases(rng: Random):
                         )
                     error = (p.double() - w.double()).abs().max().item()
                     if not error <= (1e-10 if v.dtype == torch.float64 else 1e-5):
-                        return f"After step {step}, trained entries differ from AdamW's by up to {error:.3g}."
+                        why = " Nothing has moved: `p = …` names another tensor, `p[mask] = …` writes." * p.equal(v)
+                        return f"After step {step}, trained entries differ from AdamW's by up to {error:.3g}.{why}"
 
         claim = f"be AdamW on the marked entries (weight decay {decay:g}) and leave the others bit for bit"
         yield Case(

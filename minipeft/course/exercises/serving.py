@@ -44,6 +44,12 @@ def rows_cases(rng: Random):
                     *a[:3], [a[3][0]] * len(a[3]), a[4]
                 ),
                 "every row gets the first adapter": lambda a=args: one_by_one(*a[:4], [0] * len(a[4])),
+                "adapter 0 is taken for none: 0 and None are both false, so ask `is None`": lambda a=args: one_by_one(
+                    *a[:4], [k or None for k in a[4]]
+                ),
+                "adapter 0 and None both choose the last: `k or -1` is −1 for 0": lambda a=args: one_by_one(
+                    *a[:4], [k or len(a[1]) - 1 for k in a[4]]
+                ),
                 "None chooses the first adapter": lambda a=args, n=named: one_by_one(*a[:4], n),
                 "None chooses the last adapter": lambda a=args, n=last: one_by_one(*a[:4], n),
             },
@@ -72,6 +78,16 @@ def concatenation_cases(rng: Random):
                 "|w| is taken: a negative weight takes a task away": lambda a=A, b=B, s=scales: joined(
                     a, b, list(map(abs, s))
                 ),
+                "they are joined along the wrong dimension: B·A must stay (d_out, d_in), and the rank grows": (
+                    lambda a=A, b=B, s=scales: [
+                        torch.cat([v * x for v, x in zip(s, b, strict=True)])[:, : min(map(len, a))],
+                        torch.cat([x[: min(map(len, a))] for x in a], 1),
+                    ]
+                ),
+                "they are added up, which brings products that nobody trained": lambda a=A, b=B, s=scales: [
+                    sum(v * x[:, : min(map(len, a))] for v, x in zip(s, b, strict=True)),
+                    sum(x[: min(map(len, a))] for x in a),
+                ],
                 "A comes first: return B, then A": lambda a=A, b=B, s=scales: joined(a, b, s)[::-1],
             },
         )

@@ -68,6 +68,7 @@ def stop_edges(rng: Random):
     falling = [1.0, 4.0, 3.0, 2.0, 1.5, 0.5]
     yield "count the looks since the best, though each is better than the one before", (falling, 3)
     yield "stop at the very last look", ([1.0, 2.0, 2.0], 2)
+    yield "name the very last look where patience was not used up", ([3.0, 1.0, 2.0], 2)
     yield "let an infinite loss pass", ([5.0, math.inf, 4.0, 3.0], 2)
 
 
