@@ -263,13 +263,14 @@ def places(shapes: dict[str, tuple[int, ...]], size: int) -> list[str]:
 
 
 def names_of(exercise: Exercise) -> list[str]:
-    """The names of a case's arguments: those of the learner's function, or of the drive that calls it."""
-    if exercise.drive == "common.call":
-        made = exercise.reference[-1] if exercise.reference else None
-        return list(inspect.signature(made).parameters) if callable(made) else []
+    """The names of a case's arguments: those of the drive that calls the learner's function, or of the function."""
     room, _, name = exercise.drive.rpartition(".")
     drive = getattr(import_module(f"minipeft.course.drives.{room}"), name)
-    return list(inspect.signature(drive).parameters)[len(exercise.objects) :]
+    names = list(inspect.signature(drive).parameters)[len(exercise.objects) :]
+    if "args" not in names:
+        return names
+    made = exercise.reference[-1] if exercise.reference else None
+    return list(inspect.signature(made).parameters) if callable(made) else []
 
 
 def differ(got, want, exact: bool = False, at: str = "") -> tuple[str, ...]:
