@@ -82,7 +82,9 @@ def table(assignment: str | None = None) -> Shown:
     if assignment is not None and assignment not in every:
         raise ValueError(f"There is no assignment {assignment!r}; there is {', '.join(every)}.")
     here = every[assignment].values() if assignment else ()
-    rows = [row(i, each, known.get(each.name, Standing())) for i, each in enumerate(here, 1)]
+    file = f"{assignment}.ipynb"
+    page = file if Path(file).is_file() else ""  # JupyterLab follows a heading in a named file, and no bare one
+    rows = [row(i, each, known.get(each.name, Standing()), page) for i, each in enumerate(here, 1)]
     counts = [count(name, several, known) for name, several in every.items()]
     parts = [(("Exercise", "Outcome", "Wrong answers"), rows)] if assignment else []
     parts += [(("Assignment", "Correct", ""), counts)]
@@ -90,10 +92,10 @@ def table(assignment: str | None = None) -> Shown:
     return Shown({"text/plain": "\n".join(text), "text/html": "".join(as_html(*part) for part in parts)})
 
 
-def row(number: int, exercise: Exercise, now: Standing) -> tuple[tuple[str, str], str, str]:
+def row(number: int, exercise: Exercise, now: Standing, page: str) -> tuple[tuple[str, str], str, str]:
     heading = f"{number} · {exercise.title}"
     tries = str(now.tries or "")
-    return (heading, "#" + heading.replace(" ", "-")), f"{SIGNS.get(now.outcome, '!')} {now.outcome}", tries
+    return (heading, f"{page}#{heading.replace(' ', '-')}"), f"{SIGNS.get(now.outcome, '!')} {now.outcome}", tries
 
 
 def count(name: str, several: dict[str, Exercise], known: dict[str, Standing]) -> tuple[tuple[str, str], str, str]:

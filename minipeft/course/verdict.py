@@ -359,7 +359,8 @@ def between(got, want) -> tuple[str, ...]:
         return ()
     missing, more = [v for v in want if v not in got], [v for v in got if v not in want]
     said = [f"missing: {short(missing)}"] * bool(missing) + [f"too many: {short(more)}"] * bool(more)
-    return (f"{'; '.join(said).capitalize()}.",) if said else ()
+    text = "; ".join(said)
+    return (f"{text[0].upper()}{text[1:]}.",) if said else ()
 
 
 def holds_tensors(values) -> bool:

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 from test_lab import idle_for, lab, page, pytestmark  # noqa: F401
 
 
@@ -35,6 +36,9 @@ def without_training(notebook: Path) -> None:
 
 
 ANSWER = "def lora_scale(alpha, rank, rank_stabilized=False):\n    {}"
+
+
+expect = pytest.importorskip("playwright.sync_api").expect
 
 
 def test_run_all_wrong_hint_loop_right_progress(lab, page, tmp_path, tmp_path_factory, capsys):  # noqa: F811
@@ -87,8 +91,8 @@ def test_run_all_wrong_hint_loop_right_progress(lab, page, tmp_path, tmp_path_fa
     table.scroll_into_view_if_needed()
     page.screenshot(path=tmp_path / "6_progress.png")
     table.get_by_role("link", name="1 · The scale γ").click()
-    check.get_by_text("lora_scale: correct").wait_for()  # the table's link leads to its exercise
-    page.wait_for_timeout(500)
+    heading = page.get_by_role("heading", name="1 · The scale γ")
+    expect(heading).to_be_in_viewport(timeout=20_000)  # the table's link leads to its exercise
     page.screenshot(path=tmp_path / "7_followed.png")
     with capsys.disabled():
         print(f"\nfrom the key to the verdict {seconds:.2f} s; pictures in {tmp_path}")

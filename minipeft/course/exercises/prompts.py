@@ -173,6 +173,8 @@ def start_cases(rng: Random):
             missed = set(range(words)).difference(*(rows(draw) for draw in seen["draws"]))
             if missed:
                 return f"In forty draws of {n} rows, row {min(missed)} of {words} never came up."
+            if n > 1 and all(max(rows(draw)) - min(rows(draw)) == n - 1 for draw in seen["draws"]):
+                return "In forty draws the rows were neighbours each time: draw each of them, not where a run begins."
 
         def seeded(seen):
             first, again, *others = seen["draws"]

@@ -42,10 +42,13 @@ def bitfit_cases(rng: Random):
 
 # softmax tuning ------------------------------------------------------------------------------------------------------
 def softmax_cases(rng: Random):
-    for tied, frozen in ((False, False), (True, False), (True, True), (False, True)):
+    for tied, frozen, alike in (
+        *((False, False, False), (True, False, False), (True, True, False), (False, True, False)),
+        (False, False, True),
+    ):
         words, width = rng.randint(7, 20), rng.randint(3, 6)
         table = normal(rng, words, width)
-        head = None if tied else normal(rng, words, width)
+        head = None if tied else table.clone() if alike else normal(rng, words, width)
         ids = torch.tensor([rng.randrange(words) for _ in range(6)])
         args = (table, head, ids, rng.randrange(10**6), frozen)
         added = words * width if tied else 0
@@ -67,6 +70,7 @@ def softmax_cases(rng: Random):
 
         start = ", all of which was frozen before," if frozen else ""
         claim = f"train the head of a {'tied' if tied else 'plain'} model{start} and nothing else"
+        claim += " (its head has the embedding's numbers in a tensor of its own)" * alike
         yield Case(claim, args, judge=judge)
 
 
