@@ -82,9 +82,8 @@ def table(assignment: str | None = None) -> Shown:
     if assignment is not None and assignment not in every:
         raise ValueError(f"There is no assignment {assignment!r}; there is {', '.join(every)}.")
     here = every[assignment].values() if assignment else ()
-    file = f"{assignment}.ipynb"
-    page = file if Path(file).is_file() else ""  # JupyterLab follows a heading in a named file, and no bare one
-    rows = [row(i, each, known.get(each.name, Standing()), page) for i, each in enumerate(here, 1)]
+    links = links_in(Path(f"{assignment}.ipynb"))
+    rows = [row(f"{i} · {each.title}", known.get(each.name, Standing()), links) for i, each in enumerate(here, 1)]
     counts = [count(name, several, known) for name, several in every.items()]
     parts = [(("Exercise", "Outcome", "Wrong answers"), rows)] if assignment else []
     parts += [(("Assignment", "Correct", ""), counts)]
@@ -92,10 +91,18 @@ def table(assignment: str | None = None) -> Shown:
     return Shown({"text/plain": "\n".join(text), "text/html": "".join(as_html(*part) for part in parts)})
 
 
-def row(number: int, exercise: Exercise, now: Standing, page: str) -> tuple[tuple[str, str], str, str]:
-    heading = f"{number} · {exercise.title}"
-    tries = str(now.tries or "")
-    return (heading, f"{page}#{heading.replace(' ', '-')}"), f"{SIGNS.get(now.outcome, '!')} {now.outcome}", tries
+def links_in(notebook: Path) -> dict[str, str]:
+    """{heading: a link to its cell, as JupyterLab follows it} of the notebook beside the kernel; {} without one."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        first = {"".join(cell["source"]).partition("\n")[0]: cell.get("id") for cell in cells}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return {line[3:]: f"{notebook}#cell-id={name}" for line, name in first.items() if line.startswith("## ") and name}
+
+
+def row(heading: str, now: Standing, links: dict[str, str]) -> tuple[tuple[str, str], str, str]:
+    return (heading, links.get(heading, "")), f"{SIGNS.get(now.outcome, '!')} {now.outcome}", str(now.tries or "")
 
 
 def count(name: str, several: dict[str, Exercise], known: dict[str, Standing]) -> tuple[tuple[str, str], str, str]:

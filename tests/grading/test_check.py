@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -293,20 +294,20 @@ def test_the_second_hint_stops_short_of_the_solution(exercise):
 
 def test_progress_is_a_table_with_a_link_to_each_exercise_and_assignment(tmp_path, monkeypatch):
     remember("lora_scale", "correct")
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "select").mkdir()
     for name in ("lora", "select"):
-        (tmp_path / name / f"{name}.ipynb").touch()
+        shutil.copytree(EXERCISES / name, tmp_path / name)
     monkeypatch.chdir(tmp_path / "lora")
     text, page = table("lora").forms["text/plain"], table("lora").forms["text/html"]
     assert re.search(r"1 · The scale γ +✓ correct\n2 · .* ○ not attempted", text) and re.search(r"lora +1 of 10", text)
-    cells = nbformat.read(EXERCISES / "lora" / "lora.ipynb", as_version=4).cells
-    headings = {line[3:].replace(" ", "-") for cell in cells for line in cell.source.splitlines() if line[:3] == "## "}
-    linked = re.findall('href="lora.ipynb#(.*?)"', page)
-    assert len(linked) == len(exercises()["lora"]) and set(linked) <= headings
+    headings = {c.id: c.source.splitlines()[0] for c in nbformat.read("lora.ipynb", as_version=4).cells}
+    linked = re.findall('href="lora.ipynb#cell-id=(.*?)">(.*?)<', page)
+    assert len(linked) == len(exercises()["lora"]) and all(headings[name] == f"## {title}" for name, title in linked)
     assert re.findall('href="(\\.\\..*?)"', page) == ["../lora/lora.ipynb", "../select/select.ipynb"]
     with pytest.raises(ValueError, match="There is no assignment 'lore'"):
         table("lore")
+    for text in ("[1", "[]", '{"cells": [1]}', '{"cells": [{"source": 3}]}'):
+        (tmp_path / "lora" / "lora.ipynb").write_text(text)
+        assert "lora.ipynb#" not in table("lora").forms["text/html"]  # no link that leads nowhere
 
 
 def test_unknown_names_and_numbers_say_what_there_is():
