@@ -10,12 +10,13 @@ from minipeft.explore.preferences import Preferences
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
 from minipeft.explore.quantisation import QuantisationExplorer
 from minipeft.explore.rank import RankExplorer
+from minipeft.explore.runs import ready
 from minipeft.explore.sites import PrivacyExplorer, SitesExplorer
 from minipeft.explore.slider import SliderPlot
 from minipeft.explore.worker import WORKER
 
 if watched():
-    WORKER.start()  # which takes seconds, so before an explorer is shown
+    WORKER.submit(ready)  # its imports take seconds, so they begin before an explorer is shown
 
 __all__ = [
     "AdapterExplorer",

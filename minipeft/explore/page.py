@@ -1,4 +1,4 @@
-"""Widgets on a page of Jupyter: whether somebody looks at it, answers while a cell runs, and a notice without Python."""
+"""Widgets on a page of Jupyter: whether somebody looks, answers while a cell runs, and a notice without Python."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     kernel ◀─ number, kind, what ────────────── process      what it yields, and how it ended
 
 The pickles go over the pipes between these two processes and nowhere else. The process ends when its input does, that
-is when the kernel ends, however it ends. This file is also the program of that process, so it imports little: a job
-that is sent while torch is still being imported is read at once.
+is when the kernel ends, however it ends. This file is also the program of that process and imports
+little: what a job needs is imported when it comes, and while that lasts the pipe is read.
 """
 
 from __future__ import annotations
@@ -198,7 +198,4 @@ class Server:
 
 
 if __name__ == "__main__":
-    server = Server()
-    import minipeft.explore.runs  # noqa: F401  what jobs need, while nobody waits
-
-    server.serve()
+    Server().serve()
