@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from minipeft.attach import Tuned, attach
 from minipeft.layer import Method
@@ -52,28 +52,30 @@ def run(tuned: Tuned, task: Task, plan: Plan) -> Iterator[Moment]:
     yield Moment(history, evaluate(tuned, task, n=ROWS), sample(tuned, task.name), state(tuned))
 
 
-def fresh(model: bytes, method: Method, task: Callable[[], Task], plan: Plan) -> Iterator[Moment]:
-    """`run` for a new adapter on a pickled model: its moments carry the adapter's numbers, and some steps have none."""
-    tuned, sent = attach(pickle.loads(model), method), 0.0
+def fresh(model: nn.Module, method: Method, task: Callable[[], Task], plan: Plan) -> Iterator[Moment]:
+    """`run` for a new adapter on `model`: its moments carry the adapter's numbers, and some steps have none."""
+    tuned, sent = attach(model, method), 0.0
     for moment in run(tuned, task(), plan):
         if moment.score is not None or time.monotonic() - sent > PAUSE:
             yield replace(moment, state=state(tuned))
             sent = time.monotonic()
 
 
-def beside(model: bytes, methods: Sequence[LoRA], task: Callable[[], Task], plan: Plan) -> Iterator[tuple[int, Moment]]:
+def beside(
+    model: nn.Module, methods: Sequence[LoRA], task: Callable[[], Task], plan: Plan
+) -> Iterator[tuple[int, Moment]]:
     """Those of `methods` that fit the model, trained together: the place of each, and its moment at the end."""
-    base, fitting = pickle.loads(model), {}
+    fitting = {}
     for i, method in enumerate(methods):
         try:
-            attach(base, method).detach()
+            attach(model, method).detach()
             fitting[i] = method
         except ValueError:  # a rank above the width of the model
             pass
     if not fitting:
         return
     given = list(fitting.values())
-    tuned, histories = fit_many(base, given, task(), plan.steps, plan.lr, plan.batch, plan.seed, progress=False)
+    tuned, histories = fit_many(model, given, task(), plan.steps, plan.lr, plan.batch, plan.seed, progress=False)
     for k, (i, history) in enumerate(zip(fitting, histories, strict=True)):
         tuned.use(name := f"run{k}")
         score = evaluate(tuned, task(), n=ROWS)

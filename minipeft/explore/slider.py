@@ -12,12 +12,19 @@ from collections.abc import Callable, Iterable, Iterator
 import ipywidgets
 from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
+from traitlets import Unicode
 
 from minipeft.explore.page import STYLE, answer_at_once, watched
 from minipeft.explore.worker import WORKER, Job, Stopped, sentence
 
 # Colours that people with any colour vision tell apart (Okabe and Ito); lines differ in style as well.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+
+
+class Picture(ipywidgets.Image):
+    """An image whose tooltip is its name for whoever does not see it; views want a description beside a tooltip."""
+
+    description = Unicode("").tag(sync=True)
 
 
 class SliderPlot:
@@ -51,7 +58,7 @@ class SliderPlot:
     ):
         self.draw, self.controls, self.run = draw, controls, run
         self.figure = Figure(figsize=size, dpi=100)
-        self.image = ipywidgets.Image(format="png", layout={"max_width": f"{size[0] * 100:.0f}px"})
+        self.image = Picture(format="png", layout={"max_width": f"{size[0] * 100:.0f}px"})
         self.text = ipywidgets.HTML(layout={"min_height": "4.6em" if run else "1.5em"})
         self.bar = ipywidgets.FloatProgress(max=1.0, layout={"width": "160px"})
         self.stop = ipywidgets.Button(description="stop", disabled=True, layout={"width": "auto"})
@@ -135,7 +142,7 @@ class SliderPlot:
             self.bar.value = 1.0
             self.redraw()
         except (ValueError, TypeError) as error:
-            self.text.value = f"<b>{html.escape(str(error))}</b>"
+            self.text.value = f"<b>{html.escape(str(error), quote=False)}</b>"
         finally:
             self.stop.disabled = True
             work.close()
@@ -178,7 +185,7 @@ class SliderPlot:
             if self.running is None:
                 self.text.value += "<br>Stopped; move a control to start again."
         except Exception as error:
-            self.text.value = f"<b>{html.escape(sentence(error))}</b>"
+            self.text.value = f"<b>{html.escape(sentence(error), quote=False)}</b>"
 
     def _said(self) -> str:
         return " · ".join(f"{name} = {value}" for name, value in self.values.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import html
-import pickle
 import statistics
 from collections.abc import Iterator
 
@@ -16,7 +15,7 @@ from minipeft.attach import attach
 from minipeft.course import atlas
 from minipeft.explore.runs import Moment, beside, fresh, run
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot
-from minipeft.explore.worker import Elsewhere
+from minipeft.explore.worker import Elsewhere, Packed
 from minipeft.layer import Method
 from minipeft.learn.fit import History
 from minipeft.learn.plan import Plan
@@ -80,7 +79,7 @@ class TrainingExplorer(SliderPlot):
         self.trained: dict[tuple, Moment] = {}  # the controls' values -> a run at its end, with the adapter's numbers
         self.together = False  # whether the present run was one of several that were trained at once
         self.here = ""  # why training cannot be done outside the kernel, if so
-        self._pickled: bytes | None = None
+        self._pickled: Packed | None = None
         rates = [(f"{v:g}", v) for v in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)]
         controls = knobs | {
             "lr": slider("learning rate", rates, self.rates[task]),
@@ -165,7 +164,7 @@ class TrainingExplorer(SliderPlot):
         """Whether the bare model can be sent to another process; `here` says why not."""
         if self._pickled is None and not self.here:
             try:
-                self._pickled = pickle.dumps(self.model)
+                self._pickled = Packed(self.model)
             except Exception as error:  # whatever a class of the learner's raises
                 self.here = repr(error)
         return not self.here

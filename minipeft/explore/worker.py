@@ -38,6 +38,16 @@ def sentence(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError | TypeError | Failed) else f"{type(error).__name__}: {error}"
 
 
+class Packed:
+    """An object that is pickled once, and of which each job gets a new copy."""
+
+    def __init__(self, given: object):
+        self.blob = pickle.dumps(given)
+
+    def __reduce__(self) -> tuple:
+        return pickle.loads, (self.blob,)
+
+
 # -- in the kernel -----------------------------------------------------------------------------------------------------
 class Job:
     """What a job yields, as it comes; raises Stopped after `cancel`, Elsewhere, and Failed."""
