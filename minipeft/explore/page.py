@@ -7,9 +7,9 @@ from IPython import get_ipython
 
 # A box that fits its page, a picture that follows the theme, and a notice where Python is gone.
 STYLE = """<style>
-.minipeft-box { width: 100%; max-width: 964px; margin: 0; overflow: hidden; }
+.minipeft-box { width: 100%; max-width: 964px; margin: 0; overflow: clip; }
 .minipeft-box .widget-label { max-width: none; }
-.minipeft-box img { width: 100%; height: auto; }
+.minipeft-box img { width: calc(100% - 4px); height: auto; }
 body[data-jp-theme-light="false"] .minipeft-box img { filter: invert(0.93) hue-rotate(180deg); }
 .jp-OutputArea-child:has(.minipeft-box) + .jp-OutputArea-child { display: none; }
 .minipeft-box.jupyter-widgets-disconnected::after, .jp-Notebook:has(
