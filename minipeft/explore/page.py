@@ -6,7 +6,7 @@ import ipywidgets
 from IPython import get_ipython
 
 # A box that fits its page, a picture that follows the theme, and a notice where Python is gone.
-STYLE = """<style>
+STYLE = """<span class="minipeft-page"></span><style>
 .minipeft-box { width: 100%; max-width: 964px; margin: 0; overflow: clip; }
 .minipeft-box .widget-label { max-width: none; }
 .minipeft-box img { width: calc(100% - 4px); height: auto; }
@@ -16,6 +16,9 @@ body[data-jp-theme-light="false"] .minipeft-box img { filter: invert(0.93) hue-r
   .jp-Notebook-ExecutionIndicator[data-status="unknown"]) .minipeft-box:not(.jupyter-widgets-disconnected)::after {
   content: "Python was restarted: run this cell again."; display: block; padding: 4px 8px; font-weight: bold;
   color: var(--jp-ui-font-color1); border-left: 4px solid #D55E00; }
+.jp-OutputArea-child:has(.minipeft-page) + .jp-OutputArea-child:not(:has(.minipeft-box)) > * { display: none; }
+.jp-OutputArea-child:has(.minipeft-page) + .jp-OutputArea-child:not(:has(.minipeft-box))::after {
+  content: "The controls need Python: run this cell."; padding: 4px 8px; border-left: 4px solid #D55E00; }
 .minipeft-box.jupyter-widgets-disconnected > * { opacity: .4; pointer-events: none; }
 </style>"""
 

@@ -47,6 +47,7 @@ class SliderPlot:
     """
 
     REDRAW = 0.5  # seconds between two pictures of a running `run`
+    dpi = 100
     apart = True  # False where drawing changes a model that cells use too: its moves then wait for the running cell
 
     def __init__(
@@ -86,7 +87,7 @@ class SliderPlot:
             self.figure.clear()
             text = self.draw(self.figure, **self.values)
             buffer = io.BytesIO()
-            self.figure.savefig(buffer, format="png")
+            self.figure.savefig(buffer, format="png", dpi=self.dpi)
             self.image.value = buffer.getvalue()
             self.image.tooltip = self._said()  # the name of the picture for whoever does not see it
             self.text.value = text or ""
@@ -175,7 +176,7 @@ class SliderPlot:
                     work.close()
                     raise Stopped
             if self.picture is not None:
-                self.picture.update(self._picture(), raw=True)
+                self.picture.update(self._picture(), metadata=self._width(), raw=True)
 
     def _say_errors(self, do: Callable[[], None]) -> None:
         """Nobody reads what a thread raises, so it is shown below the picture."""
@@ -192,6 +193,9 @@ class SliderPlot:
 
     def _picture(self) -> dict:
         return {"text/plain": self._said(), "image/png": base64.b64encode(self.image.value).decode()}
+
+    def _width(self) -> dict:
+        return {"image/png": {"width": round(100 * self.figure.get_size_inches()[0])}}
 
     def _bundle(self) -> dict:
         return dict(self.box._repr_mimebundle_()) | self._picture()
@@ -210,12 +214,12 @@ class SliderPlot:
 
     def _show(self) -> None:
         """On a page: style, box and, for readers of the saved notebook, the picture."""
-        new = not self.image.value
+        new, self.dpi = not self.image.value, 200  # sharp at any zoom
         self.redraw()
         box = self._bundle()
         del box["image/png"]
         display({"text/html": STYLE, "text/plain": ""}, raw=True)
         display(box, raw=True)
-        self.picture = display(self._picture(), raw=True, display_id=True)
+        self.picture = display(self._picture(), metadata=self._width(), raw=True, display_id=True)
         if self.run is not None and new:
             self.start()

@@ -64,8 +64,8 @@ def lab(tmp_path_factory):
 
 
 def up_to_the_explorer(lesson: Path) -> None:
-    """Leaves out what follows the first explorer of a lesson, so that the kernel is soon free for it. In the first lesson
-    a second explorer comes then, and a cell that computes until it is interrupted."""
+    """Leaves out what follows the first explorer of a lesson. In the first lesson a second explorer comes instead, and
+    a cell that computes until it is interrupted."""
     notebook = json.loads(lesson.read_text(encoding="utf-8"))
     shows = [i for i, cell in enumerate(notebook["cells"]) if "Explorer(" in "".join(cell["source"])]
     notebook["cells"] = notebook["cells"][: shows[0] + 1] if shows else notebook["cells"]
