@@ -59,7 +59,7 @@ def figures(quick: bool = False) -> Iterator[Figure]:
     yield seconds("import minipeft, beyond torch", [import_seconds("import minipeft") for _ in range(times)], 0.3)
     yield seconds("mp.load after the imports", in_turn({"load": lambda: mp.load("pocket")}, times)["load"], 1.0)
     explorer = explorer_seconds(times)
-    yield seconds("a slider's move to the first picture", explorer["first"], 0.5)
+    yield seconds("a slider's move to the first point", explorer["first"], 0.5)
     yield seconds("a slider's move to the end of 60 steps and the test", explorer["end"], 4.0)
     yield seconds("a move to a position that has been trained", explorer["known"], 0.2)
     yield seconds("one redraw", explorer["redraw"], 0.2)
