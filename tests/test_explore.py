@@ -134,15 +134,16 @@ def ended(explorer):
 
 def test_on_a_page_another_process_trains_what_the_kernel_would_have_and_fills_the_row(page, short):
     explorer, here = LoRAExplorer(small()), LoRAExplorer(small())
-    here.controls["rank"].unobserve_all("value")
+    for each in (explorer, here):
+        each.controls["rank"].unobserve_all("value")
+        each.controls["rank"].options = [4, 2, 64]
     before, free = torch.random.get_rng_state(), 0
-    explorer.controls["rank"].value = 4
+    explorer.start()
     while explorer.score is None:
         time.sleep(0.001)
         free += 1
     assert free > 2 and torch.equal(before, torch.random.get_rng_state())
     ended(explorer)
-    here.controls["rank"].value = 4
     here.finish()
     assert explorer.history.losses == pytest.approx(here.history.losses, rel=1e-5)
     assert explorer.score.loss == pytest.approx(here.score.loss, rel=1e-5) and explorer.samples == here.samples
@@ -150,9 +151,10 @@ def test_on_a_page_another_process_trains_what_the_kernel_would_have_and_fills_t
         assert torch.allclose(mine, theirs, atol=1e-5)
 
     ranks = {rank for _, _, rank, *_ in explorer.trained}
-    assert ranks == {1, 2, 4, 8, 16, 32}, "all but 64, which is above the width of this model"
+    assert ranks == {2, 4}, "all but 64, which is above the width of this model"
     explorer.elsewhere, explorer.afterwards = None, lambda: ()  # what is filled needs no process
     explorer.controls["rank"].value = 2
+    explorer.start()
     ended(explorer)
     here.controls["rank"].value = 2
     here.finish()

@@ -67,10 +67,11 @@ class SliderPlot:
         progress = [self.bar, self.stop] if run else []
         row = ipywidgets.HBox([*controls.values(), *progress], layout={"flex_flow": "row wrap"})
         self.box = ipywidgets.VBox([row, self.image, self.text]).add_class("minipeft-box")
-        self.running: threading.Thread | None = None
+        self.running: threading.Thread | None = None  # whose work is wanted
+        self.last: threading.Thread | None = None  # which may still be about to end
         self.job: Job | None = None  # what the running thread waits for
         self.picture: DisplayHandle | None = None  # what the saved notebook shows
-        self.drawing = threading.RLock()
+        self.drawing, self.starting = threading.RLock(), threading.Lock()
         if self.apart:
             answer_at_once(*controls.values(), self.stop)
         for control in controls.values():
@@ -95,13 +96,16 @@ class SliderPlot:
     def finish(self) -> None:
         """Do all of the work for the present values at once and wait for it."""
         self.cancel()
+        if self.last is not None:
+            self.last.join()
         for _ in self._steps(between=False):
             pass
 
     def start(self) -> None:
         """Do the work for the present values in a thread, in place of what runs now."""
-        self.running = threading.Thread(target=self._work, args=(self.running,), daemon=True)
-        self.running.start()
+        with self.starting:
+            self.running = self.last = threading.Thread(target=self._work, args=(self.last,), daemon=True)
+            self.running.start()
 
     def cancel(self) -> None:
         """Stop the running work, if any."""

@@ -5,6 +5,7 @@ Skipped, with the reason, where there is no Chromium. The last screenshots are k
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -159,7 +160,7 @@ def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, 
     handle.focus()
     page.keyboard.press("ArrowLeft")  # a second move while the first run is under way
     assert box.locator(".widget-readout").first.inner_text() in ("1", "2", "4")
-    settled(page, box, 120)
+    box.get_by_text(re.compile(r"step [1-9]\d* of 60")).wait_for()
     assert running.count() == 1, "and all this while the cell went on"
     wide = "e => [...document.querySelectorAll('.jp-OutputArea-output')].every(e => e.scrollWidth <= e.clientWidth)"
     assert page.evaluate(wide)
@@ -171,6 +172,7 @@ def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, 
     menu(page, "Kernel", "Interrupt Kernel")
     while running.count():
         page.wait_for_timeout(50)
+    settled(page, box, 300)  # the interrupt was for the cell alone
     menu(page, "Kernel", "Restart Kernel…")
     page.locator(".jp-Dialog button", has_text="Restart").first.click()
     notice = "getComputedStyle(document.querySelector('.minipeft-box'), '::after').content"
