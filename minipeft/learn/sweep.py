@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -29,18 +30,27 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
 
 from minipeft.analyze.spectrum import spectra
 from minipeft.attach import attach
+from minipeft.front import IGNORE
 from minipeft.layer import Layer, Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.learn.plan import Plan
+from minipeft.learn.protocol import SEEDS
+from minipeft.learn.rows import collate, read
 from minipeft.methods import METHODS
 from minipeft.whole import HALF, write_whole
 from minipeft.world import base, tasks
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+VALIDATED = 200  # rows that choose a rate
 STALE = 600  # seconds after which nobody is writing half a file any more
 WALL_TIME = ("seconds",)  # the columns that differ between two executions
 
@@ -98,6 +108,32 @@ def task_of(name: str) -> tasks.Task:
 
 
 @cache
+def validation(name: str) -> Dataset | None:
+    """200 rows from the task's source that are neither trained on nor tested; None for facts, which are learnt by heart
+    and leave nothing to hold out."""
+    task = task_of(name)
+    if task.bits:
+        return None
+    known = {row for split in task.data.values() for row in split["text"]}
+    fresh = getattr(tasks, name)(train=1, test=VALIDATED + 50, seed=1).data["test"]
+    return fresh.filter(lambda row: row["text"] not in known).select(range(VALIDATED))
+
+
+@torch.no_grad()
+def row_losses(model, task: tasks.Task, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ −log p of the tokens that are scored, their number) for each row of a task of texts or answers."""
+    encoded, nats, tokens = read(model, task, rows, model.tokenizer), [], []
+    for start in range(0, len(encoded), 64):
+        inputs = collate(task.kind, encoded[start : start + 64], model.tokenizer, model.device)
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs).logits[:, :-1].float().transpose(1, 2)
+        each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
+        nats.append(each.double().sum(1).cpu())
+        tokens.append((labels != IGNORE).sum(1).cpu())
+    return torch.cat(nats), torch.cat(tokens)
+
+
+@cache
 def _pocket(device: str):
     return base.load("pocket")[0].to(device)
 
@@ -106,9 +142,11 @@ def run(point: Point, device: str = "cpu") -> dict:
     """Trains a fresh adapter on the pocket model, on one CPU thread or on a GPU, and measures it.
 
     `loss`, `accuracy` on the first 100 test rows (all facts of a `facts` task) and `plain_loss` on 50 of the base's own
-    stories, in nats a token; `train_loss`, the mean of the last ten batches; `stable_rank` and `effective_rank`,
-    medians over the changed matrices (none where a method changes no weight); `peak_memory` of a step in bytes;
-    `seconds` of CPU time. A run that diverged says so in `stopped`, and is scored as it is.
+    stories, in nats a token; `loss_se`, the standard error of `loss` over those `n` rows; `valid_loss` on the rows that
+    may choose a rate; `train_loss`, the mean of the last ten batches; `delta_norm`, ‖ΔW‖_F of all changed matrices
+    together; `stable_rank` and `effective_rank`, medians over them (none where a method changes no weight);
+    `peak_memory` of a step in bytes; `seconds` of CPU time. A run that diverged says so in `stopped`, and is scored as
+    it is.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -122,6 +160,10 @@ def run(point: Point, device: str = "cpu") -> dict:
                 for _ in training(tuned, task, history, point.plan):
                     pass
             score = evaluate(tuned, task, n=None if task.bits else 100)
+            nats, tokens = row_losses(tuned, task, task.data["test"].select(range(score.n)))
+            _, error = base.excess(nats, tokens, torch.zeros(score.n))
+            held = validation(point.task)
+            valid = None if held is None else [part.sum() for part in row_losses(tuned, task, held)]
             plain = evaluate(tuned, tasks.plain(), n=50)
             known = history.stopped == "finished" and all(type(la).delta is not Layer.delta for la in tuned.layers())
             found = list(spectra(tuned).values()) if known else []
@@ -136,9 +178,13 @@ def run(point: Point, device: str = "cpu") -> dict:
         "floor": task.floor,
         "bits": task.bits,
         "loss": score.loss,
+        "loss_se": error,
+        "n": score.n,
+        "valid_loss": None if valid is None else (valid[0] / valid[1]).item(),
         "accuracy": score.accuracy,
         "plain_loss": plain.loss,
         "train_loss": statistics.fmean(history.losses[-10:]) if history.losses else None,
+        "delta_norm": math.hypot(*(s.norm for s in found)) if found else None,
         "stable_rank": statistics.median(s.stable_rank for s in found) if found else None,
         "effective_rank": statistics.median(s.effective_rank for s in found) if found else None,
         "tokens": history.tokens,
