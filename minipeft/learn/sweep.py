@@ -41,7 +41,7 @@ from minipeft.front import IGNORE
 from minipeft.layer import Layer, Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.learn.plan import Plan
-from minipeft.learn.protocol import SEEDS
+from minipeft.learn.protocol import SEARCH_SEED, SEEDS
 from minipeft.learn.rows import collate, read
 from minipeft.methods import METHODS
 from minipeft.whole import HALF, write_whole
@@ -268,8 +268,9 @@ def collect(
             ) from error
         rows.append(row)
     if not rows:
-        raise ValueError("There are no points to collect; grid('short') makes some.")
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({"provenance": json.dumps(provenance(rows, device))})
+        raise ValueError("There are no points to collect; grid(seeds=1) makes some.")
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]).replace_schema_metadata({"provenance": json.dumps(provenance(rows, device))})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_whole(path, sink.getvalue().to_pybytes())
@@ -283,7 +284,7 @@ def provenance(rows: Sequence[dict], device: str | None = None) -> dict:
     return {
         "runs": len(rows),
         "model": "pocket",
-        "seeds": sorted({row["seed"] for row in rows}),
+        "seeds": sorted({row["seed"] for row in rows} - {SEARCH_SEED}),
         "device": device or f"CPU, 1 thread ({platform.machine()})",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -293,7 +294,7 @@ def provenance(rows: Sequence[dict], device: str | None = None) -> dict:
     }
 
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 LANGUAGE, FACTS = ("pirate", "flip", "cipher"), "facts(64)"
 ALL = (*LANGUAGE, FACTS)
 FRONT = ("pirate", "flip", "forecast")  # for what stands before the text
@@ -346,10 +347,26 @@ BATCHES = ((120, 5), (15, 40))  # 600 texts in other batches than 10
 CAPACITY = (64, 128, 256, 512)  # facts to learn by heart
 
 
+# Under the protocol: SEARCH_SEED runs all rates from the first to the last, and validation rows chose the one between;
+# SEEDS run that one, and every γ at one rate as well.
+FIXED = 1e-2
+GAMMAS = {  # LoRA on pirate: {rank: {γ: rates}}
+}
+CHECKED = (  # what the ledger compares
+)
+
+
+def searched() -> list[tuple[str, dict, str, tuple[float, float, float]]]:
+    """(method, settings, task, (least, best, largest rate)) of all that was measured under the protocol."""
+    gammas = [(*_lora(r, gamma=g), "pirate", rates) for r, each in GAMMAS.items() for g, rates in each.items()]
+    return gammas + [(*which, task, rates) for which, each in CHECKED for task, rates in each.items()]
+
+
 def grid(seeds: int = 3) -> list[Point]:
     """The runs of the atlas, seed by seed: every method and size of the lessons' sliders, 60 steps of 10 texts, at
-    learning rates a factor of three apart; pirate in other batches; and, for the first two seeds, long runs of LoRA in
-    the MLPs' last layers, which show every fact 500 times and fill a small rank."""
+    learning rates a factor of three apart; pirate in other batches; for the first two seeds, long runs of LoRA in
+    the MLPs' last layers, which show every fact 500 times and fill a small rank; and what is measured under the
+    protocol, always with five seeds."""
     points = []
     for seed in range(seeds):
         for (method, settings), names, least, largest in SLIDERS:
@@ -362,7 +379,12 @@ def grid(seeds: int = 3) -> list[Point]:
             for rank in (1, 4):
                 name, settings = _lora(rank, targets=["down_proj"])
                 points += [point(name, f"facts({n})", 3e-2, seed, 2000, n // 4, "linear", **settings) for n in CAPACITY]
-    return points
+    for method, settings, task, (least, best, largest) in searched():
+        tried = [lr for lr in RATES if least <= lr <= largest]
+        reported = {best, FIXED} if task == "pirate" and settings.get("rank") in GAMMAS else {best}
+        points += [point(method, task, lr, SEARCH_SEED, **settings) for lr in tried]
+        points += [point(method, task, lr, seed, **settings) for seed in SEEDS for lr in sorted(reported)]
+    return list(dict.fromkeys(points))
 
 
 def _end_with_parent() -> None:
