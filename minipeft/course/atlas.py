@@ -111,7 +111,7 @@ def measured() -> tuple[dict[tuple[str, str, float], tuple[int, list[float]]], s
 
 
 def sample(runs, n: int, seed: int) -> list[dict]:
-    """`n` runs drawn at random, of each method in turn, so that every kind is drawn; the long ones (2,000 steps) never."""
+    """`n` runs drawn at random, of each method in turn, so that every kind is drawn; the long ones never."""
     drawn = runs[runs.steps <= 120].sample(frac=1, random_state=seed)
     turn = drawn.groupby("method", sort=False).cumcount()
     return drawn.assign(turn=turn).sort_values("turn", kind="stable").head(n).to_dict("records")

@@ -270,7 +270,8 @@ def collect(
     if not rows:
         raise ValueError("There are no points to collect; grid(seeds=1) makes some.")
     columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
-    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]).replace_schema_metadata({"provenance": json.dumps(provenance(rows, device))})
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
+    table = table.replace_schema_metadata({"provenance": json.dumps(provenance(rows, device))})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_whole(path, sink.getvalue().to_pybytes())

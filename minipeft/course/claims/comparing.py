@@ -200,8 +200,8 @@ def _start_matters(f: dict) -> str:
 @claim("C27", "LoRA's result depends on the projection's initialisation", "C §3.3", "atlas", _start_matters)
 def _() -> dict:
     """Shipped runs of the LoRA family on pirate, each start at its own rate: the difference in loss of every pair of
-    starts, for four starts of a trained A and three of a fixed U. It depends if one pair differs by more than 0.02 nats,
-    by an interval over paired seeds widened for the number of pairs (Bonferroni)."""
+    starts, for four starts of a trained A and three of a fixed U. It depends if one pair differs by more than 0.02
+    nats, by an interval over paired seeds widened for the number of pairs (Bonferroni)."""
     from scipy.stats import t
 
     from minipeft.course import family
@@ -231,9 +231,7 @@ def _rank(f: dict) -> str:
     for task in LANGUAGE:
         low = verdict(Interval(*f[f"{task}, r=1 − r=16"]), 0.1)
         high = verdict(Interval(*f[f"{task}, r=16 − r=64"]), 0.1)  # the claim says that this one is small
-        said[task] = (
-            HOLDS if (low, high) == (HOLDS, WRONG) else WRONG if low == WRONG or high == HOLDS else CANNOT_TELL
-        )
+        said[task] = HOLDS if (low, high) == (HOLDS, WRONG) else WRONG if low == WRONG or high == HOLDS else CANNOT_TELL
     return over(said, "task")
 
 
@@ -250,8 +248,8 @@ EQUAL = ((5, 2), (20, 8))  # rank in attention only, rank in all layers: equal n
 
 
 def _article(f: dict) -> str:
-    ratios = list(f["best rate of LoRA r=16 ÷ full"].values())
-    rates = HOLDS if all(5 <= r <= 20 for r in ratios) else WRONG if all(r < 5 or r > 20 for r in ratios) else CANNOT_TELL
+    ten = [5 <= ratio <= 20 for ratio in f["best rate of LoRA r=16 ÷ full"].values()]
+    rates = HOLDS if all(ten) else CANNOT_TELL if any(ten) else WRONG
     said = {name: verdict(Interval(*each), 0.05) for name, each in f["attention only − all layers"].items()}
     layers = HOLDS if set(said.values()) == {HOLDS} else WRONG if set(said.values()) == {WRONG} else CANNOT_TELL
     if rates == layers:
@@ -269,8 +267,8 @@ def _article(f: dict) -> str:
     _article,
 )
 def _() -> dict:
-    """Best rate of LoRA r=16, γ = 2, over that of full fine-tuning: rates half a decade apart, validation rows, one seed
-    that reports nothing; 5 to 20 counts as ten. And the loss of attention only minus that of all layers with equal
+    """Best rate of LoRA r=16, γ = 2, over that of full fine-tuning: rates half a decade apart, validation rows, one
+    seed that reports nothing; 5 to 20 counts as ten. And the loss of attention only minus that of all layers with equal
     numbers, ranks 5 against 2 and 20 against 8, intervals over five paired seeds; more than 0.05 nats counts."""
     ratio = {t: [atlas.best(_runs(), t, which)["lr"] for which in (lora(16), Full())] for t in TASKS}
     layers = {

@@ -36,7 +36,7 @@ def _() -> dict:
 
 
 def _cited(f: dict) -> str:
-    """One number that belongs to another paper, or to two, refutes the claim; only all titles known and alike prove it."""
+    """One number that belongs to another paper, or to two, refutes it; only all titles known and alike prove it."""
     alike = [len({*f["titles in A"][n], title}) == 1 for n, title in f["title at arXiv"].items() if title]
     one_each = all(len(titles) == 1 for titles in f["titles in A"].values())
     if not one_each or not all(alike):
@@ -44,12 +44,10 @@ def _cited(f: dict) -> str:
     return HOLDS if len(alike) == len(f["titles in A"]) else CANNOT_TELL
 
 
-@claim(
-    "C03", "The arXiv numbers that document A cites belong to the papers that it names", "A §7.3", "exact", _cited
-)
+@claim("C03", "The arXiv numbers that document A cites belong to the papers that it names", "A §7.3", "exact", _cited)
 def _() -> dict:
-    """All four numbers, with every title that A gives for each, in its list of reading (§7.3) and its references, beside
-    the title at arXiv where we looked it up. A number with two titles contradicts itself."""
+    """All four numbers, with every title that A gives for each, in its list of reading (§7.3) and its references,
+    beside the title at arXiv where we looked it up. A number with two titles contradicts itself."""
     titles = {
         "2103.17239": ["parameter efficient fine-tuning"],
         "2212.13191": [
@@ -174,13 +172,11 @@ def _queries(f: dict) -> str:
     return only([where for where in ("in front of Q", "added to Q") if moved[where]], 2, "prefix")
 
 
-@claim(
-    "C11", "Prefixes go to K and V because one in Q would change what is attended from", "D §3.3", "code", _queries
-)
+@claim("C11", "Prefixes go to K and V because one in Q would change what is attended from", "D §3.3", "code", _queries)
 def _() -> dict:
     """One attention layer of random numbers. Three vectors in front of K and V, the same in front of Q, or their mean
-    added to Q: how far the output of the text's own tokens moves, and how far the proportions move in which they attend
-    to one another (the weights on the text, divided by their sum). The claim says: with Q they move, with K and V not."""
+    added to Q: how far the output of the text's own tokens moves, and how far the proportions move in which they
+    attend to one another (the weights on the text, divided by their sum). The claim says: with Q they move, with K and V not."""
     generator = torch.Generator().manual_seed(0)
     Q, K, V = (torch.randn(1, 4, 6, 32, generator=generator) for _ in range(3))
     extra = torch.randn(1, 4, 3, 32, generator=generator)
