@@ -59,7 +59,7 @@ def ranks(low, high):
 
 
 def article(ratio, layers):
-    return {"best rate of LoRA r=16 ÷ full": {"a": ratio, "b": ratio}, "attention only − all layers": {"p": layers}}
+    return {"best rate of LoRA ÷ full, α = 32": {"a": ratio, "b": ratio}, "attention only − all layers": {"p": layers}}
 
 
 def steps(counted, clock):

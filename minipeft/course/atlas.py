@@ -81,21 +81,33 @@ def curve(runs, task: str, method: Method, value: str = "loss", **shape):
     return of(runs, task, method, **shape).groupby("lr")[value].agg(["mean", "min", "max", "count"])
 
 
+def chosen(runs, task: str, method: Method, **shape) -> tuple[float, str]:
+    """(the best rate, what it was chosen on).
+
+    It is that of the least `valid_loss` in the runs of `SEARCH_SEED` ("validation"), or of the least loss in them for
+    facts learnt by heart, which leave nothing to hold out ("the facts"). Older runs have neither: there it is that of
+    the least mean loss on the very rows that report ("test").
+    """
+    found = all_of(runs, task, method, **shape)
+    search = found[(found.seed == SEARCH_SEED) & (found.stopped == "finished")].set_index("lr")
+    if search.empty:
+        return curve(runs, task, method, **shape)["mean"].idxmin(), "test"
+    if search.valid_loss.notna().all():
+        return search.valid_loss.idxmin(), "validation"
+    return search.loss.idxmin(), "the facts"
+
+
 def best(runs, task: str, method: Method, **shape):
     """The row of `curve` at the best rate, as a mapping: "lr", "mean", "min", "max", "count", and "chosen on".
 
-    The rate is that of the least `valid_loss` in the runs of `SEARCH_SEED` ("validation"), or of the least loss in them
-    for facts learnt by heart, which leave nothing to hold out ("the facts"). Older runs have neither: there it is that
-    of the least mean loss on the very rows that report ("test").
+    Raises ValueError where no run reports at that rate, but only the one that chose it.
     """
-    means, found = curve(runs, task, method, **shape), all_of(runs, task, method, **shape)
-    search = found[(found.seed == SEARCH_SEED) & (found.stopped == "finished")].set_index("lr")
-    if search.empty:
-        lr, where = means["mean"].idxmin(), "test"
-    elif search.valid_loss.notna().all():
-        lr, where = search.valid_loss.idxmin(), "validation"
-    else:
-        lr, where = search.loss.idxmin(), "the facts"
+    lr, where = chosen(runs, task, method, **shape)
+    means = curve(runs, task, method, **shape)
+    if lr not in means.index:
+        raise ValueError(
+            f"The atlas has only the run of {method!r} on {task} that chose {lr:g}, and it reports nothing."
+        )
     return {"lr": lr} | means.loc[lr].to_dict() | {"chosen on": where}
 
 
