@@ -153,8 +153,9 @@ def gammas(runs: pd.DataFrame, measured: str) -> Chart:
         if len(search) < 3:
             continue
         best = search.loc[search.valid_loss.idxmin()].lr
-        reported = tried[(tried.lr == best) & (tried.seed != SEARCH_SEED)].loss
-        found = {one: tried[tried.lr == 1e-2].loss, own: reported}
+        at_best = tried[tried.lr == best]
+        reported = at_best[at_best.seed != SEARCH_SEED].loss
+        found = {one: tried[tried.lr == 1e-2].loss, own: reported if len(reported) else at_best.loss}
         rows += [
             {"rank": int(rank), "gamma": gamma, "series": label, "rate": best, **spread(losses)}
             for label, losses in found.items()
@@ -182,7 +183,7 @@ def gammas(runs: pd.DataFrame, measured: str) -> Chart:
         alt="Test loss by γ on logarithmic axes: one line at the learning rate 0.01 and one at each γ's own best rate,"
         " with a bar over seeds.",
         source=f"{measured}; LoRA on pirate, 60 steps of 10 texts on the pocket model. Validation rows and another seed"
-        " chose the rates; 0.01 was run with that seed as well.",
+        " chose the rates; 0.01 was run with that seed as well. A point without a bar is one run.",
         controls=controls,
         says=says,
         spec=picture(rows, controls, layers),

@@ -66,7 +66,7 @@ def losses(task: str, method: Method, value: str = "loss") -> list[float]:
 
 
 def rounded(found: Interval) -> list[float]:
-    return [round(x, 3) for x in found]
+    return [round(float(x), 3) for x in found]
 
 
 def above(task: str, method: Method, share: float = 0.9) -> list[float]:
@@ -173,22 +173,28 @@ def _comparable(f: dict) -> str:
 
 @claim("C20", "γ = α/r keeps the update's size comparable when r changes", "E §4", "atlas", _comparable)
 def _() -> dict:
-    """LoRA on pirate after 60 steps at one rate (0.01), r = 1, 4, 16, 64: γ = 8/r against γ = 2 for all. Comparable to
-    rank 1: ‖ΔW‖ within a factor of two, loss within 0.25 nats a token; intervals over five paired seeds."""
-    rules = {"γ = 8/r": lambda r: 8 / r, "γ = 2": lambda r: 2.0}
+    """LoRA on pirate after 60 steps at one rate, 0.01, r = 1, 4, 16, 64 with γ = 8/r. Comparable to rank 1: ‖ΔW‖ within a
+    factor of two, loss within 0.25 nats a token; intervals over the seeds that all four have (the rate was not chosen,
+    so the seed that searches for rates elsewhere reports here too). Beside it γ = 2 at every rank, one seed."""
     figures = {}
-    for rule, gamma in rules.items():
+    for rule, gamma in {"γ = 8/r": lambda r: 8 / r, "γ = 2": lambda r: 2.0}.items():
         found = {}
         for rank in (1, 4, 16, 64):
-            rows = atlas.of(_runs(), "pirate", lora(rank, gamma(rank)))
-            found[rank] = rows[rows.lr == 1e-2].sort_values("seed")
-        sizes = {rank: [math.log(x) for x in rows.delta_norm] for rank, rows in found.items()}
+            rows = atlas.all_of(_runs(), "pirate", lora(rank, gamma(rank)))
+            found[rank] = rows[(rows.lr == 1e-2) & rows.delta_norm.notna()].set_index("seed")
+        seeds = sorted(set.intersection(*(set(rows.index) for rows in found.values())))
+        found = {rank: rows.loc[seeds] for rank, rows in found.items()}
         figures[rule] = {
+            "seeds": seeds,
             "‖ΔW‖": {f"r={rank}": round(rows.delta_norm.mean(), 1) for rank, rows in found.items()},
             "loss": {f"r={rank}": round(rows.loss.mean(), 3) for rank, rows in found.items()},
-            "ln ‖ΔW‖ ratio to r=1": {f"r={r}": rounded(paired(sizes[r], sizes[1])) for r in (4, 16, 64)},
-            "loss less that of r=1": {f"r={r}": rounded(paired(found[r].loss, found[1].loss)) for r in (4, 16, 64)},
         }
+        if len(seeds) > 1:
+            sizes = {rank: [math.log(x) for x in rows.delta_norm] for rank, rows in found.items()}
+            figures[rule] |= {
+                "ln ‖ΔW‖ ratio to r=1": {f"r={r}": rounded(paired(sizes[r], sizes[1])) for r in (4, 16, 64)},
+                "loss less that of r=1": {f"r={r}": rounded(paired(found[r].loss, found[1].loss)) for r in (4, 16, 64)},
+            }
     return figures
 
 

@@ -176,7 +176,8 @@ def _queries(f: dict) -> str:
 def _() -> dict:
     """One attention layer of random numbers. Three vectors in front of K and V, the same in front of Q, or their mean
     added to Q: how far the output of the text's own tokens moves, and how far the proportions move in which they
-    attend to one another (the weights on the text, divided by their sum). The claim says: with Q they move, with K and V not."""
+    attend to one another (the weights on the text, divided by their sum). The claim says: with Q they move, with K and
+    V not."""
     generator = torch.Generator().manual_seed(0)
     Q, K, V = (torch.randn(1, 4, 6, 32, generator=generator) for _ in range(3))
     extra = torch.randn(1, 4, 3, 32, generator=generator)
