@@ -180,6 +180,20 @@ def test_learning_rates_are_tried_until_more_or_less_brings_nothing():
             assert beside is None or means.iloc[beside] - means.min() < 0.05, (which, means)
 
 
+def test_an_explorer_finds_the_runs_of_every_gamma():
+    found, _ = atlas.measured()
+    runs = atlas.load()
+    for rank, each in s.GAMMAS.items():
+        for gamma, (least, best, largest) in each.items():
+            method = mp.LoRA(rank=rank, gamma=gamma)
+            several = found[repr(method), "pirate", best][1]
+            assert len(several) == 1 if gamma in s.ONLY_SEARCHED else len(several) >= 3
+            reported = set(atlas.of(runs, "pirate", method).lr)
+            for lr in {least, largest} - reported:
+                assert len(found[repr(method), "pirate", lr][1]) == 1, "the run that searched, where there is no other"
+            assert 1e-2 in set(atlas.all_of(runs, "pirate", method).lr), "every γ at one rate"
+
+
 def made_up(**columns):
     """A table of runs of LoRA r=2 on pirate."""
     import pandas as pd

@@ -114,11 +114,15 @@ def best(runs, task: str, method: Method, **shape):
 @cache
 def measured() -> tuple[dict[tuple[str, str, float], tuple[int, list[float]]], str]:
     """What an explorer looks up: {(the method as its repr, task, learning rate): (numbers trained, loss by seed)}, of
-    the runs that are as long as an explorer's own, and where they come from."""
+    the runs that are as long as an explorer's own, and where they come from. Where only the seed that searched for a
+    rate has been run, its loss stands alone."""
     runs = load()
+    alike = runs[(runs.steps == 60) & (runs.batch == 10)]
     found: dict[tuple[str, str, float], tuple[int, list[float]]] = {}
-    for row in runs[(runs.steps == 60) & (runs.batch == 10) & (runs.seed != SEARCH_SEED)].itertuples():
+    for row in alike[alike.seed != SEARCH_SEED].itertuples():
         found.setdefault((row.attached, row.task, row.lr), (row.trainable, []))[1].append(row.loss)
+    for row in alike[alike.seed == SEARCH_SEED].itertuples():
+        found.setdefault((row.attached, row.task, row.lr), (row.trainable, [row.loss]))
     return found, describe(runs)
 
 
