@@ -34,7 +34,7 @@ def test_quick_rows_come_out_as_stored(id):
 
 
 def near(fresh, stored, name: str = "") -> bool:
-    """Whether figures are the same, numbers to a hundredth; a rounding error of float32 differs between kinds of CPU."""
+    """Whether figures are the same, numbers to a hundredth; rounding errors of float32 differ between kinds of CPU."""
     if isinstance(stored, dict):
         return fresh.keys() == stored.keys() and all(near(fresh[key], stored[key], key) for key in stored)
     if isinstance(stored, list):
