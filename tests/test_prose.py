@@ -28,7 +28,10 @@ CITED = {
     "11_distillation": {"2,000": "rows of the task"},
     "12_serving": {"2,000": "rows of the task"},
     "13_feedback": {"3.7": "a mark that nobody can give", "0.001": "a rate that was set beforehand"},
-    "15_beyond_text": {"5,000": "pictures in the package of MNIST", "4,300": "of them to train on", "12.5": "ms, one column of a spectrogram"},
+    "15_beyond_text": {
+        "5,000": "pictures in the package of MNIST", "4,300": "of them to train on",
+        "12.5": "ms, one column of a spectrogram",
+    },
     "18_your_model": {"1.3": "the factor of `mp.advise`"},
 }  # fmt: skip
 

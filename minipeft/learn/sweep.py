@@ -363,7 +363,12 @@ GAMMAS = {  # LoRA on pirate: {rank: {γ: (least, best, largest rate)}}
 ONLY_SEARCHED = (1 / 2, 8.0)  # γ
 CHECKED = (  # what the ledger compares as well: (method, settings), {task: (least, best, largest rate)}
     (("Full", {}), {"pirate": (1e-3, 3e-3, 1e-2)}),
+    (_lora(2), {FACTS: (3e-3, 1e-2, 3e-2)}),
+    (_lora(8), {FACTS: (1e-3, 3e-3, 1e-2)}),
+    (_lora(5, targets="attention"), {FACTS: (3e-3, 1e-2, 3e-2)}),
+    (_lora(20, targets="attention"), {FACTS: (1e-3, 3e-3, 1e-2)}),
 )
+ALPHA, FIXED = 8, 1e-2  # γ = α/r at one rate, for the same two of SEEDS at each rank
 
 
 def searched() -> list[tuple[str, dict, str, tuple[float, float, float]]]:
@@ -394,6 +399,8 @@ def grid(seeds: int = 3) -> list[Point]:
         points += [point(method, task, lr, SEARCH_SEED, **settings) for lr in tried]
         if settings.get("gamma") not in ONLY_SEARCHED:
             points += [point(method, task, best, seed, **settings) for seed in SEEDS[:3]]
+    for seed in SEEDS[:2]:
+        points += [point("LoRA", "pirate", FIXED, seed, rank=rank, gamma=ALPHA / rank) for rank in GAMMAS]
     return list(dict.fromkeys(points))
 
 
