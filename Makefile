@@ -12,7 +12,7 @@ UNSANDBOXED ?=
 export PYTHON PORT SUBMISSIONS ASSIGNMENT OUT
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help lab test check bench book notebooks exercises grade grade-audit
+.PHONY: help lab test check bench book ledger notebooks exercises grade grade-audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,10 @@ book: ## build the book, a static site with sliders that need no kernel, into bu
 bench: ## measure every benchmark, and write the tables of README.md and docs/benchmarks.md
 	@bash tools/setup.sh real,test,classroom
 	.venv/bin/python benchmarks/table.py
+
+ledger: ## recompute every row of the claims ledger and print it (make ledger LEDGER=--write stores it)
+	@bash tools/setup.sh real
+	.venv/bin/python -m minipeft.course.claims $(LEDGER)
 
 notebooks: ## execute every lesson again and normalise the files
 	@bash tools/setup.sh real,serve,beyond

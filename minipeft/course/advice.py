@@ -137,7 +137,7 @@ def measured(kind: str) -> dict[str, Measured]:
         for task in OTHERS:
             own = atlas.of(runs, task, method) if (runs.task.eq(task) & runs.attached.eq(repr(method))).any() else None
             if own is not None:
-                best[task] = float(own.groupby("lr").loss.mean().idxmin()), own
+                best[task] = atlas.best(runs, task, method)["lr"], own
         if NEAREST[kind] in best:
             rate, own = best[NEAREST[kind]]
             scores = own[own.lr == rate].sort_values("seed").loss

@@ -4,17 +4,21 @@
     atlas.best(runs, "pirate", mp.LoRA(rank=8, gamma=2.0))      # at its best learning rate, over the seeds
     runs.attrs["provenance"]        # versions, device, seeds, date, wall time
 
-It was made by `python -m minipeft.learn.sweep --folder runs --out minipeft/course/atlas.parquet --workers 2`.
+It was made by `python -m minipeft.learn.sweep --folder runs --out minipeft/course/atlas.parquet --workers 2`, and
+`python -m minipeft.course.atlas --rerun 20 --seed 1` runs twenty of its points again and compares.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from functools import cache
 from pathlib import Path
 
 from minipeft.layer import Method
+from minipeft.learn.protocol import SEARCH_SEED
+from minipeft.learn.sweep import Point, method_of, run
 
 PATH = Path(__file__).with_name("atlas.parquet")
 
@@ -28,8 +32,6 @@ def load(path: str | os.PathLike = PATH):
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from minipeft.learn.sweep import method_of
 
     try:
         table = pq.read_table(path)
@@ -54,11 +56,9 @@ def describe(runs) -> str:
     return f"measured {p['date']}, {p['device']}, torch {p['torch']}, seeds {', '.join(map(str, p['seeds']))}"
 
 
-def of(runs, task: str, method: Method, steps: int = 60, batch: int = 10):
-    """The runs of `method`, given as to `attach`, on `task`: a row for each learning rate and seed.
-
-    Raises ValueError where there are none.
-    """
+def all_of(runs, task: str, method: Method, steps: int = 60, batch: int = 10):
+    """The runs of `method`, given as to `attach`, on `task`: a row for each learning rate and seed, those of
+    `SEARCH_SEED` too, which chose a rate. Raises ValueError where there are none."""
     alike = (runs.task == task) & (runs.steps == steps) & (runs.batch == batch)
     found = runs[alike & (runs.attached == repr(method))]
     if found.empty:
@@ -70,23 +70,95 @@ def of(runs, task: str, method: Method, steps: int = 60, batch: int = 10):
     return found
 
 
+def of(runs, task: str, method: Method, **shape):
+    """The runs of `all_of` that report: all but those of `SEARCH_SEED`."""
+    found = all_of(runs, task, method, **shape)
+    return found[found.seed != SEARCH_SEED]
+
+
 def curve(runs, task: str, method: Method, value: str = "loss", **shape):
     """Mean, least and largest `value` over the seeds for each learning rate: a table indexed by `lr`; as for `of`."""
     return of(runs, task, method, **shape).groupby("lr")[value].agg(["mean", "min", "max", "count"])
 
 
+def chosen(runs, task: str, method: Method, **shape) -> tuple[float, str]:
+    """(the best rate, what it was chosen on).
+
+    It is that of the least `valid_loss` in the runs of `SEARCH_SEED` ("validation"), or of the least loss in them for
+    facts learnt by heart, which leave nothing to hold out ("the facts"). Older runs have neither: there it is that of
+    the least mean loss on the very rows that report ("test").
+    """
+    found = all_of(runs, task, method, **shape)
+    search = found[(found.seed == SEARCH_SEED) & (found.stopped == "finished")].set_index("lr")
+    if search.empty:
+        return curve(runs, task, method, **shape)["mean"].idxmin(), "test"
+    if search.valid_loss.notna().all():
+        return search.valid_loss.idxmin(), "validation"
+    return search.loss.idxmin(), "the facts"
+
+
 def best(runs, task: str, method: Method, **shape):
-    """The row of `curve` with the least mean loss, as a mapping: "lr", "mean", "min", "max", "count"."""
-    means = curve(runs, task, method, **shape).reset_index()
-    return means.loc[means["mean"].idxmin()].to_dict()
+    """The row of `curve` at the best rate, as a mapping: "lr", "mean", "min", "max", "count", and "chosen on".
+
+    Raises ValueError where no run reports at that rate, but only the one that chose it.
+    """
+    lr, where = chosen(runs, task, method, **shape)
+    means = curve(runs, task, method, **shape)
+    if lr not in means.index:
+        raise ValueError(
+            f"The atlas has only the run of {method!r} on {task} that chose {lr:g}, and it reports nothing."
+        )
+    return {"lr": lr} | means.loc[lr].to_dict() | {"chosen on": where}
 
 
 @cache
 def measured() -> tuple[dict[tuple[str, str, float], tuple[int, list[float]]], str]:
     """What an explorer looks up: {(the method as its repr, task, learning rate): (numbers trained, loss by seed)}, of
-    the runs that are as long as an explorer's own, and where they come from."""
+    the runs that are as long as an explorer's own, and where they come from. Where only the seed that searched for a
+    rate has been run, its loss stands alone."""
     runs = load()
+    alike = runs[(runs.steps == 60) & (runs.batch == 10)]
     found: dict[tuple[str, str, float], tuple[int, list[float]]] = {}
-    for row in runs[(runs.steps == 60) & (runs.batch == 10)].itertuples():
+    for row in alike[alike.seed != SEARCH_SEED].itertuples():
         found.setdefault((row.attached, row.task, row.lr), (row.trainable, []))[1].append(row.loss)
+    for row in alike[alike.seed == SEARCH_SEED].itertuples():
+        found.setdefault((row.attached, row.task, row.lr), (row.trainable, [row.loss]))
     return found, describe(runs)
+
+
+def sample(runs, n: int, seed: int) -> list[dict]:
+    """`n` runs drawn at random, of each method in turn, so that every kind is drawn; the long ones never."""
+    drawn = runs[runs.steps <= 120].sample(frac=1, random_state=seed)
+    turn = drawn.groupby("method", sort=False).cumcount()
+    return drawn.assign(turn=turn).sort_values("turn", kind="stable").head(n).to_dict("records")
+
+
+def agree(stored: dict, again: dict) -> bool:
+    """Whether a run came back: it ended the same way, trained as many numbers, and its loss is the same to 0.03 nats or
+    3 %. A rate that is too high makes steps so unsteady that rounding grows without bound: a run whose loss is above 3
+    nats needs only to come back above 2."""
+    if (stored["stopped"], stored["trainable"]) != (again["stopped"], again["trainable"]):
+        return False
+    unsteady = stored["loss"] > 3 and again["loss"] > 2
+    return unsteady or abs(stored["loss"] - again["loss"]) <= max(0.03, 0.03 * stored["loss"])
+
+
+def rerun(n: int, seed: int, report=print) -> int:
+    """Runs `sample` again, reports each, and returns how many did not come back."""
+    failed = 0
+    for stored in sample(load(), n, seed):
+        again = run(Point(**{name: stored[name] for name in Point.__dataclass_fields__}))
+        fine = agree(stored, again)
+        failed += not fine
+        where = f"{stored['method']} {stored['settings']} {stored['task']} {stored['lr']:g} seed {stored['seed']}"
+        report(f"{'same ' if fine else 'OTHER'} {stored['loss']:.4f} {again['loss']:.4f}  {where}")
+    report(f"{n - failed} of {n} runs came back")
+    return failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Runs a random sample of the atlas again and compares.")
+    parser.add_argument("--rerun", type=int, default=20, help="how many runs")
+    parser.add_argument("--seed", type=int, default=0, help="which sample")
+    options = parser.parse_args()
+    raise SystemExit(min(1, rerun(options.rerun, options.seed)))

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -29,18 +30,27 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
 
 from minipeft.analyze.spectrum import spectra
 from minipeft.attach import attach
+from minipeft.front import IGNORE
 from minipeft.layer import Layer, Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.learn.plan import Plan
+from minipeft.learn.protocol import SEARCH_SEED, SEEDS
+from minipeft.learn.rows import collate, read
 from minipeft.methods import METHODS
 from minipeft.whole import HALF, write_whole
 from minipeft.world import base, tasks
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+VALIDATED = 200  # rows that choose a rate
 STALE = 600  # seconds after which nobody is writing half a file any more
 WALL_TIME = ("seconds",)  # the columns that differ between two executions
 
@@ -98,6 +108,32 @@ def task_of(name: str) -> tasks.Task:
 
 
 @cache
+def validation(name: str) -> Dataset | None:
+    """200 rows from the task's source that are neither trained on nor tested; None for facts, which are learnt by heart
+    and leave nothing to hold out."""
+    task = task_of(name)
+    if task.bits:
+        return None
+    known = {row for split in task.data.values() for row in split["text"]}
+    fresh = getattr(tasks, name)(train=1, test=VALIDATED + 50, seed=1).data["test"]
+    return fresh.filter(lambda row: row["text"] not in known).select(range(VALIDATED))
+
+
+@torch.no_grad()
+def row_losses(model, task: tasks.Task, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ −log p of the tokens that are scored, their number) for each row of a task of texts or answers."""
+    encoded, nats, tokens = read(model, task, rows, model.tokenizer), [], []
+    for start in range(0, len(encoded), 64):
+        inputs = collate(task.kind, encoded[start : start + 64], model.tokenizer, model.device)
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs).logits[:, :-1].float().transpose(1, 2)
+        each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
+        nats.append(each.double().sum(1).cpu())
+        tokens.append((labels != IGNORE).sum(1).cpu())
+    return torch.cat(nats), torch.cat(tokens)
+
+
+@cache
 def _pocket(device: str):
     return base.load("pocket")[0].to(device)
 
@@ -106,9 +142,11 @@ def run(point: Point, device: str = "cpu") -> dict:
     """Trains a fresh adapter on the pocket model, on one CPU thread or on a GPU, and measures it.
 
     `loss`, `accuracy` on the first 100 test rows (all facts of a `facts` task) and `plain_loss` on 50 of the base's own
-    stories, in nats a token; `train_loss`, the mean of the last ten batches; `stable_rank` and `effective_rank`,
-    medians over the changed matrices (none where a method changes no weight); `peak_memory` of a step in bytes;
-    `seconds` of CPU time. A run that diverged says so in `stopped`, and is scored as it is.
+    stories, in nats a token; `loss_se`, the standard error of `loss` over those `n` rows; `valid_loss` on the rows that
+    may choose a rate; `train_loss`, the mean of the last ten batches; `delta_norm`, ‖ΔW‖_F of all changed matrices
+    together; `stable_rank` and `effective_rank`, medians over them (none where a method changes no weight);
+    `peak_memory` of a step in bytes; `seconds` of CPU time. A run that diverged says so in `stopped`, and is scored as
+    it is.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -122,6 +160,10 @@ def run(point: Point, device: str = "cpu") -> dict:
                 for _ in training(tuned, task, history, point.plan):
                     pass
             score = evaluate(tuned, task, n=None if task.bits else 100)
+            nats, tokens = row_losses(tuned, task, task.data["test"].select(range(score.n)))
+            _, error = base.excess(nats, tokens, torch.zeros(score.n))
+            held = validation(point.task)
+            valid = None if held is None else [part.sum() for part in row_losses(tuned, task, held)]
             plain = evaluate(tuned, tasks.plain(), n=50)
             known = history.stopped == "finished" and all(type(la).delta is not Layer.delta for la in tuned.layers())
             found = list(spectra(tuned).values()) if known else []
@@ -136,9 +178,13 @@ def run(point: Point, device: str = "cpu") -> dict:
         "floor": task.floor,
         "bits": task.bits,
         "loss": score.loss,
+        "loss_se": error,
+        "n": score.n,
+        "valid_loss": None if valid is None else (valid[0] / valid[1]).item(),
         "accuracy": score.accuracy,
         "plain_loss": plain.loss,
         "train_loss": statistics.fmean(history.losses[-10:]) if history.losses else None,
+        "delta_norm": math.hypot(*(s.norm for s in found)) if found else None,
         "stable_rank": statistics.median(s.stable_rank for s in found) if found else None,
         "effective_rank": statistics.median(s.effective_rank for s in found) if found else None,
         "tokens": history.tokens,
@@ -222,8 +268,10 @@ def collect(
             ) from error
         rows.append(row)
     if not rows:
-        raise ValueError("There are no points to collect; grid('short') makes some.")
-    table = pa.Table.from_pylist(rows).replace_schema_metadata({"provenance": json.dumps(provenance(rows, device))})
+        raise ValueError("There are no points to collect; grid(seeds=1) makes some.")
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
+    table = table.replace_schema_metadata({"provenance": json.dumps(provenance(rows, device))})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_whole(path, sink.getvalue().to_pybytes())
@@ -237,7 +285,7 @@ def provenance(rows: Sequence[dict], device: str | None = None) -> dict:
     return {
         "runs": len(rows),
         "model": "pocket",
-        "seeds": sorted({row["seed"] for row in rows}),
+        "seeds": sorted({row["seed"] for row in rows} - {SEARCH_SEED}),
         "device": device or f"CPU, 1 thread ({platform.machine()})",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -247,7 +295,7 @@ def provenance(rows: Sequence[dict], device: str | None = None) -> dict:
     }
 
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 LANGUAGE, FACTS = ("pirate", "flip", "cipher"), "facts(64)"
 ALL = (*LANGUAGE, FACTS)
 FRONT = ("pirate", "flip", "forecast")  # for what stands before the text
@@ -300,10 +348,40 @@ BATCHES = ((120, 5), (15, 40))  # 600 texts in other batches than 10
 CAPACITY = (64, 128, 256, 512)  # facts to learn by heart
 
 
+# Under the protocol: SEARCH_SEED runs all rates from the first to the last, and validation rows chose the one between;
+# three of SEEDS run that one, but for γ = 1/2 and 8, which were only searched. 0.01 is among all rates, to compare at.
+GAMMAS = {  # LoRA on pirate: {rank: {γ: (least, best, largest rate)}}
+    1: {1/8: (1e-2, 1e-1, 3e-1), 1/2: (1e-2, 3e-2, 1e-1), 2.0: (1e-2, 3e-2, 1e-1), 8.0: (3e-3, 1e-2, 3e-2),
+        16.0: (3e-3, 1e-2, 3e-2)},
+    4: {1/8: (1e-2, 1e-1, 3e-1), 1/2: (1e-2, 3e-2, 1e-1), 2.0: (3e-3, 3e-2, 1e-1), 8.0: (1e-3, 1e-2, 3e-2),
+        16.0: (1e-3, 1e-2, 3e-2)},
+    16: {1/8: (1e-2, 3e-2, 1e-1), 1/2: (1e-2, 3e-2, 1e-1), 2.0: (3e-3, 1e-2, 3e-2), 8.0: (1e-3, 3e-3, 1e-2),
+         16.0: (3e-4, 3e-3, 1e-2)},
+    64: {1/8: (1e-2, 3e-2, 1e-1), 1/2: (3e-3, 1e-2, 3e-2), 2.0: (1e-3, 3e-3, 1e-2), 8.0: (3e-4, 3e-3, 1e-2),
+         16.0: (3e-4, 1e-3, 1e-2)},
+}  # fmt: skip
+ONLY_SEARCHED = (1 / 2, 8.0)  # γ
+CHECKED = (  # what the ledger compares as well: (method, settings), {task: (least, best, largest rate)}
+    (("Full", {}), {"pirate": (1e-3, 3e-3, 1e-2)}),
+    (_lora(2), {FACTS: (3e-3, 1e-2, 3e-2)}),
+    (_lora(8), {FACTS: (1e-3, 3e-3, 1e-2)}),
+    (_lora(5, targets="attention"), {FACTS: (3e-3, 1e-2, 3e-2)}),
+    (_lora(20, targets="attention"), {FACTS: (1e-3, 3e-3, 1e-2)}),
+)
+ALPHA, FIXED = 8, 1e-2  # γ = α/r at one rate, for the same two of SEEDS at each rank
+
+
+def searched() -> list[tuple[str, dict, str, tuple[float, float, float]]]:
+    """(method, settings, task, (least, best, largest rate)) of all that was measured under the protocol."""
+    gammas = [("LoRA", {"rank": r, "gamma": g}, "pirate", rates) for r in GAMMAS for g, rates in GAMMAS[r].items()]
+    return gammas + [(*which, task, rates) for which, each in CHECKED for task, rates in each.items()]
+
+
 def grid(seeds: int = 3) -> list[Point]:
     """The runs of the atlas, seed by seed: every method and size of the lessons' sliders, 60 steps of 10 texts, at
-    learning rates a factor of three apart; pirate in other batches; and, for the first two seeds, long runs of LoRA in
-    the MLPs' last layers, which show every fact 500 times and fill a small rank."""
+    learning rates a factor of three apart; pirate in other batches; for the first two seeds, long runs of LoRA in
+    the MLPs' last layers, which show every fact 500 times and fill a small rank; and what is measured under the
+    protocol."""
     points = []
     for seed in range(seeds):
         for (method, settings), names, least, largest in SLIDERS:
@@ -316,7 +394,14 @@ def grid(seeds: int = 3) -> list[Point]:
             for rank in (1, 4):
                 name, settings = _lora(rank, targets=["down_proj"])
                 points += [point(name, f"facts({n})", 3e-2, seed, 2000, n // 4, "linear", **settings) for n in CAPACITY]
-    return points
+    for method, settings, task, (least, best, largest) in searched():
+        tried = [lr for lr in RATES if least <= lr <= largest]
+        points += [point(method, task, lr, SEARCH_SEED, **settings) for lr in tried]
+        if settings.get("gamma") not in ONLY_SEARCHED:
+            points += [point(method, task, best, seed, **settings) for seed in SEEDS[:3]]
+    for seed in SEEDS[:2]:
+        points += [point("LoRA", "pirate", FIXED, seed, rank=rank, gamma=ALPHA / rank) for rank in GAMMAS]
+    return list(dict.fromkeys(points))
 
 
 def _end_with_parent() -> None:

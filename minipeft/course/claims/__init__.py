@@ -6,10 +6,11 @@
 
 A row is a *check*, which returns figures, and a *rule*, which makes a verdict of them: holds, holds when …, wrong,
 cannot tell. `ledger.json` keeps the figures; the verdict must follow from them by the rule, or a test fails. `counting`
-has the rows that definitions, counts and code decide, `measuring` those that runs decide.
+has the rows that definitions, counts and code decide, `comparing` those that the atlas's runs decide, `measuring` those
+that train anew, `timing` those about seconds and bytes.
 """
 
-from minipeft.course.claims import counting, measuring  # noqa: F401  they fill CLAIMS
+from minipeft.course.claims import comparing, counting, measuring, timing  # noqa: F401  they fill CLAIMS
 from minipeft.course.claims.ledger import CLAIMS, HOLDS, PATH, WRONG, Claim, load, recompute, row, table
 
 __all__ = ["CLAIMS", "HOLDS", "PATH", "WRONG", "Claim", "load", "recompute", "row", "table"]

@@ -61,6 +61,13 @@ def only(cases: Sequence[str], of: int, what: str = "task") -> str:
     return HOLDS if len(cases) == of else f"holds when the {what} is {' or '.join(cases)}" if cases else WRONG
 
 
+def over(verdicts: dict[str, str], what: str) -> str:
+    """One verdict of several: that of all, the cases in which the claim holds, or that none can be told."""
+    if HOLDS in verdicts.values():
+        return only([name for name, said in verdicts.items() if said == HOLDS], len(verdicts), what)
+    return CANNOT_TELL if CANNOT_TELL in verdicts.values() else WRONG
+
+
 def table(rows: list[dict]) -> str:
     """The ledger as text: id, verdict, claim, figures."""
     lines = []
