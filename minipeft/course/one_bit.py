@@ -3,8 +3,8 @@
 A story that is worth 0 or 1 tells the model at most one bit. A run of STEPS steps of BATCH stories tells it at most
 STEPS·BATCH bits, which is fewer than LoRA of rank 1 has numbers. Every method of METHODS learns happy endings by policy
 gradient under that budget: LoRA on every linear layer, and HANDFUL numbers that move the attention's v and o matrices
-along random directions. Each has its own learning rate: the one whose fresh stories, written with a seed that reports nothing, are
-worth most, reward less β times the KL to the base.
+along random directions. Each has its own learning rate: the one whose fresh stories, written with a seed that reports
+nothing, are worth most, reward less β times the KL to the base.
 """
 
 from __future__ import annotations

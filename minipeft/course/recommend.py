@@ -220,7 +220,12 @@ def measure(notes: Notes) -> dict:
         )
         people.append({"seed": seed} | notes.get(f"heads {seed}", lambda s=seed: personally(head_lr, s, "test")))
     counts = {split: int(liked.sum()) for split, liked in data.liked.items()}
-    size = {"people": len(data.liked["train"]), "films": len(data.films), "known": int(data.known.sum()), "liked": counts}
+    size = {
+        "people": len(data.liked["train"]),
+        "films": len(data.films),
+        "known": int(data.known.sum()),
+        "liked": counts,
+    }
     size |= {"new": {split: int(new.sum()) for split, new in data.new.items()}}
     return {"runs": runs, "people": people, "rate": lr, "head rate": head_lr, "size": size}
 

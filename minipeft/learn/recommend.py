@@ -35,7 +35,9 @@ def choice_loss(z: torch.Tensor, liked: torch.Tensor, tau: float = TAU) -> torch
     count = weight.sum(1, keepdim=True)
     person, film = (liked & (count >= 2)).nonzero(as_tuple=True)
     if not len(person):
-        raise ValueError("Nobody liked two films of the sample, so no film can be guessed from another: take more films.")
+        raise ValueError(
+            "Nobody liked two films of the sample, so no film can be guessed from another: take more films."
+        )
     others = ((weight @ z)[person] - z[film]) / (count[person] - 1)
     logits = F.normalize(others - z.mean(0), dim=1) @ z.T / tau
     also = liked[person].clone()
@@ -48,9 +50,9 @@ def ranking(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(recall@k, nDCG@k) of each person who wants something, from scores, `wanted` and `shown` (people, films).
 
-        recall@k = |top k ∩ wanted| / min(k, |wanted|)        nDCG@k = Σ_{rank r ≤ k, wanted} 1/log₂(r + 1), over its most
+        recall@k = |top k ∩ wanted| / min(k, |wanted|)      nDCG@k = Σ 1/log₂(r + 1) over its most, of ranks r that hit
 
-    Only films that are `shown` are ranked; ties count in the order of the films. Raises ValueError for a score that is
+    Only films that are `shown` are ranked; ties count in the order of the films (Liang et al. 2018, §4.2). Raises ValueError for a score that is
     no number, and where nobody wants a film that is shown.
     """
     if scores.isnan().any():

@@ -93,7 +93,9 @@ def simulate(
     for prompt, first, second in drafts:
         a, b = (reward(f"{prompt} {text}".strip()) for text in (first, second))
         if math.isnan(a) or math.isnan(b):
-            raise ValueError(f"The reward of {(first if math.isnan(a) else second)!r} is no number: give every text one.")
+            raise ValueError(
+                f"The reward of {(first if math.isnan(a) else second)!r} is no number: give every text one."
+            )
         slip = rng.random() < noise
         if a != b:
             pairs.append(Pair(prompt, first, second, "first" if (a > b) != slip else "second"))
@@ -171,7 +173,9 @@ class RewardModel(nn.Module):
         rows = self.read(texts)
         scores = [r for i in range(0, len(rows), batch) for r in self(rows[i : i + batch]).tolist()]
         if bad := [text for text, r in zip(texts, scores, strict=True) if not math.isfinite(r)]:
-            raise ValueError(f"The score of {bad[0][:60]!r} is no number: look for NaN in the reward model, train it anew.")
+            raise ValueError(
+                f"The score of {bad[0][:60]!r} is no number: look for NaN in the reward model, train it anew."
+            )
         return scores
 
     def differences(self, pairs: Sequence[Pair]) -> list[float]:
