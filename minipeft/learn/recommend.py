@@ -52,8 +52,8 @@ def ranking(
 
         recall@k = |top k ∩ wanted| / min(k, |wanted|)      nDCG@k = Σ 1/log₂(r + 1) over its most, of ranks r that hit
 
-    Only films that are `shown` are ranked; ties count in the order of the films (Liang et al. 2018, §4.2). Raises ValueError for a score that is
-    no number, and where nobody wants a film that is shown.
+    Only films that are `shown` are ranked; ties count in the order of the films. Raises ValueError for a score that is
+    no number, and where nobody wants a film that is shown. Source: Liang et al. 2018, §4.2.
     """
     if scores.isnan().any():
         raise ValueError("A score is no number, so nothing can be ranked: look for NaN in the encoder.")
