@@ -108,6 +108,12 @@ LESSONS = (
         "What does a text know that other people's taste does not?",
         "06, 12 and 16",
     ),
+    Lesson(
+        "20_opinion_monitor",
+        "Opinion monitor",
+        "When has opinion turned, and how often is the alarm a false one?",
+        "14 and 16",
+    ),
 )
 
 

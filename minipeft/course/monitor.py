@@ -122,30 +122,26 @@ def alarms(x: Sequence[float], threshold: float) -> list[int]:
     return [t for t, value in enumerate(x) if detector.update(value)]
 
 
-def calm_streams(p: Sequence[float], labels: Sequence[int], seed: int = 0) -> list[list[float]]:
-    """The values of STREAMS streams in which nothing changes."""
-    return [values(p, drawn(labels, calm(), seed + n)) for n in range(STREAMS)]
+def streams(labels: Sequence[int], share: Sequence[float], seed: int = 0) -> list[list[list[int]]]:
+    """STREAMS streams of one kind."""
+    return [drawn(labels, share, seed + n) for n in range(STREAMS)]
 
 
-def turning_streams(p: Sequence[float], labels: Sequence[int], after: float = FALLS) -> list[list[float]]:
-    return [values(p, drawn(labels, turning(after), 10_000 + n)) for n in range(STREAMS)]
+def false_alarms(calm: Sequence[Sequence[float]], threshold: float) -> int:
+    """Alarms on the values of calm streams, all of which are false."""
+    return sum(len(alarms(x, threshold)) for x in calm)
 
 
-def false_alarms(streams: Sequence[Sequence[float]], threshold: float) -> int:
-    """Alarms on calm streams, all of which are false."""
-    return sum(len(alarms(x, threshold)) for x in streams)
-
-
-def delays(streams: Sequence[Sequence[float]], threshold: float) -> list[int | None]:
+def delays(turned: Sequence[Sequence[float]], threshold: float) -> list[int | None]:
     """Of each turning stream, how many batches after the turn the first alarm came; None where none came."""
-    late = [[t - TURN for t in alarms(x, threshold) if t >= TURN] for x in streams]
+    late = [[t - TURN for t in alarms(x, threshold) if t >= TURN] for x in turned]
     return [each[0] if each else None for each in late]
 
 
-def chosen(streams: Sequence[Sequence[float]]) -> float:
+def chosen(calm: Sequence[Sequence[float]]) -> float:
     """The least λ of THRESHOLDS with at most ALLOWED false alarms in 1,000 batches of calm streams, else the largest."""
-    within = ALLOWED / 1000 * sum(map(len, streams))
-    return next((t for t in THRESHOLDS if false_alarms(streams, t) <= within), THRESHOLDS[-1])
+    within = ALLOWED / 1000 * sum(map(len, calm))
+    return next((t for t in THRESHOLDS if false_alarms(calm, t) <= within), THRESHOLDS[-1])
 
 
 def rate(count: int, batches: int) -> tuple[float, float, float]:
@@ -153,7 +149,7 @@ def rate(count: int, batches: int) -> tuple[float, float, float]:
     from scipy.stats import chi2
 
     low = chi2.ppf(0.025, 2 * count) / 2 if count else 0.0
-    return tuple(1000 * n / batches for n in (count, low, chi2.ppf(0.975, 2 * count + 2) / 2))
+    return tuple(1000 * float(n) / batches for n in (count, low, chi2.ppf(0.975, 2 * count + 2) / 2))
 
 
 if __name__ == "__main__":

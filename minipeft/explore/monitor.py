@@ -31,7 +31,7 @@ class OpinionMonitor(SliderPlot):
         if not len(p) == len(labels) == len(texts):
             raise ValueError(f"There are {len(p)} scores, {len(labels)} labels and {len(texts)} texts: give one for each.")
         self.p, self.labels, self.texts = p, labels, texts
-        self.calm = monitor.calm_streams(p, labels)
+        self.calm = [monitor.values(p, each) for each in monitor.streams(labels, monitor.calm())]
         style = {"description_width": "initial"}
         shares = [(f"{share:.0%}", share) for share in (0.2, 0.4, 0.55, monitor.HELD, 0.9)]
         controls = {
@@ -74,5 +74,5 @@ def opinion_monitor() -> OpinionMonitor:
     found, test = monitor.measured(), monitor.tweets()["test"]
     labels, validation = test["label"], monitor.tweets()["validation"]["label"]
     run = found["runs"][0]
-    threshold = monitor.chosen(monitor.calm_streams(run["validation"], validation))
-    return OpinionMonitor(run["test"], labels, test["text"], threshold)
+    calm = [monitor.values(run["validation"], each) for each in monitor.streams(validation, monitor.calm())]
+    return OpinionMonitor(run["test"], labels, test["text"], monitor.chosen(calm))
