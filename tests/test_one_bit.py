@@ -40,9 +40,9 @@ def test_what_a_run_is_worth_and_who_is_worth_more():
 
 @pytest.mark.slow
 def test_a_run_begins_as_it_is_stored(monkeypatch):
-    monkeypatch.setattr(one_bit, "STEPS", 3)
+    monkeypatch.setattr(one_bit, "STEPS", 2)
     monkeypatch.setattr(one_bit, "look", lambda tuned, seed: {"happy": 0, "true happy": 0, "parses": 0, "kl": 0})
     stored = next(r for r in one_bit.measured()["runs"] if (r["method"], r["seed"]) == ("LoRA r=1", 3))
     found = one_bit.learn("LoRA r=1", stored["lr"], 3)
     assert found["trainable"] == stored["trainable"]
-    assert found["rewards"] == pytest.approx(stored["rewards"][:3], abs=0.09)  # two of 24 stories, where a CPU rounds
+    assert found["rewards"] == pytest.approx(stored["rewards"][:2], abs=0.09)  # two of 24 stories, where a CPU rounds

@@ -10,11 +10,12 @@ and some in which the share of positive tweets falls. λ is chosen on streams of
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from minipeft.course.notes import Notes
 from minipeft.course.notes import measure as measure_parts
@@ -96,11 +97,12 @@ def drawn(labels: Sequence[int], share: Sequence[float], seed: int) -> list[list
     """Numbers of tweets, SIZE for each batch, of which a share is positive: share[t] is that of batch t.
 
     Raises ValueError where a class is missing, for then no share can be drawn."""
-    by = [[i for i, label in enumerate(labels) if label == wanted] for wanted in (0, 1)]
-    if not all(by):
+    by = [np.flatnonzero(np.asarray(labels) == wanted) for wanted in (0, 1)]
+    if not all(map(len, by)):
         raise ValueError("A stream needs positive and negative sentences, but one class has none.")
-    rng = random.Random(seed)
-    return [[rng.choice(by[rng.random() < s]) for _ in range(SIZE)] for s in share]
+    rng, size = np.random.default_rng(seed), (len(share), SIZE)
+    negative, positive = (rng.choice(each, size) for each in by)
+    return np.where(rng.random(size) < np.asarray(share)[:, None], positive, negative).tolist()
 
 
 def calm() -> list[float]:
