@@ -103,6 +103,18 @@ LESSONS = (
     Lesson(
         "18_your_model", "Your own model", "What do you try first, and how do you know that it worked?", "06 and 10"
     ),
+    Lesson(
+        "19_recommender",
+        "Recommending from text",
+        "What does a text know that other people's taste does not?",
+        "06, 12 and 16",
+    ),
+    Lesson(
+        "20_opinion_monitor",
+        "Opinion monitor",
+        "When has opinion turned, and how often is the alarm a false one?",
+        "14 and 16",
+    ),
 )
 
 

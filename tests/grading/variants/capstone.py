@@ -122,7 +122,8 @@ def calibration_error(probabilities, truth, bins=10):
     confidence, said = probabilities.max(-1)
     right, place = (said == truth).double(), (confidence * bins).floor().long().clamp(max=bins - 1)
     return sum(
-        (place == b).double().mean().item() * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
+        (place == b).double().mean().item()
+        * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
         for b in place.unique()
     )
 
@@ -143,7 +144,8 @@ def calibration_error(probabilities, truth, bins=10):
     confidence = probabilities[torch.arange(len(truth)), truth]
     right, place = (said == truth).double(), (confidence * bins).ceil().long() - 1
     return sum(
-        (place == b).double().mean().item() * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
+        (place == b).double().mean().item()
+        * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
         for b in place.unique()
     )
 
@@ -153,7 +155,8 @@ def calibration_error(probabilities, truth, bins=10):
     confidence, said = probabilities.max(-1)
     right, place = (said == truth).double(), (confidence * 10).ceil().long() - 1
     return sum(
-        (place == b).double().mean().item() * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
+        (place == b).double().mean().item()
+        * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
         for b in place.unique()
     )
 
@@ -163,7 +166,8 @@ def calibration_error(probabilities, truth, bins=10):
     confidence, said = probabilities.max(-1)
     right, place = (said == truth).double(), (confidence * bins).ceil().long() - 1
     return sum(
-        (place == b).double().mean().item() * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
+        (place == b).double().mean().item()
+        * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
         for b in range(bins)
     )
 
