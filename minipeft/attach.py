@@ -188,7 +188,10 @@ class Tuned(StandIn):
 
     @contextlib.contextmanager
     def disabled(self):
-        """Within it, the model is the base, bit for bit."""
+        """Within it, the model is the base, bit for bit, as it computes with frozen weights.
+
+        Where gradients are recorded, PyTorch takes another way to the same result for weights that require them.
+        """
         before, self._disabled = self._disabled, True
         self._refresh()
         try:
@@ -379,6 +382,8 @@ class Tuned(StandIn):
         """Makes the base's pointers agree with what is active, merged and disabled."""
         bare = self._disabled or bool(self._state.rows)
         self._state.silent = self._disabled or self._merged is not None
+        for seat in self._seats.values():
+            seat.heed()
         merged = self._merged or {slot: layer.value for layer in self.layers() for slot in layer.slots}
         for (path, name), original in self._originals.items():
             self.base.get_submodule(path)._parameters[name] = original
