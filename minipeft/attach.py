@@ -25,7 +25,7 @@ from torch import nn
 
 from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.calls import unheard
-from minipeft.front import Front, front
+from minipeft.front import Front, front, generating
 from minipeft.hook import Rows, Seat, State, check_rows, reading_seat, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged, unrounded
@@ -95,9 +95,7 @@ class Tuned(StandIn):
 
     def generate(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
         """The base's generate, with the same `adapters` (no beams: they would multiply the rows)."""
-        if adapters is None:
-            return self.base.generate(*args, **kwargs)
-        with self._per_row(adapters, args, kwargs):
+        with generating(self.base, self._front) if adapters is None else self._per_row(adapters, args, kwargs):
             return self.base.generate(*args, **kwargs)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
