@@ -140,7 +140,11 @@ def test_no_fast_path_goes_past_an_adapter(method):
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in base.modules())
 
 
-@pytest.mark.parametrize("method", [mp.LoRA(2, targets=["self_attn"]), mp.LoRA(2, targets=["linear2"]), mp.Adapter(2)])
+@pytest.mark.parametrize(
+    "method",
+    [mp.LoRA(2, targets=["self_attn"]), mp.LoRA(2, targets=["linear2"]), mp.Adapter(2), mp.Experts(2)],
+    ids=lambda method: type(method).__name__,
+)
 def test_disabled_the_base_takes_its_fast_path_again(method):
     """Where it gives other bits than the way that an adapter needs, and is taken by weights that require no gradient,
     or when none is recorded."""
@@ -155,6 +159,8 @@ def test_disabled_the_base_takes_its_fast_path_again(method):
         return [of(x, src_key_padding_mask=mask).nan_to_num() for mask in masks]
 
     adapted = outputs(tuned)
+    sum(y.square().sum() for y in adapted).backward()
+    assert all(p.grad is not None and p.grad.any() for p in tuned.adapters.parameters()), "all of it acts"
     for gradients in (True, False):
         with tuned.disabled(), torch.set_grad_enabled(gradients):
             tuned.add(f"another {gradients}", method)
