@@ -1,5 +1,5 @@
-"""The opinion monitor: streams have the shares that they are drawn with, a threshold keeps to what is allowed, the rate's
-interval is Poisson's, and the page says what the streams do."""
+"""The opinion monitor: streams have the shares that they are drawn with, a threshold keeps to what is allowed, the
+rate's interval is Poisson's, and the page says what the streams do."""
 
 from __future__ import annotations
 
