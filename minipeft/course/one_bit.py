@@ -52,7 +52,7 @@ def learn(name: str, lr: float, seed: int) -> dict:
 
 def worth(found: dict) -> float:
     """What the run was to make large, on fresh stories: E[R] − β·KL; −∞ for a run that diverged."""
-    return -math.inf if found["kl"] is None else found["happy"] + BETA * found["kl"]
+    return -math.inf if found["kl"] is None else found["happy"] - BETA * found["kl"]
 
 
 def measure(notes: Notes) -> dict:
