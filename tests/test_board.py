@@ -72,6 +72,7 @@ def test_the_calibration_error_is_its_definition(guesses, m):
 
 def test_sure_and_wrong_is_the_worst_and_bad_input_is_named():
     assert calibration_error(reliability([1.0] * 4, [False] * 4)) == 1.0
+    assert [b.n for b in reliability([0.0, 0.5, 0.6, 1.0], [True] * 4, bins=2)] == [2, 2], "an edge is the lower bin's"
     assert calibration_error(reliability([0.75] * 4, [True, True, True, False])) == 0.0
     with pytest.raises(ValueError, match="give one for each"):
         reliability([], [])

@@ -1,5 +1,5 @@
-"""The opinion monitor: streams have the shares that they are drawn with, a threshold keeps to what is allowed, the rate's
-interval is Poisson's, and the page says what the streams do."""
+"""The opinion monitor: streams have the shares that they are drawn with, a threshold keeps to what is allowed, the
+rate's interval is Poisson's, and the page says what the streams do."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def test_alarms_delays_and_the_threshold_by_hand():
     assert monitor.alarms(quiet, 0.2) == [] and monitor.alarms(turned, 0.5)[0] == monitor.TURN
     assert monitor.delays([turned, quiet], 0.5) == [0, None]
     early = [0.3] * 10 + [0.9] + [0.3] * 49
+    assert monitor.delays([early], 0.3) == [None], "what came before the turn did not find it"
     assert monitor.false_alarms([early, quiet], 0.3) == 1 and monitor.false_alarms([early], 2.0) == 0
     assert monitor.chosen([quiet]) == monitor.THRESHOLDS[0], "where nothing happens the least will do"
     least = monitor.chosen([early])

@@ -31,8 +31,9 @@ def test_what_a_run_is_worth_and_who_is_worth_more():
     def runs(name, values):
         return [{"method": name, "happy": value, "kl": 0.0} for value in values]
 
-    for other, said in (([0.6, 0.61, 0.59], "higher"), ([0.9, 0.91, 0.92], "lower"), ([0.79, 0.8, 0.81], "no different")):
-        found = {"runs": runs("a", [0.79, 0.8, 0.81]) + runs("b", other)}
+    one, less, more = [0.79, 0.8, 0.81], [0.6, 0.61, 0.59], [0.9, 0.91, 0.92]
+    for other, said in ((less, "higher"), (more, "lower"), (one, "no different")):
+        found = {"runs": runs("a", one) + runs("b", other)}
         assert one_bit.against(found, "a", "b")[2] == said
     found = {"runs": runs("a", [0.5, 0.9, 0.7]) + runs("b", [0.9, 0.5, 0.7])}
     assert one_bit.against(found, "a", "b")[2] == "cannot tell"

@@ -125,8 +125,8 @@ def measure(tell: Callable[[str], object] = print) -> dict:
 
 
 def board() -> dict[str, dict]:
-    """{method: {"rate", "accuracy": [a seed each], "macro-F1": […], "searched": {rate: validation loss}}}; "ECE", "bins"
-    and "wrong" too, a seed each, where all runs of the method kept them."""
+    """{method: {"rate", "accuracy": [a seed each], "macro-F1": […], "searched": {rate: validation loss}}}; "ECE",
+    "bins" and "wrong" too, a seed each, where all runs of the method kept them."""
     runs = json.loads(FILE.read_text(encoding="utf-8"))["runs"].values()
     found = {}
     for name in METHODS:
@@ -145,8 +145,8 @@ def board() -> dict[str, dict]:
 
 
 def hard(least: float = 0.9) -> dict[int, float]:
-    """{number of a test sentence: the share of runs that got it wrong}, the hardest first, down to `least`; every method
-    that kept what its runs got wrong counts."""
+    """{number of a test sentence: the share of runs that got it wrong}, the hardest first, down to `least`; every
+    method that kept what its runs got wrong counts."""
     wrong = [run for found in board().values() for run in found.get("wrong", ())]
     missed = Counter(i for run in wrong for i in run)
     ranked = sorted(missed.items(), key=lambda each: (-each[1], each[0]))

@@ -141,7 +141,7 @@ def delays(turned: Sequence[Sequence[float]], threshold: float) -> list[int | No
 
 
 def chosen(calm: Sequence[Sequence[float]]) -> float:
-    """The least λ of THRESHOLDS with at most ALLOWED false alarms in 1,000 batches of calm streams, else the largest."""
+    """The least λ of THRESHOLDS with at most ALLOWED false alarms in 1,000 calm batches, else the largest."""
     within = ALLOWED / 1000 * sum(map(len, calm))
     return next((t for t in THRESHOLDS if false_alarms(calm, t) <= within), THRESHOLDS[-1])
 

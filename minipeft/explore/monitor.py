@@ -1,6 +1,6 @@
 """The opinion monitor as a page: sentences come in, and an alarm says when opinion has turned.
 
-    python -m voila docs/opinion_monitor.ipynb
+python -m voila docs/opinion_monitor.ipynb
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class OpinionMonitor(SliderPlot):
 
     def __init__(self, p: Sequence[float], labels: Sequence[int], texts: Sequence[str], threshold: float = 1.0):
         if not len(p) == len(labels) == len(texts):
-            raise ValueError(f"There are {len(p)} scores, {len(labels)} labels and {len(texts)} texts: give one for each.")
+            found = f"{len(p)} scores, {len(labels)} labels and {len(texts)} texts"
+            raise ValueError(f"There are {found}: give one for each.")
         self.p, self.labels, self.texts = p, labels, texts
         self.calm = [monitor.values(p, each) for each in monitor.streams(labels, monitor.calm())]
         style = {"description_width": "initial"}
@@ -64,9 +65,9 @@ class OpinionMonitor(SliderPlot):
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         figure.subplots_adjust(left=0.07, right=0.8, top=0.9, bottom=0.15)
         mean, low, high = monitor.rate(monitor.false_alarms(self.calm, threshold), sum(map(len, self.calm)))
-        said = f"<p>λ = {threshold:g} raises {mean:.1f} false alarms in 1,000 calm batches ({low:.1f} to {high:.1f}).</p>"
-        latest = "".join(f"<li>{1 - self.p[i]:.2f} negative: {html.escape(self.texts[i])}</li>" for i in drawn[-1][:LATEST])
-        return f"{said}<ul>{latest}</ul>"
+        said = f"λ = {threshold:g} raises {mean:.1f} false alarms in 1,000 calm batches ({low:.1f} to {high:.1f})."
+        latest = [f"{1 - self.p[i]:.2f} negative: {html.escape(self.texts[i])}" for i in drawn[-1][:LATEST]]
+        return f"<p>{said}</p><ul>{''.join(f'<li>{each}</li>' for each in latest)}</ul>"
 
 
 def opinion_monitor() -> OpinionMonitor:

@@ -5,14 +5,13 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, FLAGS
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("voila", reason="needs `pip install voila`")
+pytest.importorskip("voila", reason='needs `pip install "minipeft[page]"`')
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 
 
