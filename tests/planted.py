@@ -61,8 +61,8 @@ BUGS = (
     ),
     Bug(
         "IA3 is merged without the bias that its scale takes along",
-        "(self.l.flatten() - 1) * bias[self.rows]",
-        "0.0 * bias[self.rows]",
+        "(self.l.flatten() - 1) * bias[rows]",
+        "0.0 * bias[rows]",
         "tests/test_attach.py::test_invariants",
     ),
     Bug(
