@@ -413,10 +413,10 @@ def test_a_prefix_is_not_taken_for_what_was_generated_before():
     model, ids = qwen_vl(), torch.arange(7, 14).expand(2, -1)
     expected = model(with_words({"input_ids": ids})["input_ids"]).logits[:, N:]
     tuned = attach(model, PrefixTuning(N, init=WORDS))
-    found = tuned(ids).logits
+    found = tuned(ids, attention_mask=torch.ones_like(ids)).logits
     same(found, expected)
     tuned.generate(ids, max_new_tokens=2, do_sample=False)
-    assert torch.equal(tuned(ids).logits, found)
+    assert torch.equal(tuned(ids, attention_mask=torch.ones_like(ids)).logits, found)
     with pytest.raises(ValueError, match="numbers words and pictures together"):
         tuned(ids, image_grid_thw=torch.tensor([[1, 2, 2]]), mm_token_type_ids=torch.zeros_like(ids))
 
