@@ -186,7 +186,7 @@ class Front:
                     f"{type(base).__name__} numbers words and pictures together, and behind a prefix it would number "
                     "them otherwise; give position_ids, or use a prompt or LoRA."
                 )
-            own.rope_deltas = None  # of a call before, with which the model goes on when there is something in the cache
+            own.rope_deltas = None  # of a call before, with which the model goes on when the cache holds something
         call["past_key_values"] = cache
         config_uses = getattr(base.config, "use_cache", True)
         asked = call.pop("use_cache", None)

@@ -295,3 +295,28 @@ SOUND = {
 
 KINDS = {"causal": CAUSAL, "encoder": ENCODER, "pair": PAIR, "image": IMAGES, "sound": SOUND}
 ARCHITECTURES = {name: Architecture(kind, *what) for kind, all_ in KINDS.items() for name, what in all_.items()}
+
+# Who refuses a prompt or a prefix at `attach`, and what the sentence says.
+NO_PROMPT = {
+    "CANINE": "token embeddings",  # it hashes characters
+    **dict.fromkeys(("ELECTRA, discriminator", "XLNet"), "single places"),
+    **dict.fromkeys(("Whisper", "Speech2Text"), "embeds none"),
+}
+NO_PREFIX = {
+    "CANINE": "token embeddings",
+    # no argument for a cache, or one that no layer reads
+    **dict.fromkeys(
+        ("GPT", "XLNet", "Longformer", "MPNet", "ESM", "LUKE", "LiLT, tokens", "LayoutLM", "LayoutLMv3, tokens")
+        + ("MarkupLM, tokens", "DistilBERT", "ALBERT", "DeBERTa", "DeBERTa-v2", "ModernBERT", "MobileBERT", "YOSO")
+        + ("SqueezeBERT", "FNet", "Funnel", "Nystromformer", "MRA", "RemBERT", "ConvBERT", "XLM", "Megatron-BERT")
+        + ("NomicBERT", "T5, encoder", "UMT5, encoder"),
+        "keeps none there",
+    ),
+    # a recurrent state, alone or among layers of attention
+    **dict.fromkeys(
+        ("Mamba", "Mamba-2", "FalconMamba", "RWKV", "RecurrentGemma", "Jamba", "Bamba", "LFM2", "Qwen3-Next"),
+        "keeps none there",
+    ),
+    "ProphetNet": "keeps none there",  # its decoder goes on from a cache one token at a time only
+    **dict.fromkeys(("DeepSeek-V3", "MiniCPM-3"), "one size"),  # a latent instead of K and V
+}

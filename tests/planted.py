@@ -61,8 +61,8 @@ BUGS = (
     ),
     Bug(
         "IA3 is merged without the bias that its scale takes along",
-        "(self.l.flatten() - 1) * bias[self.rows]",
-        "0.0 * bias[self.rows]",
+        "(self.l.flatten() - 1) * bias[rows]",
+        "0.0 * bias[rows]",
         "tests/test_attach.py::test_invariants",
     ),
     Bug(
@@ -79,8 +79,8 @@ BUGS = (
     ),
     Bug(
         "weight decay moves what has no gradient",
-        "lr=plan.lr, weight_decay=0.0)",
-        "lr=plan.lr, weight_decay=0.1)",
+        "adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.0)",
+        "adamw(groups(model, plan.lr), lr=plan.lr, weight_decay=0.1)",
         "tests/test_fit.py::test_fit_is_adam_on_its_batches_without_weight_decay",
     ),
     Bug(
@@ -97,8 +97,8 @@ BUGS = (
     ),
     Bug(
         "a merge forgets that GPT-2 stores its weights transposed",
-        'delta = (delta.T if name == "weight" and flipped(owner) else delta).to(wide)',
-        "delta = delta.to(wide)",
+        'delta = share * (delta.T if name == "weight" and flipped(owner) else delta).to(wide)',
+        "delta = share * delta.to(wide)",
         "tests/test_attach.py::test_invariants",
     ),
     Bug(
@@ -121,8 +121,8 @@ BUGS = (
     ),
     Bug(
         "a target matches names that only end alike",
-        "path.endswith(ends + suffix)",
-        "path.endswith(suffix)",
+        "name.endswith(ends + suffix)",
+        "name.endswith(suffix)",
         "tests/test_lora.py::test_targets",
     ),
     Bug(
@@ -145,8 +145,8 @@ BUGS = (
     ),
     Bug(
         "a word is scored by what the model says after it, not before",
-        "logits, labels = logits[:, :-1], labels[:, 1:]",
-        "logits, labels = logits, labels",
+        "logits, labels = logits[:, :-1], labels[:, 1:]\n        kept =",
+        "kept =",
         "tests/test_fit.py::test_evaluate_agrees_with_the_plain_loss_and_leaves_the_mode_alone",
     ),
 )

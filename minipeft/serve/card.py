@@ -41,7 +41,7 @@ def card(config: dict, tensors: dict[str, torch.Tensor]) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     load = f'model, tokenizer = mp.load("{base}")' if base else "model = ...  # the base that it was trained on"
     peft = (
-        "PEFT has no such adapter; minipeft alone loads it."
+        "PEFT has no such adapter, or computes something else with these numbers; minipeft alone loads it."
         if ours
         else "Or with PEFT, on the same base:\n\n"
         '```python\nfrom peft import PeftModel\ntuned = PeftModel.from_pretrained(model, "path of this folder")\n```'
