@@ -25,7 +25,7 @@ from torch import nn
 
 from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.calls import unheard
-from minipeft.front import Front, front
+from minipeft.front import Front, front, generating
 from minipeft.hook import Rows, Seat, State, check_rows, reading_seat, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged, unrounded
@@ -95,9 +95,7 @@ class Tuned(StandIn):
 
     def generate(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
         """The base's generate, with the same `adapters` (no beams: they would multiply the rows)."""
-        if adapters is None:
-            return self.base.generate(*args, **kwargs)
-        with self._per_row(adapters, args, kwargs):
+        with generating(self.base, self._front) if adapters is None else self._per_row(adapters, args, kwargs):
             return self.base.generate(*args, **kwargs)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
@@ -188,7 +186,10 @@ class Tuned(StandIn):
 
     @contextlib.contextmanager
     def disabled(self):
-        """Within it, the model is the base, bit for bit."""
+        """Within it, the model is the base, bit for bit, as it computes with frozen weights.
+
+        Where gradients are recorded, PyTorch takes another way to the same result for weights that require them.
+        """
         before, self._disabled = self._disabled, True
         self._refresh()
         try:
@@ -379,6 +380,8 @@ class Tuned(StandIn):
         """Makes the base's pointers agree with what is active, merged and disabled."""
         bare = self._disabled or bool(self._state.rows)
         self._state.silent = self._disabled or self._merged is not None
+        for seat in self._seats.values():
+            seat.heed()
         merged = self._merged or {slot: layer.value for layer in self.layers() for slot in layer.slots}
         for (path, name), original in self._originals.items():
             self.base.get_submodule(path)._parameters[name] = original

@@ -22,6 +22,8 @@ prefix before the decoder's (`PairFront`).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,6 +77,7 @@ class Front:
         self.begun = 0  # vectors in front in the cache that the call begins
         self.drop_cache = False
         self.as_tuple = False
+        self.called = True
 
     def standing(self, kind: str) -> torch.Tensor | None:
         """The prompts, or the prefixes, of the active adapters, one after the other."""
@@ -176,6 +179,14 @@ class Front:
         for i in range(len(states) // 2):
             K, V = (states[j].expand(rows, -1, -1, -1) for j in (2 * i, 2 * i + 1))
             own_tokens(cache).update(K, V, i)
+        own = numbering(base)
+        if hasattr(own, "rope_deltas") and call.get("position_ids") is None:
+            if any(call.get(name) is not None for name in ("image_grid_thw", "video_grid_thw")):
+                raise ValueError(
+                    f"{type(base).__name__} numbers words and pictures together, and behind a prefix it would number "
+                    "them otherwise; give position_ids, or use a prompt or LoRA."
+                )
+            own.rope_deltas = None  # of a call before, with which the model goes on when there is something in the cache
         call["past_key_values"] = cache
         config_uses = getattr(base.config, "use_cache", True)
         asked = call.pop("use_cache", None)
@@ -319,6 +330,19 @@ class PairFront(Front):
 
 def front(base: nn.Module, state: State) -> Front:
     return PairFront(base, state) if is_pair(base) else Front(base, state)
+
+
+@contextlib.contextmanager
+def generating(base: nn.Module, front: Front | None) -> Iterator[None]:
+    """Around `generate`: raises ValueError where it passed by the model, and with it by what stands in front."""
+    if front is not None:
+        front.called = front.count() == 0
+    yield
+    if front is not None and not front.called:
+        raise ValueError(
+            f"What stands in front was not read: generate of {type(base).__name__} calls a part of the model and not "
+            "the model itself; use LoRA."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,10 +45,22 @@ def in_part(after: After, weight: float, output: torch.Tensor, *rest: torch.Tens
 class Seat:
     """The hook on one module of the base, and what the layers that sit there do to its output: {adapter name: …}."""
 
-    def __init__(self, state: State):
+    first = False  # whether its hook comes before the others'
+    passed = False  # whether PyTorch's encoder layers go past the module on a fast path, unless they see a hook
+
+    def __init__(self, state: State, module: nn.Module):
         self.state = state
+        self.module = module
         self.layers: dict[str, list[tuple[Layer, After]]] = {}
         self.acted = False  # whether the module was ever called with an adapter at work
+
+    def heed(self) -> None:
+        """A seat that is silent takes off the hook that keeps PyTorch from its fast path, so that the base computes to
+        the bit as it would by itself."""
+        if self.passed:
+            forget(self.module, {id(self)})
+            if not self.state.silent:
+                self.module.register_forward_hook(self.hook, with_kwargs=True, prepend=self.first)
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         state = self.state
@@ -90,10 +102,6 @@ class WeightSeat(Seat):
     """The seat of the layers that change the weight of a linear layer. It stands in for the module's own forward, so
     that a layer which is alone there can do without the plain output."""
 
-    def __init__(self, state: State, module: nn.Module):
-        super().__init__(state)
-        self.module = module
-
     def forward(self, *args, **kwargs) -> torch.Tensor:
         state = self.state
         if not (state.silent or state.weights or state.rows):
@@ -112,10 +120,6 @@ class ReadingSeat(Seat):
     The module itself is not written to, so calls from several threads do not meet.
     """
 
-    def __init__(self, state: State, module: nn.Module):
-        super().__init__(state)
-        self.module = module
-
     def forward(self, *args, **kwargs) -> object:
         state, module = self.state, self.module
         if not state.silent and state.chosen() is None:
@@ -131,8 +135,8 @@ class ReadingSeat(Seat):
                 module = double(module, changed)
         return type(self.module).forward(module, *args, **kwargs)
 
-    def seen(self, *_) -> None:
-        """A hook that does nothing, but without one `nn.TransformerEncoderLayer` would not call the module."""
+    def hook(self, *_) -> None:
+        """Does nothing, but without a hook `nn.TransformerEncoderLayer` would not call the module."""
 
 
 def double(module: nn.Module, changed: Mapping[tuple[nn.Module, str], torch.Tensor]) -> nn.Module:
@@ -154,13 +158,15 @@ def seat_on(base: nn.Module, path: str, weight: bool, state: State) -> Seat:
     """Puts a seat on the module at `path`. A change of the weight comes first, whatever was attached first: an adapter
     sees what W' gives. A forward that somebody replaced already is left alone, and so is one of which
     `nn.TransformerEncoderLayer` reads the weight without a call, unless it sees a hook."""
-    module, read = base.get_submodule(path), list(above(base, path, nn.TransformerEncoderLayer))
+    module, read = base.get_submodule(path), any(above(base, path, nn.TransformerEncoderLayer))
     if weight and plain_linear(module) and "forward" not in vars(module) and not read:
         seat = WeightSeat(state, module)
         module.forward = seat.forward
     else:
-        seat = Seat(state)
+        seat = Seat(state, module)
+        seat.first, seat.passed = weight, read
         module.register_forward_hook(seat.hook, with_kwargs=True, prepend=weight)
+        seat.heed()
     keep_dense(base, path, seat)
     return seat
 
@@ -182,7 +188,8 @@ def reading_seat(base: nn.Module, path: str, state: State) -> ReadingSeat:
     module = base.get_submodule(path)
     seat = ReadingSeat(state, module)
     module.forward = seat.forward
-    module.register_forward_hook(seat.seen)
+    seat.passed = any(above(base, path, nn.TransformerEncoderLayer))
+    seat.heed()
     keep_dense(base, path, seat)
     return seat
 
@@ -216,14 +223,19 @@ def check_rows(adapters: Sequence[str | None], known: Mapping[str, nn.ModuleDict
         )
 
 
+def forget(module: nn.Module, owners: set[int]) -> None:
+    """Takes every hook that is a method of one of `owners`, which are given by id, off this one module."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in owners]:
+            del hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def remove_hooks(model: nn.Module, owners: Sequence[object]) -> None:
     """Takes every hook and every forward that is a method of one of `owners` off the model."""
     ours = {id(owner) for owner in owners if owner is not None}
     for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if id(getattr(hook, "__self__", None)) in ours]:
-                del hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        forget(module, ours)
         if id(getattr(vars(module).get("forward"), "__self__", None)) in ours:
             del module.forward

@@ -77,19 +77,24 @@ def head(model: nn.Module) -> list[str]:
     """The paths of the modules that make up the output layer, as far as the model says which they are.
 
     A transformers language model names it (`get_output_embeddings`); a transformers model with a task head keeps it
-    beside its `base_model`. A plain `nn.Module` says nothing: [].
+    beside its `base_model`, or has a part that names one (BLIP). A plain `nn.Module` says nothing: [].
     """
-    try:
-        output = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        output = None
+    output, inner = _output(model), getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if output is None and inner is None:
+        output = next((found for part in model.modules() if (found := _output(part)) is not None), None)
     if output is not None:
         return [path for path, module in model.named_modules() if module is output]
-    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     if inner is None:
         return []
     outside = [name for name, child in model.named_children() if child is not inner]
     return [path for path, module in model.named_modules() if path.split(".")[0] in outside and module._parameters]
+
+
+def _output(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 @dataclass(frozen=True)

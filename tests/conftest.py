@@ -31,8 +31,14 @@ def kills(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--kills")
 
 
+SLOW = """
+    add_a_method advice base benchmarks beyond corpus distill doctor explore export federated fit gpu_kit kills memory
+    mine notebook_tools policy real robust server stream tasks yours
+""".split()  # test files that train, start processes or read real texts throughout
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Graders and browser are slow as a whole; elsewhere a slow test says so itself."""
+    """Graders, browser and the files of SLOW are slow as a whole; elsewhere a slow test says so itself."""
     for item in items:
-        if item.path.parent.name in ("grading", "browser"):
+        if item.path.parent.name in ("grading", "browser") or item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker(pytest.mark.slow)

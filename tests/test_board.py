@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import minipeft as mp
 from minipeft.course import board
+from minipeft.learn.calibration import calibration_error, reliability
+from minipeft.learn.fit import evaluate
 from minipeft.learn.protocol import SEEDS, half_decade, interval, paired, verdict
 
 
@@ -29,6 +36,55 @@ def test_lora_stands_with_full_fine_tuning_and_above_the_frozen_encoder():
     assert verdict(behind, 0.01) == "cannot tell" and behind.low < 0 < behind.high
     assert verdict(paired(accuracy["LoRA r=8"], accuracy["BitFit"]), 0.01) == "holds"
     assert interval(accuracy["LoRA r=8"]).low > frozen.high > interval(accuracy["head only"]).high
+
+
+def test_calibration_and_misses_belong_to_the_accuracy():
+    found = {name: each for name, each in board.board().items() if "ECE" in each}
+    assert "LoRA r=8" in found
+    for name, each in found.items():
+        assert len(each["ECE"]) == len(each["wrong"]) == len(SEEDS), name
+        for accuracy, wrong, error, bins in zip(*(each[n] for n in ("accuracy", "wrong", "ECE", "bins")), strict=True):
+            assert accuracy == pytest.approx(1 - len(wrong) / 1000) and sum(n for n, *_ in bins) == 1000
+            assert error == pytest.approx(sum(n * abs(a - c) for n, c, a in bins) / 1000, abs=2e-4)
+
+
+def test_hard_sentences_are_those_that_most_runs_get_wrong():
+    found = board.hard(0.9)
+    runs = [set(run) for each in board.board().values() for run in each.get("wrong", ())]
+    assert found and list(found.values()) == sorted(found.values(), reverse=True)
+    for i in range(1000):
+        share = sum(i in run for run in runs) / len(runs)
+        assert found.get(i) == (pytest.approx(share) if share >= 0.9 else None)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40), st.integers(1, 12))
+def test_the_calibration_error_is_its_definition(guesses, m):
+    confidence, right = (np.array(side) for side in zip(*guesses, strict=True))
+    error = 0.0
+    for b in range(m):
+        held = (confidence > b / m) & (confidence <= (b + 1) / m) | (confidence == 0) & (b == 0)
+        if held.any():
+            error += held.mean() * abs(right[held].mean() - confidence[held].mean())
+    found = reliability(confidence.tolist(), right.tolist(), m)
+    assert calibration_error(found) == pytest.approx(error) and sum(b.n for b in found) == len(guesses)
+
+
+def test_sure_and_wrong_is_the_worst_and_bad_input_is_named():
+    assert calibration_error(reliability([1.0] * 4, [False] * 4)) == 1.0
+    assert calibration_error(reliability([0.75] * 4, [True, True, True, False])) == 0.0
+    with pytest.raises(ValueError, match="give one for each"):
+        reliability([], [])
+    with pytest.raises(ValueError, match="from 0 to 1, but one is nan"):
+        reliability([float("nan")], [True])
+
+
+def test_a_score_carries_the_probability_of_each_guess():
+    """Of two classes the loss is −log of it where the guess is right, and of the rest where it is wrong."""
+    model = tiny.small(labels=2)
+    score = evaluate(model, mp.world.mood(train=8, test=12))
+    p = [c if g == t else 1 - c for c, g, t in zip(score.confidence, score.predictions, score.truth, strict=True)]
+    assert score.loss == pytest.approx(-np.log(p).mean(), rel=1e-4) and min(score.confidence) >= 0.5
 
 
 @pytest.mark.slow

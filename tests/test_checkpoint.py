@@ -428,6 +428,7 @@ def mutate(path, pick: random.Random, others: list) -> str:
     return f"{kind} of {key}"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_thousand_mutated_files_load_exactly_or_are_refused(tmp_path):
     """No third outcome: one ValueError of one line, or every number of the file in its place; never a changed base."""

@@ -1,6 +1,5 @@
 """The widgets without a browser: values in, pictures and artists out, and a run that a second move cancels."""
 
-import asyncio
 import time
 
 import pytest
@@ -120,26 +119,103 @@ def test_the_prefix_explorer_shows_the_attention_that_the_prefix_gets(short):
     assert len(shown) == 4 and all(0 < v < 1 for v in shown)
 
 
-def test_a_second_move_cancels_the_run_and_the_loop_stays_free():
+@pytest.fixture
+def page(monkeypatch):
+    """As if somebody looked on."""
+    monkeypatch.setattr("minipeft.explore.slider.watched", lambda: True)
+
+
+def ended(explorer):
+    """Waits for the end of what a move began."""
+    explorer.running.join(60)
+    assert not explorer.running.is_alive()
+    return explorer
+
+
+def test_on_a_page_another_process_trains_what_the_kernel_would_have_and_fills_the_row(page, short):
+    explorer, here = LoRAExplorer(small()), LoRAExplorer(small())
+    for each in (explorer, here):
+        each.controls["rank"].unobserve_all("value")
+        each.controls["rank"].options = [4, 2, 64]
+    before, free = torch.random.get_rng_state(), 0
+    explorer.start()
+    while explorer.score is None:
+        time.sleep(0.001)
+        free += 1
+    assert free > 2 and torch.equal(before, torch.random.get_rng_state())
+    ended(explorer)
+    here.finish()
+    assert explorer.history.losses == pytest.approx(here.history.losses, rel=1e-5)
+    assert explorer.score.loss == pytest.approx(here.score.loss, rel=1e-5) and explorer.samples == here.samples
+    for mine, theirs in zip(explorer.tuned.deltas().values(), here.tuned.deltas().values(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+    ranks = {rank for _, _, rank, *_ in explorer.trained}
+    assert ranks == {2, 4}, "all but 64, which is above the width of this model"
+    explorer.elsewhere, explorer.afterwards = None, lambda: ()  # what is filled needs no process
+    explorer.controls["rank"].value = 2
+    explorer.start()
+    ended(explorer)
+    here.controls["rank"].value = 2
+    here.finish()
+    assert explorer.score.loss == pytest.approx(here.score.loss, abs=0.02)
+    for mine, theirs in zip(explorer.tuned.deltas().values(), here.tuned.deltas().values(), strict=True):
+        assert torch.allclose(mine, theirs, atol=0.02)
+    assert "alone it may differ" in explorer.text.value and "alone it may" not in here.text.value
+
+
+def test_a_second_move_cancels_the_run_and_so_does_the_button(page):
     explorer = LoRAExplorer(small())
-
-    async def moves():
-        explorer.controls["rank"].value = 2
-        first = explorer.running
-        free = 0
-        while len(explorer.history.losses) < 3:
-            await asyncio.sleep(0.001)
-            free += 1
-        explorer.controls["rank"].value = 16
-        second = explorer.running
-        await asyncio.gather(first, return_exceptions=True)
-        assert first.cancelled() and free > 2
-        await second
-
-    asyncio.run(moves())
-    assert explorer.tuned.methods["default"][0].rank == 16
-    assert len(explorer.history.losses) == 60
+    explorer.controls["rank"].value = 2
+    first = explorer.running
+    while len(explorer.history.losses) < 3:
+        time.sleep(0.001)
+    assert explorer.bar.value < 1 and not explorer.stop.disabled
+    explorer.controls["rank"].value = 16
+    second = explorer.running
+    first.join(60)
+    assert not first.is_alive()
+    while explorer.tuned is None or explorer.tuned.methods["default"][0].rank != 16 or not explorer.history.losses:
+        time.sleep(0.001)
     assert len(list(seats(explorer.model))) == 14, "the first adapter is gone"
+    explorer.stop.click()
+    second.join(60)
+    assert not second.is_alive() and "Stopped" in explorer.text.value and explorer.stop.disabled
+    assert not explorer.trained
+
+
+def test_a_task_comes_with_its_rate():
+    explorer = LoRAExplorer(small())  # of which the atlas knows nothing
+    explorer.finish = lambda: None
+    explorer.controls["task"].value = "flip"
+    assert explorer.values["lr"] == explorer.rates["flip"] == 3e-3
+    measured = {1e-3: 0.5, 3e-3: 0.7, 1e-2: 0.6}
+    explorer.measured = lambda lr, task, **_: (9, [measured[lr]] * 3) if lr in measured and task == "cipher" else None
+    explorer.controls["task"].value = "cipher"
+    assert explorer.values["lr"] == 1e-3
+
+
+def test_a_model_of_the_notebook_is_trained_in_the_kernel_which_is_said(page, short, monkeypatch):
+    import __main__
+
+    model = small()
+    own = type("Own", (type(model),), {"__module__": "__main__"})
+    monkeypatch.setattr(__main__, "Own", own, raising=False)  # it pickles, and no other process can read it
+    model.__class__ = own
+    explorer = LoRAExplorer(model)
+    explorer.controls["rank"].value = 4
+    assert ended(explorer).score is not None and "trained in the kernel" in explorer.text.value
+    assert len(explorer.trained) == 1
+
+
+def test_what_goes_wrong_on_a_page_is_said_below_the_picture(page, short):
+    explorer = LoRAExplorer(small())
+    explorer.draw = lambda *_, **__: 1 / 0
+    explorer.controls["rank"].value = 4
+    assert ended(explorer).text.value == "<b>ZeroDivisionError: division by zero</b>"
+    explorer.run, explorer.text.value = None, ""
+    explorer.controls["rank"].value = 2
+    assert explorer.text.value == "<b>ZeroDivisionError: division by zero</b>"
 
 
 def test_a_setting_that_cannot_work_is_said_in_one_sentence():
@@ -163,11 +239,17 @@ def test_the_display_carries_a_picture_for_readers_without_a_kernel(monkeypatch,
     assert shown[0]["image/png"] != shown[-1]["image/png"], "the picture that stays shows the finished run"
 
 
-def test_a_prediction_is_committed_once():
+def test_a_prediction_is_locked_and_one_that_is_taken_back_stays_in_view():
     question = Predict("How many?", ["few", "many"], "Now measure.")
-    question.buttons[1].click()
+    few, many = question.buttons
+    many.click()
     assert question.chosen == "many" and "Now measure." in question.answer.value
-    assert all(button.disabled for button in question.buttons)
+    assert few.disabled and many.disabled and question.undo.layout.display is None
+    question.undo.click()
+    assert question.chosen is None and not few.disabled and "Now measure." not in question.answer.value
+    few.click()
+    assert question.chosen == "few" and question.before == ["many"]
+    assert "You said “few”, after “many”. Now measure." in question.answer.value
 
 
 def test_a_redraw_is_quick_enough_to_drag(short):

@@ -11,6 +11,7 @@ from minipeft.attach import attach
 from minipeft.methods.lora import LoRA
 from minipeft.methods.prefix import PrefixTuning
 from minipeft.methods.prompt import PromptTuning
+from minipeft.methods.select import Softmax
 from minipeft.reading import is_pair, longest
 from minipeft.serve.checkpoint import load_adapter
 
@@ -404,6 +405,52 @@ def test_embeddings_instead_of_ids_stand_behind_the_prompt_too():
         with tuned.disabled():
             embeds = part.get_input_embeddings()(batch.pop("input_ids"))
         same(one.hidden(tuned(inputs_embeds=embeds, **batch)), expected)
+
+
+# -- models that see --------------------------------------------------------------------------------------------------
+def qwen_vl() -> torch.nn.Module:
+    config = transformers.Qwen2VLConfig(
+        text_config=IDS | BODY | dict(num_key_value_heads=2, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 0]}),
+        vision_config=dict(depth=1, embed_dim=16, hidden_size=16, num_heads=2, patch_size=4, spatial_merge_size=1),
+        image_token_id=5, vision_start_token_id=4, vision_end_token_id=3, video_token_id=6,
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def blip() -> torch.nn.Module:
+    text = IDS | BODY | dict(encoder_hidden_size=16, projection_dim=16)
+    seen = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24)
+    sight = seen | dict(image_size=16, patch_size=8)
+    config = transformers.BlipConfig(text_config=text, vision_config=sight, projection_dim=16)
+    return transformers.BlipForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_a_prefix_is_not_taken_for_what_was_generated_before():
+    """Qwen-VL remembers how it numbered the pictures of a call, and a cache with a prefix looks like a call that goes
+    on."""
+    model, ids = qwen_vl(), torch.arange(7, 14).expand(2, -1)
+    expected = model(with_words({"input_ids": ids})["input_ids"]).logits[:, N:]
+    tuned = attach(model, PrefixTuning(N, init=WORDS))
+    found = tuned(ids).logits
+    same(found, expected)
+    tuned.generate(ids, max_new_tokens=2, do_sample=False)
+    assert torch.equal(tuned(ids).logits, found)
+    with pytest.raises(ValueError, match="numbers words and pictures together"):
+        tuned(ids, image_grid_thw=torch.tensor([[1, 2, 2]]), mm_token_type_ids=torch.zeros_like(ids))
+
+
+@torch.no_grad()
+def test_a_prompt_by_which_generate_passes_is_an_error_and_no_silence():
+    tuned, batch = attach(blip(), PromptTuning(2)), {"input_ids": torch.full((1, 4), 9)}
+    batch["pixel_values"] = torch.ones(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="was not read: generate of BlipForConditionalGeneration calls a part"):
+        tuned.generate(**batch, max_new_tokens=2)
+    with tuned.disabled():
+        tuned.generate(**batch, max_new_tokens=2)
+    assert {layer.path for layer in attach(tuned.detach(), Softmax()).layers()} == {
+        "text_decoder.cls.predictions.decoder.weight", "text_decoder.cls.predictions.bias",
+    }  # fmt: skip
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

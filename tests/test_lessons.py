@@ -68,6 +68,13 @@ def test_the_readme_has_the_same_table(monkeypatch):
     assert lessons.table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_first_lesson_has_the_map(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (cell,) = [cell for cell in read(NAMES[0]).cells if lessons.MAP in cell.metadata.get("tags", ())]
+    assert cell.source == lessons.course_map()
+    assert all(f"({name}.ipynb)" in cell.source for name in NAMES)
+
+
 def test_outputs_are_hidden_from_a_prediction_to_the_next_heading():
     new = nbformat.v4
     out = [new.new_output("stream", text="0.8")]

@@ -294,3 +294,13 @@ def test_a_model_that_looks_at_numbers_is_named_and_not_the_optimizer():
     )
     with pytest.raises(ValueError, match="OPTForCausalLM looks at numbers on the way"):
         predict(transformers.OPTForCausalLM(config), LoRA(rank=2), 2, 8)
+
+
+def test_what_no_gradient_reaches_has_no_moments():
+    plain, unused = tiny.llama(), tiny.llama()
+    unused.unused = nn.Parameter(torch.zeros(1000))
+    one, other = predict(plain, Full(), 3, 7), predict(unused, None, 3, 7)
+    without = predict(plain, None, 3, 7)
+    assert one.moments == without.moments == other.moments and other.gradients == without.gradients
+    assert other.weights == without.weights + 4000
+    assert measure(unused, 3, 7) == other and unused.unused.grad is None

@@ -332,3 +332,9 @@ def test_the_pocket_model_learns_to_end_happily_and_stays_readable():
     written = roll_out(tuned, [""], 64, 99)
     assert sum(map(rewards.happy, written.texts)) / 64 > 0.75  # 0.54 before
     assert sum(map(rewards.parses, written.texts)) / 64 > 0.6  # 0.9 before
+
+
+@pytest.mark.parametrize("given", [[None] * 4, ["good"] * 4, None])
+def test_a_reward_that_gives_no_numbers_is_told_what_to_give(given):
+    with pytest.raises(TypeError, match="takes 4 texts at once"):
+        improve(policy(), lambda texts: given, plan=FAST, progress=False)

@@ -136,10 +136,36 @@ def test_no_fast_path_goes_past_an_adapter(method):
         tuned.merge()
         torch.testing.assert_close(tuned(x, src_key_padding_mask=padding)[real], out[real], atol=2e-6, rtol=1e-5)
         tuned.unmerge()
-        with tuned.disabled():
-            torch.testing.assert_close(tuned(x), model(x), atol=2e-6, rtol=1e-5)
         base = tuned.detach()
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in base.modules())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [mp.LoRA(2, targets=["self_attn"]), mp.LoRA(2, targets=["linear2"]), mp.Adapter(2), mp.Experts(2)],
+    ids=lambda method: type(method).__name__,
+)
+def test_disabled_the_base_takes_its_fast_path_again(method):
+    """Where it gives other bits than the way that an adapter needs, and is taken by weights that require no gradient,
+    or when none is recorded."""
+    layer = nn.TransformerEncoderLayer(96, 2, 12, dropout=0.0, batch_first=True)
+    model = seeded(lambda: nn.TransformerEncoder(layer, 2)).requires_grad_(False)
+    short = torch.tensor([[False] * 4, [False, False, True, True]])
+    x, masks = drawn(2, 4, 96), (None, short, short.flip(1))
+    tuned = mp.attach(copy.deepcopy(model), method)
+    randomise(tuned, scale=0.3)
+
+    def outputs(of: nn.Module) -> list[torch.Tensor]:
+        return [of(x, src_key_padding_mask=mask).nan_to_num() for mask in masks]
+
+    adapted = outputs(tuned)
+    sum(y.square().sum() for y in adapted).backward()
+    assert all(p.grad is not None and p.grad.any() for p in tuned.adapters.parameters()), "all of it acts"
+    for gradients in (True, False):
+        with tuned.disabled(), torch.set_grad_enabled(gradients):
+            tuned.add(f"another {gradients}", method)
+            assert all(map(torch.equal, outputs(tuned), outputs(model)))
+    assert all(map(torch.equal, outputs(tuned), adapted)), "the hooks are back"
 
 
 def test_several_adapters_of_attention():

@@ -184,3 +184,13 @@ def test_too_long_a_text_and_a_loss_that_is_no_number():
 def test_noise_that_is_none():
     with pytest.raises(ValueError, match="noise is the share"):
         simulate(rewards.happy, drafts(2, 0), noise=0.5)
+
+
+def test_no_number_is_never_an_opinion():
+    """A NaN compares as "not larger": it would silently prefer the second text, and be counted as wrong."""
+    with pytest.raises(ValueError, match="reward of 'b' is no number"):
+        simulate(lambda text: math.nan if text == "b" else 1.0, [("", "a", "b")])
+    model = RewardModel(tiny.small())
+    model.w.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="score of 'tom' is no number"):
+        agreement(model, [Pair("", "tom", "anna", "first")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH, LR = 6, 6, 3e-3
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def losses(*command: str, more: tuple[str, ...] = ()) -> tuple[int, list[float]]:
-    """(processes, losses) that tools/scale/ddp.py prints."""
-    arguments = ["tools/scale/ddp.py", "--steps", str(STEPS), "--batch", str(BATCH), "--lr", str(LR), *more]
+def losses(*command: str, script: str = "ddp", more: tuple[str, ...] = ()) -> tuple[int, list[float]]:
+    """(processes, losses) that a script in tools/scale/ prints."""
+    arguments = [f"tools/scale/{script}.py", "--steps", str(STEPS), "--batch", str(BATCH), "--lr", str(LR), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -29,14 +31,23 @@ def losses(*command: str, more: tuple[str, ...] = ()) -> tuple[int, list[float]]
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does():
     """The same global batches: every loss to 1e-5, and that of `fit`, which knows nothing of processes; also where each
-    process holds a share of the weights only."""
+    process holds a share of the weights only, and under accelerate."""
     import minipeft as mp
 
-    two_processes = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    count, two = losses(*two_processes)
+    count, two = losses(*TWO_PROCESSES)
     assert count == 2 and len(two) == STEPS and two[-1] < two[0]
-    count, shared = losses(*two_processes, more=("--shard",))
-    assert count == 2 and shared == pytest.approx(two, abs=1e-5)
+    for engine in ("--shard", "--accelerate"):
+        count, other = losses(*TWO_PROCESSES, more=(engine,))
+        assert count == 2 and other == pytest.approx(two, abs=1e-5), engine
     tuned = mp.attach(mp.load("pocket")[0], mp.LoRA(rank=8))
     alone = mp.fit(tuned, mp.world.pirate(), steps=STEPS, batch=BATCH, lr=LR, progress=False)
     assert two == pytest.approx(alone.losses, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_trainer_divides_a_batch_over_two_processes(monkeypatch, capsys):
+    count, two = losses(*TWO_PROCESSES, script="trainer")
+    monkeypatch.setattr(sys, "argv", ["trainer.py", "--steps", str(STEPS), "--batch", str(BATCH), "--lr", str(LR)])
+    runpy.run_path(str(ROOT / "tools/scale/trainer.py"), run_name="__main__")
+    one = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (count, one["processes"], len(two)) == (2, 1, STEPS) and two == pytest.approx(one["losses"], abs=1e-5)

@@ -3,7 +3,7 @@
     predict(model, LoRA(rank=8), batch=16, length=48)     # Memory(weights 3.7 MiB + … = 41.9 MiB at the peak)
     measure(attach(model, LoRA(rank=8)), batch=16, length=48)
 
-A prediction *runs* two training steps, on tensors that have a shape, a dtype and a device but no memory (`FakeTensor`),
+A prediction *runs* a training step, on tensors that have a shape, a dtype and a device but no memory (`FakeTensor`),
 and counts the bytes that they would take. So it needs no formula for each family of models, and no fudge factor.
 """
 
@@ -101,27 +101,40 @@ def predict(
 
 
 def measure(model: nn.Module, batch: int = 16, length: int = 48, optimizer: Callable = adamw) -> Memory:
-    """The memory of a real training step, as `fit` takes it: the second one, since the first makes the moments.
+    """The memory of a real training step, as `fit` takes it, once the optimizer has its moments.
 
     The learning rate is 0, so that the model comes out as it went in. Raises like `predict`.
     """
     inputs = _inputs(model, batch, length)
-    steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.train()
     try:
         with torch.random.fork_rng(devices=[]):
-            _step(model, inputs, steps)
-            parts = kept(model, steps)
-            sizes = {name: PeakMemory(tensors).live for name, tensors in parts.items()}
-            memory = PeakMemory(chain(*parts.values()))
-            held = memory.live
-            del parts  # it would keep the old gradients alive
-            with memory:
-                after_forward = _step(model, inputs, steps, memory)
+            found = _later_step(model, inputs, optimizer(trained, lr=0.0), trained)
+            reached = [p for p in trained if p.grad is not None]
+            if len(reached) < len(trained):  # what no gradient reaches has no moments
+                found = _later_step(model, inputs, optimizer(trained, lr=0.0), reached)
     finally:
-        steps.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.grad = None
         model.train(was_training)
+    return found
+
+
+def _later_step(model: nn.Module, inputs: dict, optimizer, reached: list[nn.Parameter]) -> Memory:
+    """The memory of a step after one that gave each of `reached` a gradient, and with it moments."""
+    optimizer.zero_grad(set_to_none=True)
+    for parameter in reached:
+        parameter.grad = torch.ones_like(parameter)
+    _update(optimizer)
+    parts = kept(model, optimizer)
+    sizes = {name: PeakMemory(tensors).live for name, tensors in parts.items()}
+    memory = PeakMemory(chain(*parts.values()))
+    held = memory.live
+    del parts  # it would keep the old gradients alive
+    with memory:
+        after_forward = _step(model, inputs, optimizer, memory)
     return Memory(**sizes, activations=after_forward - held, working=memory.peak - after_forward)
 
 
@@ -139,11 +152,15 @@ def _step(model: nn.Module, inputs: dict, optimizer, memory: PeakMemory | None =
     live = memory.live if memory else 0
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    _update(optimizer)
+    return live
+
+
+def _update(optimizer) -> None:
     try:
         optimizer.step()
     except TypeError as error:
         raise ValueError(f"{type(optimizer).__name__} takes no plain step ({error}); use one such as AdamW.") from error
-    return live
 
 
 def _copy(model: nn.Module, new: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

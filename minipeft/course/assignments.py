@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 
 from minipeft.course.notebooks import METADATA
@@ -33,6 +34,27 @@ def sources() -> dict[str, Path]:
     found = {path.stem: path for path in sorted(SOLUTIONS.glob("*/*.ipynb")) if path.parent.name == path.stem}
     if not found:
         raise ValueError(f"There is no solutions/ beside {ROOT.name}/minipeft: run this from a clone of the course.")
+    return found
+
+
+def deadlines() -> dict[str, datetime]:
+    """{assignment: when it is due}, from exercises/deadlines.json: {"lora": "2026-12-01 13:00+01:00"}; {} without it.
+
+    The one place where a teacher sets them: solutions stay folded until then, and the gradebook counts from then on
+    what is late. ValueError for a file that cannot be read, an unknown name, and a time without an offset from UTC.
+    """
+    path = EXERCISES / "deadlines.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = {name: datetime.fromisoformat(when) for name, when in json.loads(path.read_text("utf-8")).items()}
+        if unknown := set(found) - set(sources()):
+            raise ValueError(f"there is no assignment {', '.join(sorted(unknown))}")
+        if bare := [name for name, when in found.items() if when.tzinfo is None]:
+            raise ValueError(f"the time of {', '.join(bare)} has no offset")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        example = '{"lora": "2026-12-01 13:00+01:00"}'
+        raise ValueError(f"exercises/deadlines.json cannot be used ({error}): it looks like {example}.") from error
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from minipeft.attach import attach
+from minipeft.learn.calibration import calibration_error, reliability
 from minipeft.learn.fit import evaluate, fit, report
 from minipeft.learn.protocol import SEARCH_SEED, SEEDS, best_rate
 from minipeft.methods.lora import LoRA
@@ -50,12 +52,21 @@ def adapted(name: str, lr: float, seed: int, task: Task, progress: bool = False)
 
 
 def run(name: str, lr: float, seed: int, task: Task) -> dict:
-    """One run: the validation loss where the seed chooses, accuracy and macro-F1 on the test sentences where not."""
+    """One run: the validation loss where the seed chooses; where not, accuracy, macro-F1, calibration and which test
+    sentences it got wrong."""
     tuned, history = adapted(name, lr, seed, task)
     if seed == SEARCH_SEED:
         return {"validation loss": evaluate(tuned, task, "validation").loss if history.stopped == "finished" else None}
     score = evaluate(tuned, task)
-    return {"accuracy": score.accuracy, "macro-F1": float(report(score, task).loc["macro avg", "f1-score"])}
+    right = [guess == truth for guess, truth in zip(score.predictions, score.truth, strict=True)]
+    bins = reliability(score.confidence, right)
+    return {
+        "accuracy": score.accuracy,
+        "macro-F1": float(report(score, task).loc["macro avg", "f1-score"]),
+        "ECE": round(calibration_error(bins), 4),
+        "bins": [[b.n, round(b.confidence, 4), round(b.accuracy, 4)] for b in bins],
+        "wrong": [i for i, hit in enumerate(right) if not hit],
+    }
 
 
 @torch.no_grad()
@@ -114,7 +125,8 @@ def measure(tell: Callable[[str], object] = print) -> dict:
 
 
 def board() -> dict[str, dict]:
-    """{method: {"rate", "accuracy": [a seed each], "macro-F1": […], "searched": {rate: validation loss}}}."""
+    """{method: {"rate", "accuracy": [a seed each], "macro-F1": […], "searched": {rate: validation loss}}}; "ECE", "bins"
+    and "wrong" too, a seed each, where all runs of the method kept them."""
     runs = json.loads(FILE.read_text(encoding="utf-8"))["runs"].values()
     found = {}
     for name in METHODS:
@@ -122,11 +134,23 @@ def board() -> dict[str, dict]:
         scored = [each for each in own if each["seed"] != SEARCH_SEED]
         found[name] = {
             "rate": scored[0]["rate"],
-            "accuracy": [each["accuracy"] for each in scored],
-            "macro-F1": [each["macro-F1"] for each in scored],
+            **{
+                name: [each[name] for each in scored]
+                for name in ("accuracy", "macro-F1", "ECE", "bins", "wrong")
+                if all(name in each for each in scored)
+            },
             "searched": {each["rate"]: each["validation loss"] for each in own if each["seed"] == SEARCH_SEED},
         }
     return found
+
+
+def hard(least: float = 0.9) -> dict[int, float]:
+    """{number of a test sentence: the share of runs that got it wrong}, the hardest first, down to `least`; every method
+    that kept what its runs got wrong counts."""
+    wrong = [run for found in board().values() for run in found.get("wrong", ())]
+    missed = Counter(i for run in wrong for i in run)
+    ranked = sorted(missed.items(), key=lambda each: (-each[1], each[0]))
+    return {i: n / len(wrong) for i, n in ranked if n >= least * len(wrong)}
 
 
 def averaged_scores() -> list[float]:

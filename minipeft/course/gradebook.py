@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
@@ -75,6 +76,7 @@ class Gradebook:
 
         Raises ValueError when nbgrader cannot use the gradebook that is there.
         """
+        deadlines = {name: when for name, when in assignments.deadlines().items() if name in names}
         if not (self.out / "gradebook.db").is_file():
             shutil.rmtree(self.recorded, ignore_errors=True)  # it was about another gradebook
         try:
@@ -84,7 +86,7 @@ class Gradebook:
                     write_whole(self.out / "source" / name / f"{name}.ipynb", source_text(name))
                     self.must(self.api.generate_assignment, name)
                     write_whole(mark, number(source_text(name)))
-            self.due = self.due_dates()
+            self.due = self.due_dates(deadlines)
         except OSError:
             raise
         except Exception as error:  # whatever a file that is no gradebook, or an old one, gives
@@ -93,11 +95,16 @@ class Gradebook:
                 "and run nbgrader db upgrade on it; the same command then goes on, and no report is lost."
             ) from error
 
-    def due_dates(self) -> dict[tuple[str, str], str]:
-        """{(student, assignment): when it was due, extensions included}; under ("", assignment) for everybody else."""
+    def due_dates(self, deadlines: dict[str, datetime]) -> dict[tuple[str, str], str]:
+        """{(student, assignment): when it was due, extensions included}; under ("", assignment) for everybody else.
+
+        `deadlines`, those of exercises/deadlines.json, are put into the gradebook first.
+        """
         from nbgrader.api import Gradebook as Book
 
         with Book(self.url) as book:
+            for name, when in deadlines.items():
+                book.update_or_create_assignment(name, duedate=when.astimezone(UTC).replace(tzinfo=None))
             due = {("", each.name): str(each.duedate) for each in book.assignments}
             for each in book.assignments:
                 if each.duedate is not None:

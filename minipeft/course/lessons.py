@@ -12,7 +12,8 @@ from pathlib import Path
 
 from minipeft.whole import write_whole
 
-WHERE, NEXT = "where-you-are", "where-next"  # the tags of the two cells that are written from here
+WHERE, NEXT, MAP = "where-you-are", "where-next", "map"  # the tags of the cells that are written from here
+WEEKEND = ("00", "01", "06", "10", "16", "18")  # the short way through
 WORDS, LINES, KNOB = 130, 12, 3  # read in a minute, of text and of code; minutes that a slider or a prediction takes
 
 
@@ -102,6 +103,18 @@ LESSONS = (
     Lesson(
         "18_your_model", "Your own model", "What do you try first, and how do you know that it worked?", "06 and 10"
     ),
+    Lesson(
+        "19_recommender",
+        "Recommending from text",
+        "What does a text know that other people's taste does not?",
+        "06, 12 and 16",
+    ),
+    Lesson(
+        "20_opinion_monitor",
+        "Opinion monitor",
+        "When has opinion turned, and how often is the alarm a false one?",
+        "14 and 16",
+    ),
 )
 
 
@@ -112,7 +125,7 @@ def minutes(cells) -> int:
     """How long a lesson takes, to five minutes, by one rule: words, lines of code, sliders and predictions."""
     total = 0.0
     for cell in cells:
-        if set(cell.metadata.get("tags", ())) & {WHERE, NEXT}:
+        if set(cell.metadata.get("tags", ())) & {WHERE, NEXT, MAP}:
             continue
         if cell.cell_type == "markdown":
             shown = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.DOTALL)
@@ -183,16 +196,43 @@ def signpost(notebook, lesson: Lesson) -> None:
             answered = answered or here or seen
 
 
-def table() -> str:
-    """The README's."""
+def measured_minutes() -> dict[str, int]:
+    """{file: minutes} of all lessons."""
     import nbformat
 
+    cells = {lesson.file: nbformat.read(f"notebooks/{lesson.file}.ipynb", as_version=4).cells for lesson in LESSONS}
+    return {name: minutes(each) for name, each in cells.items()}
+
+
+def table() -> str:
+    """The README's."""
+    took = measured_minutes()
     rows = ["| lesson | question | minutes |", "|---|---|---|"]
     for lesson in LESSONS:
-        cells = nbformat.read(f"notebooks/{lesson.file}.ipynb", as_version=4).cells
         name = f"[{lesson.number} · {lesson.title}](notebooks/{lesson.file}.ipynb)"
-        rows.append(f"| {name} | {lesson.question} | {minutes(cells)} |")
+        rows.append(f"| {name} | {lesson.question} | {took[lesson.file]} |")
     return "\n".join(rows)
+
+
+def course_map() -> str:
+    """The first lesson's: every lesson with what it asks and needs, and two ways through."""
+    took = measured_minutes()
+    rows = ["| lesson | question | minutes | you need | exercises |", "|---|---|---|---|---|"]
+    for lesson in LESSONS:
+        written = " and ".join(map(exercise, lesson.assignments))
+        rows.append(f"| {link(lesson)} | {lesson.question} | {took[lesson.file]} | {lesson.needs} | {written} |")
+    short = [lesson for lesson in LESSONS if lesson.number in WEEKEND]
+    hours = [round(sum(took[lesson.file] for lesson in some) / 60) for some in (short, LESSONS)]
+    return "\n\n".join(
+        [
+            "## The map",
+            "\n".join(rows),
+            f"**A weekend**, about {hours[0]} hours: {' → '.join(map(link, short))}. Write the exercises "
+            f"{exercise('lora')} and {exercise('capstone')} on the way.",
+            f"**A term**, about {hours[1]} hours of lessons: one lesson a week in the order of the table, and its "
+            "exercises in the week after it.",
+        ]
+    )
 
 
 def main() -> None:
@@ -202,6 +242,9 @@ def main() -> None:
         path = Path("notebooks") / f"{lesson.file}.ipynb"
         notebook = nbformat.read(path, as_version=4)
         signpost(notebook, lesson)
+        for cell in notebook.cells:
+            if MAP in cell.metadata.get("tags", ()):
+                cell.source = course_map()
         write_whole(path, nbformat.writes(notebook).rstrip("\n") + "\n")
     readme = Path("README.md")
     text = readme.read_text(encoding="utf-8")

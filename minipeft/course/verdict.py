@@ -13,14 +13,17 @@ import numbers
 import random
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 
 # relative to the largest expected number: |got − expected| ≤ tolerance · max(1, max|expected|)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.0, torch.float16: 0.0}
 CORRECT, WRONG, NOT_ATTEMPTED, COULD_NOT_RUN = "correct", "wrong", "not attempted", "could not run"
+SIGNS = {CORRECT: "✓", WRONG: "✗", NOT_ATTEMPTED: "○", COULD_NOT_RUN: "!"}
+READABLE = 400  # characters of a call that is shown
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
@@ -96,14 +99,26 @@ class Verdict:
     lines: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        sign = {CORRECT: "✓", WRONG: "✗", NOT_ATTEMPTED: "○", COULD_NOT_RUN: "!"}[self.outcome]
-        return "\n  ".join([f"{sign} {self.exercise}: {self.outcome}", *self.lines])
+        return "\n  ".join([f"{SIGNS[self.outcome]} {self.exercise}: {self.outcome}", *self.lines])
 
     def _repr_html_(self) -> str:
         colour = {CORRECT: "#1a7f37", WRONG: "#b42318", NOT_ATTEMPTED: "#57606a", COULD_NOT_RUN: "#9a6700"}
         head, *rest = (html.escape(line).replace("\n  ", "<br>") for line in [repr(self).splitlines()[0], *self.lines])
         style = f"border-left:4px solid {colour[self.outcome]};padding:.3em .8em;margin:.3em 0"
         return f'<div style="{style}"><b>{head}</b>' + "".join(f"<br>{line}" for line in rest) + "</div>"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a notebook shows in one of several forms, {type: text}; as plain text anywhere else."""
+
+    forms: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        return self.forms["text/plain"]
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        return dict(self.forms)
 
 
 def examine(exercise: Exercise, run: Callable[..., tuple[object, tuple]], seed: int) -> Verdict:
@@ -151,59 +166,109 @@ def fault(case: Case, got, after) -> tuple[str, ...]:
     if case.judge is not None:
         lines = (said,) if (said := case.judge(got)) else ()
     elif lines := differ(got, case.expect, case.exact):
-        for misconception, value in case.wrong.items():
-            if not differ(got, value(), case.exact):
-                return (f"It looks as if {misconception}.", *lines)
+        alike = [misconception for misconception, value in case.wrong.items() if not differ(got, value(), case.exact)]
+        if alike:
+            return (f"It looks as if {'; or as if '.join(alike[:3])}.", *lines)
     if not lines and differ(after[1], case.args, exact=True):
         return ("The result is right, but it changes its arguments; work on a copy, or out of place.",)
     return lines
 
 
 def called(exercise: Exercise, case: Case) -> tuple[str, ...]:
-    """The call in a line that can be pasted; () when it is too long to be read."""
-    if exercise.drive != "common.call":
-        return ()
-    words = [written_out(each) for each in case.args] + [f"{k}={written_out(v)}" for k, v in case.keywords.items()]
-    text = f"{exercise.name}({', '.join(words)})"
-    return (f"Called as {text}",) if len(text) <= 240 else ()
+    """The call in a line that can be pasted, or what a drive was asked with; () when it is too long to be read."""
+    if exercise.drive == "common.call":
+        words = [written_out(each) for each in case.args]
+        words += [f"{k}={written_out(v)}" for k, v in case.keywords.items()]
+        text = f"Called as {exercise.name}({', '.join(words)})"
+    else:
+        named = [(name, value) for name, value in zip(names_of(exercise), case.args, strict=False) if name != "seed"]
+        text = f"Tried with {', '.join(f'{name} = {in_short(value)}' for name, value in named)}."
+    return (text,) if len(text) <= READABLE else ()
+
+
+def in_short(value) -> str:
+    """A drive's argument: of a tensor its shape alone, for nobody can paste it."""
+    if isinstance(value, list | tuple) and holds_tensors(value):
+        return f"[{', '.join(map(in_short, value))}]"
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
 def written_out(value) -> str:
-    """The expression that makes this argument."""
+    """The expression that makes this argument: whole if it is small, else one like it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k!r}: {written_out(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple) and holds_tensors(value):
         inside = ", ".join(map(written_out, value))
-        return f"[{inside}]" if isinstance(value, list) else f"({inside},)"
-    if isinstance(value, torch.Tensor):
-        numbers_ = [float(f"{v:.4g}") if isinstance(v, float) else v for v in value.flatten()[:17].tolist()]
-        if value.ndim < 2 and value.numel() <= 16:
-            return f"torch.tensor({numbers_ if value.ndim else numbers_[0]}, dtype={value.dtype})"
-        if value.numel() <= 16:
-            return f"torch.tensor({numbers_}, dtype={value.dtype}).view{tuple(value.shape)}"
-        return f"torch.randn{tuple(value.shape)}"
-    return repr(value)
+        return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    shape, like = tuple(value.shape), "" if value.dtype == torch.float32 else f", dtype={value.dtype}"
+    if value.numel() <= 16:
+        numbers_ = [float(f"{v:.4g}") if isinstance(v, float) else v for v in value.flatten().tolist()]
+        made = f"torch.tensor({numbers_ if value.ndim else numbers_[0]}{like})"
+        return made + (f".view{shape}" if value.ndim > 1 else "")
+    low, high = value.min().item(), value.max().item()
+    if low == high:
+        return f"torch.full({shape}, {low}{like})"
+    if not value.is_floating_point():
+        return f"torch.randint({int(low)}, {int(high) + 1}, {shape}{like})"
+    return f"torch.rand{'n' * (not low >= 0)}({', '.join(map(str, shape))}{like})"
 
 
 def axes(got: Raised, exercise: Exercise, case: Case) -> tuple[str, ...]:
-    """Where shapes did not fit: the shapes of all arguments, by name."""
-    if not re.search(r"shape|size|dimension|broadcast|einsum|singleton", got.text) or exercise.drive.endswith("layer"):
+    """What explains an exception: the arguments that are None, and where shapes did not fit, all shapes by name."""
+    named = list(zip(names_of(exercise), case.args, strict=False))
+    none = [name for name, value in named if value is None]
+    if none and "NoneType" in got.text:
+        return (f"Here {' and '.join(none)} is None.",)
+    if got.kinds[0] == "IndexError" and "mask" in got.text:
+        return ("A uint8 or bool tensor as an index is a mask; .long() makes places of it.",)
+    if not re.search(r"shape|size|dimension|broadcast|einsum|singleton", got.text):
         return ()
-    named = zip(names_of(exercise), case.args, strict=False)
-    shapes = [f"{name} {tuple(each.shape)}" for name, each in named if isinstance(each, torch.Tensor)]
-    if len(shapes) < 2:
+    shapes = dict(list(shapes_of(named))[:8])
+    if not shapes:
         return ()
-    inner = re.search(r"\((\d+)x(\d+) and (\d+)x(\d+)\)", got.text)
-    rule = (
-        f" A product of {inner[1]}×{inner[2]} with {inner[3]}×{inner[4]} needs {inner[2]} = {inner[3]}:"
-        if inner
-        else ""
-    )
-    return (f"It got {', '.join(shapes)}.{rule}{' is a transpose (.T) missing, or one too many?' if inner else ''}",)
+    said = f"It got {', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
+    if product := re.search(r"\((\d+)x(\d+) and (\d+)x(\d+)\)", got.text):
+        a, b, c, d = map(int, product.groups())
+        one, two = (f"{m}×{n}{owner(shapes, (m, n))}" for m, n in ((a, b), (c, d)))
+        advice = {b == d: "transpose the second (.T)", a == c: "transpose the first (.T)"}.get(
+            True, "is the order right?"
+        )
+        return (f"{said} A product of {one} with {two} needs {b} = {c}: {advice}.",)
+    if sizes := re.search(r"tensor a \((\d+)\) must match the size of tensor b \((\d+)\)", got.text):
+        where = [f"{n} is {', '.join(at)}" for n in map(int, sizes.groups()) if (at := places(shapes, n))]
+        column = "Axes are lined up from the last one; v[:, None] makes a column of a vector."
+        return (f"{said} {'; '.join(where)}{'. ' if where else ''}{column}",)
+    return (said,)
+
+
+def shapes_of(named: Iterable[tuple[str, object]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of all tensors in these arguments, those in lists as pairs[0][1]."""
+    for name, value in named:
+        if isinstance(value, torch.Tensor):
+            yield name, tuple(value.shape)
+        elif isinstance(value, list | tuple):
+            yield from shapes_of((f"{name}[{i}]", each) for i, each in enumerate(value))
+
+
+def owner(shapes: dict[str, tuple[int, ...]], shape: tuple[int, int]) -> str:
+    names = [name for name, each in shapes.items() if each == shape]
+    turned = [f"{name}.T" for name, each in shapes.items() if each == shape[::-1]]
+    return f" ({' or '.join(names or turned)})" if names or turned else ""
+
+
+def places(shapes: dict[str, tuple[int, ...]], size: int) -> list[str]:
+    return [f"axis {i} of {name}" for name, shape in shapes.items() for i, n in enumerate(shape) if n == size]
 
 
 def names_of(exercise: Exercise) -> list[str]:
-    """The names of the arguments."""
+    """The names of a case's arguments: those of the drive that calls the learner's function, or of the function."""
+    room, _, name = exercise.drive.rpartition(".")
+    drive = getattr(import_module(f"minipeft.course.drives.{room}"), name)
+    names = list(inspect.signature(drive).parameters)[len(exercise.objects) :]
+    if "args" not in names:
+        return names
     made = exercise.reference[-1] if exercise.reference else None
     return list(inspect.signature(made).parameters) if callable(made) else []
 
@@ -241,8 +306,10 @@ def differ(got, want, exact: bool = False, at: str = "") -> tuple[str, ...]:
     else:
         got = got.tolist() if isinstance(got, torch.Tensor) and got.ndim and not holds_tensors(want) else got
         if not isinstance(got, list | tuple) or len(got) != len(want):
-            what = f"{len(got)} values: {short(got)}" if isinstance(got, list | tuple) else short(got)
-            return (f"Expected {len(want)} values {short(want)}{place}, got {what}.", *between(got, want))
+            what = f"{values(got)}: {short(got)}" if isinstance(got, list | tuple) else short(got)
+            return (f"Expected {values(want)} {short(want)}{place}, got {what}.", *between(got, want))
+        if at and isinstance(want, tuple) and all(type(each) is int for each in (*want, *got)):
+            return () if tuple(got) == want else (f"Expected {want}{place}, got {tuple(got)}.",)
         pairs = [(f"{at}[{i}]", g, w) for i, (g, w) in enumerate(zip(got, want, strict=True))]
     return next((lines for where, g, w in pairs if (lines := differ(g, w, exact, where))), ())
 
@@ -272,6 +339,7 @@ def _differ_tensors(got, want: torch.Tensor, exact: bool, place: str) -> tuple[s
     return (
         f"Shapes agree{place}: {tuple(want.shape)}. Equal {kind}: no; roughly (1e-3): {'yes' if loose else 'no'}; "
         f"largest difference {largest:.3g}; {first(got, want, ~(difference <= bound))}.",
+        *["NaN comes of 0/0, 0·∞ or ∞ − ∞."] * bool(got.isnan().any() and not want.isnan().any()),
     )
 
 
@@ -281,13 +349,18 @@ def first(got: torch.Tensor, want: torch.Tensor, wrong: torch.Tensor) -> str:
     return f"at {list(at)} expected {written(want[at].item())}, got {written(got[at].item())}"
 
 
+def values(several: list | tuple) -> str:
+    return f"{len(several)} value{'s' * (len(several) != 1)}"
+
+
 def between(got, want) -> tuple[str, ...]:
     """What one list has and the other has not."""
     if not isinstance(got, list | tuple) or holds_tensors(want) or holds_tensors(got):
         return ()
     missing, more = [v for v in want if v not in got], [v for v in got if v not in want]
     said = [f"missing: {short(missing)}"] * bool(missing) + [f"too many: {short(more)}"] * bool(more)
-    return (f"{'; '.join(said).capitalize()}.",) if said else ()
+    text = "; ".join(said)
+    return (f"{text[0].upper()}{text[1:]}.",) if said else ()
 
 
 def holds_tensors(values) -> bool:

@@ -22,6 +22,8 @@ class MixtureExplorer(SliderPlot):
     `losses(**weights)`: {task: loss in nats a token on its first `n` test rows}, measured when first asked for.
     """
 
+    apart = False  # it changes the model, which cells use too
+
     def __init__(self, tuned: Tuned, tasks: Mapping[str, Task], start: Mapping[str, float], n: int = 20):
         self.tuned, self.tasks, self.n = tuned, tasks, n
         self.known: dict[tuple, dict[str, float]] = {}

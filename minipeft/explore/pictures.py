@@ -12,7 +12,7 @@ from minipeft.course import beyond
 from minipeft.explore.slider import BLUE, GREY, ORANGE, SliderPlot
 from minipeft.explore.training import slider
 from minipeft.learn.arrays import evaluate_arrays, training_arrays
-from minipeft.learn.fit import History
+from minipeft.learn.fit import History, Score
 from minipeft.learn.plan import Plan
 from minipeft.learn.protocol import interval
 
@@ -44,16 +44,14 @@ class PicturesExplorer(SliderPlot):
         name = f"LoRA r={rank}"
         return [run["test"]["accuracy"] for run in self.part["runs"] if (run["method"], run["n"]) == (name, n)]
 
-    def _train(self, rank: int, n: int) -> Iterator[int | None]:
-        from minipeft.world.pictures import few
-
+    def _train(self, rank: int, n: int) -> Iterator[float]:
         self.history, self.score = History(), None
-        yield None
-        rows, lr = few(beyond.pool(), n, SEED), self.part["rates"][f"LoRA r={rank}"]
-        tuned = attach(beyond.tail(SEED), beyond.on_tail(rank), seed=SEED)
-        plan = Plan(beyond.STEPS, lr, beyond.BATCH, SEED, "linear")
-        yield from training_arrays(tuned, features(n), rows.y, plan, self.history)
-        self.score = evaluate_arrays(tuned, *beyond.kept("test"))
+        yield 0.0
+        job = run, rank, n, self.part["rates"][f"LoRA r={rank}"]
+        moments = self.elsewhere(*job) if self._mine() else run(*job[1:])
+        for history, score in moments:
+            self.history, self.score = history, score
+            yield len(history.losses) / (beyond.STEPS + 1)
 
     def _draw(self, figure: Figure, rank: int, n: int) -> str:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -84,6 +82,18 @@ class PicturesExplorer(SliderPlot):
             f"trains {same['trained']:,} numbers; the course's run of this seed reached {same['test']['accuracy']:.3f}"
         ]
         return "<br>".join(lines + ([self.missing] if self.missing else []))
+
+
+def run(rank: int, n: int, lr: float) -> Iterator[tuple[History, Score | None]]:
+    """One run on the pictures of seed 0: its history after each step, and the test at the end."""
+    from minipeft.world.pictures import few
+
+    history, rows = History(), few(beyond.pool(), n, SEED)
+    tuned = attach(beyond.tail(SEED), beyond.on_tail(rank), seed=SEED)
+    plan = Plan(beyond.STEPS, lr, beyond.BATCH, SEED, "linear")
+    for _ in training_arrays(tuned, features(n), rows.y, plan, history):
+        yield history, None
+    yield history, evaluate_arrays(tuned, *beyond.kept("test"))
 
 
 @functools.cache

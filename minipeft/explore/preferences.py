@@ -14,6 +14,7 @@ from pathlib import Path
 import ipywidgets
 from IPython.display import display
 
+from minipeft.explore.page import answer_at_once
 from minipeft.learn.reward import Pair, self_agreement, write_pairs
 from minipeft.world.corpus import pretty
 
@@ -61,6 +62,7 @@ class Preferences:
         self.shown, self.said = ipywidgets.HTML(), ipywidgets.HTML()
         row = ipywidgets.HBox([*self.buttons.values(), self.keys, self.bar], layout={"flex_flow": "row wrap"})
         self.box = ipywidgets.VBox([self.shown, row, self.said], layout={"max_width": "900px"})
+        answer_at_once(*self.buttons.values(), self.keys)
         self.keys.observe(self._typed, "value")
         self._show()
 

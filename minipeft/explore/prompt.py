@@ -26,6 +26,7 @@ class TemplateExplorer(SliderPlot):
     `found` holds {template: (accuracy, loss in nats)} of every template so far; each stays in the picture.
     """
 
+    apart = False  # it reads the model, which cells may be training
     templates = (
         *("{text}", "{text} he felt", "{text} she felt", "{text} everyone felt", "he felt {text}"),
         *("{text} question : how did he feel ? answer :", "{text} it was a", "{text} the end . anna felt"),

@@ -26,6 +26,8 @@ class RankExplorer(SliderPlot):
     keeps the changes of vectors (biases, norms) only. `whole` is the loss with all of ΔW, `before` the base's.
     """
 
+    apart = False  # it changes the model, which cells use too
+
     def __init__(self, tuned: Tuned, task: Task, path: str | None = None, n: int = 50):
         self.tuned, self.task, self.n = tuned, task, n
         self.found = spectra(tuned)

@@ -116,7 +116,8 @@ def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, mo
         low, high = ([f(losses[k]) for k in known] for f in (min, max))
         axes.plot(x, mean, style, color=colour, label=f"rank {rank}")
         axes.fill_between(x, low, high, color=colour, alpha=0.15)
-        axes.axhline(statistics.fmean(losses[None]), color=colour, linewidth=1, linestyle=":")
+        plain = "clipped, no noise" if rank == ranks[0] else None
+        axes.axhline(statistics.fmean(losses[None]), color=colour, linewidth=1, linestyle=":", label=plain)
         here = losses.get(noise - more)
         said.append(f"rank {rank}: " + (f"{statistics.fmean(here):.2f} nats" if here else "not measured"))
         if here:
@@ -124,7 +125,6 @@ def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, mo
             axes.plot([spent[noise]], [y], "D", color=colour, markersize=11, markerfacecolor="none")
     axes.axvline(spent[noise], color=GREY, linewidth=1)
     axes.axhline(before, color=GREY, linestyle="--", label="the base")
-    axes.plot([], [], ":", color=GREY, label="clipped, no noise")
     axes.axhline(floor, color="black", linewidth=1, label="floor")
     axes.set(xscale="log", xlabel="ε of a site: the smaller, the better it is hidden")
     axes.set_ylabel("loss (nats a token)")

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
+import html
 import io
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import ipywidgets
-from IPython.display import display
+from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
+from traitlets import Unicode
+
+from minipeft.explore.page import STYLE, answer_at_once, watched
+from minipeft.explore.worker import WORKER, Job, Stopped, sentence
 
 # Colours that people with any colour vision tell apart (Okabe and Ito); lines differ in style as well.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+
+
+class Picture(ipywidgets.Image):
+    """An image whose tooltip is its name for whoever does not see it; views want a description beside a tooltip."""
+
+    description = Unicode("").tag(sync=True)
 
 
 class SliderPlot:
@@ -23,30 +34,46 @@ class SliderPlot:
         draw: `draw(figure, **values)` draws the figure for the controls' values and returns HTML to put below it.
             Called without controls it is also the way to the plain picture.
         controls: {name: ipywidgets control with a `value`}.
-        run: None when `draw` is quick. Else a generator function `run(**values)` that does long work in short steps:
-            the figure is redrawn between its steps, and a move of any control closes it and starts a new one.
+        run: None when `draw` is quick. Else a generator function `run(**values)` that does long work in short steps,
+            yielding the share that is done: the figure is redrawn between its steps, and a move of any control ends it
+            and starts a new one.
         size: of the figure in inches.
 
     One reused figure is rendered to a PNG in an image widget: about 50 ms a redraw. The display also carries that PNG,
     so the picture stays where no kernel runs.
+
+    On a page the work is done in a thread, and the controls answer while a cell runs; `elsewhere` takes what is long
+    out of the kernel. Everywhere else a move and a display wait until the work is done.
     """
 
     REDRAW = 0.5  # seconds between two pictures of a running `run`
+    dpi = 100
+    apart = True  # False where drawing changes a model that cells use too: its moves then wait for the running cell
 
     def __init__(
         self,
         draw: Callable[..., str | None],
         controls: dict[str, ipywidgets.ValueWidget],
-        run: Callable[..., Iterator] | None = None,
+        run: Callable[..., Iterator[float]] | None = None,
         size: tuple[float, float] = (9.6, 3.8),
     ):
         self.draw, self.controls, self.run = draw, controls, run
         self.figure = Figure(figsize=size, dpi=100)
-        self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(width=f"{size[0] * 100:.0f}px"))
-        self.text = ipywidgets.HTML()
-        row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
-        self.box = ipywidgets.VBox([row, self.image, self.text])
-        self.running: asyncio.Task | None = None
+        self.image = Picture(format="png", layout={"max_width": f"{size[0] * 100:.0f}px"})
+        self.text = ipywidgets.HTML(layout={"min_height": "4.6em" if run else "1.5em"})
+        self.bar = ipywidgets.FloatProgress(max=1.0, layout={"width": "160px"})
+        self.stop = ipywidgets.Button(description="stop", disabled=True, layout={"width": "auto"})
+        self.stop.on_click(lambda _: self.cancel())
+        progress = [self.bar, self.stop] if run else []
+        row = ipywidgets.HBox([*controls.values(), *progress], layout={"flex_flow": "row wrap"})
+        self.box = ipywidgets.VBox([row, self.image, self.text]).add_class("minipeft-box")
+        self.running: threading.Thread | None = None  # whose work is wanted
+        self.last: threading.Thread | None = None  # which may still be about to end
+        self.job: Job | None = None  # what the running thread waits for
+        self.picture: DisplayHandle | None = None  # what the saved notebook shows
+        self.drawing, self.starting = threading.RLock(), threading.Lock()
+        if self.apart:
+            answer_at_once(*controls.values(), self.stop)
         for control in controls.values():
             control.observe(self._moved, "value")
 
@@ -57,76 +84,146 @@ class SliderPlot:
 
     def redraw(self) -> None:
         """Draw the figure for the present values and show it."""
-        self.figure.clear()
-        html = self.draw(self.figure, **self.values)
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png")
-        self.image.value = buffer.getvalue()
-        self.text.value = html or ""
+        with self.drawing:
+            self.figure.clear()
+            text = self.draw(self.figure, **self.values)
+            buffer = io.BytesIO()
+            self.figure.savefig(buffer, format="png", dpi=self.dpi)
+            self.image.value = buffer.getvalue()
+            self.image.tooltip = self._said()  # the name of the picture for whoever does not see it
+            self.text.value = text or ""
 
     def finish(self) -> None:
-        """Do all of the work for the present values at once, redrawing on the way, and wait for it."""
+        """Do all of the work for the present values at once and wait for it."""
         self.cancel()
-        for _ in self._steps():
+        if self.last is not None:
+            self.last.join()
+        for _ in self._steps(between=False):
             pass
+
+    def start(self) -> None:
+        """Do the work for the present values in a thread, in place of what runs now."""
+        with self.starting:
+            self.running = self.last = threading.Thread(target=self._work, args=(self.last,), daemon=True)
+            self.running.start()
 
     def cancel(self) -> None:
         """Stop the running work, if any."""
-        if self.running is not None:
-            self.running.cancel()
-            self.running = None
+        self.running, job = None, self.job
+        if job is not None:
+            job.cancel()
 
-    def _steps(self) -> Iterator[None]:
+    def elsewhere(self, function: Callable[..., Iterator], *args, spare: bool = False) -> Iterator:
+        """What the generator `function(*args)` yields in the process that trains for the kernel; see `Worker.submit`.
+
+        Raises Elsewhere where that process cannot have it, and Stopped when the work is cancelled.
+        """
+        self.job = job = WORKER.submit(function, *args, spare=spare)
+        if not self._mine():  # a move came while the job was being sent
+            job.cancel()
+        try:
+            yield from job
+        finally:
+            self.job = None
+            job.cancel()
+
+    def afterwards(self) -> Iterable:
+        """Work in short steps that a page does when the picture is complete, until a control is moved."""
+        return ()
+
+    def _steps(self, between: bool = True) -> Iterator[None]:
         """The work in short steps: a redraw after the first two, then every REDRAW seconds, and after the last."""
         if self.run is None:
             self.redraw()
             return
         work, drawn = self.run(**self.values), 0.0
+        self.stop.disabled = False
         try:
-            for i, _ in enumerate(work):
-                if i < 2 or time.perf_counter() - drawn > self.REDRAW:
+            for i, self.bar.value in enumerate(work):
+                if between and (i < 2 or time.perf_counter() - drawn > self.REDRAW):
                     self.redraw()
                     drawn = time.perf_counter()
                 yield
+            self.bar.value = 1.0
             self.redraw()
         except (ValueError, TypeError) as error:
-            self.text.value = f"<b>{error}</b>"
+            self.text.value = f"<b>{html.escape(str(error), quote=False)}</b>"
         finally:
+            self.stop.disabled = True
             work.close()
 
     def _moved(self, _change) -> None:
-        self.cancel()
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # no event loop, as in a script: work until done
+        if not watched():  # as in a script: work until done
             self.finish()
-            return
-        if self.run is None:
-            self.redraw()
+        elif self.run is not None:
+            self.start()
         else:
-            self.running = loop.create_task(self._work())
+            self._say_errors(self.redraw)
 
-    async def _work(self) -> None:
-        await asyncio.sleep(0.05)  # while a slider is dragged, only its last value is worked on
-        steps = self._steps()
+    def _work(self, before: threading.Thread | None) -> None:
+        if before is not None:
+            if (job := self.job) is not None:
+                job.cancel()
+            before.join()
+        time.sleep(0.05)  # while a slider is dragged, only its last value is worked on
+        if self._mine():
+            self._say_errors(self._through)
+
+    def _mine(self) -> bool:
+        """Whether the work of this thread is still wanted."""
+        return self.running is threading.current_thread()
+
+    def _through(self) -> None:
+        for work in (self._steps(), self.afterwards()):
+            for _ in work:
+                if not self._mine():
+                    work.close()
+                    raise Stopped
+            if self.picture is not None:
+                self.picture.update(self._picture(), metadata=self._width(), raw=True)
+
+    def _say_errors(self, do: Callable[[], None]) -> None:
+        """Nobody reads what a thread raises, so it is shown below the picture."""
         try:
-            for _ in steps:
-                await asyncio.sleep(0.001)  # the kernel looks at its messages here: the next move, another cell
-        finally:
-            steps.close()
+            do()
+        except Stopped:
+            if self.running is None:
+                self.text.value += "<br>Stopped; move a control to start again."
+        except Exception as error:
+            self.text.value = f"<b>{html.escape(sentence(error), quote=False)}</b>"
+
+    def _said(self) -> str:
+        return " · ".join(f"{name} = {value}" for name, value in self.values.items())
+
+    def _picture(self) -> dict:
+        return {"text/plain": self._said(), "image/png": base64.b64encode(self.image.value).decode()}
+
+    def _width(self) -> dict:
+        return {"image/png": {"width": round(100 * self.figure.get_size_inches()[0])}}
 
     def _bundle(self) -> dict:
-        data = dict(self.box._repr_mimebundle_())
-        data["text/plain"] = " · ".join(f"{name} = {value}" for name, value in self.values.items())
-        data["image/png"] = base64.b64encode(self.image.value).decode()
-        return data
+        return dict(self.box._repr_mimebundle_()) | self._picture()
 
     def _ipython_display_(self) -> None:
-        if self.run is None or self.image.value:
+        if watched():
+            self._show()
+        elif self.run is None or self.image.value:
             self.redraw()
             display(self._bundle(), raw=True)
-            return
+        else:
+            self.redraw()
+            shown = display(self._bundle(), raw=True, display_id=True)
+            self.finish()
+            shown.update(self._bundle(), raw=True)
+
+    def _show(self) -> None:
+        """On a page: style, box and, for readers of the saved notebook, the picture."""
+        new, self.dpi = not self.image.value, 200  # sharp at any zoom
         self.redraw()
-        shown = display(self._bundle(), raw=True, display_id=True)
-        self.finish()
-        shown.update(self._bundle(), raw=True)
+        box = self._bundle()
+        del box["image/png"]
+        display({"text/html": STYLE, "text/plain": ""}, raw=True)
+        display(box, raw=True)
+        self.picture = display(self._picture(), metadata=self._width(), raw=True, display_id=True)
+        if self.run is not None and new:
+            self.start()

@@ -11,15 +11,17 @@ import ipywidgets
 import torch
 from matplotlib.figure import Figure
 
-from minipeft.attach import Tuned, attach
+from minipeft.attach import attach
 from minipeft.course import atlas
+from minipeft.explore.runs import Moment, beside, fresh, run
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot
+from minipeft.explore.worker import Elsewhere, Packed
 from minipeft.layer import Method
-from minipeft.learn.fit import History, evaluate, training
+from minipeft.learn.fit import History
 from minipeft.learn.plan import Plan
+from minipeft.methods.lora import LoRA
 from minipeft.world import tasks
-from minipeft.world.base import load, write
-from minipeft.world.corpus import pretty
+from minipeft.world.base import load
 
 TASKS = {"pirate": tasks.pirate, "flip": tasks.flip, "cipher": tasks.cipher}
 STEPS, BATCH = 60, 10
@@ -52,7 +54,10 @@ class TrainingExplorer(SliderPlot):
     """Live training of one method on the pocket model: loss against the task's exact floor, and what the model writes.
 
     Every move shows at once what the atlas measured for these settings, where it has them, and trains a fresh adapter
-    for 60 steps of 10 texts (seed 0) on the same frozen base; the last few runs stay in the picture in grey.
+    for 60 steps of 10 texts (seed 0) on the same frozen base; the last few runs stay in the picture in grey. A setting
+    that has been trained is shown again without training. On a page, `worker.py` says where it is trained, and when the
+    chosen run of LoRA is done the other positions of its first control are trained together.
+
     `history`, `tuned` and `score` hold the present run, `points` every finished one.
 
     A subclass says how the knobs become a method (`method`) and a title (`title`), and what stands on the right
@@ -71,6 +76,10 @@ class TrainingExplorer(SliderPlot):
         self.before: list[tuple[str, str, list[float]]] = []  # (task, settings, losses) of finished runs
         self.points: dict[str, dict[str, tuple[int, float]]] = {}  # task -> settings -> (numbers trained, test loss)
         self.samples: dict[str, str] = {}
+        self.trained: dict[tuple, Moment] = {}  # the controls' values -> a run at its end, with the adapter's numbers
+        self.together = False  # whether the present run was one of several that were trained at once
+        self.here = ""  # why training cannot be done outside the kernel, if so
+        self._pickled: Packed | None = None
         rates = [(f"{v:g}", v) for v in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)]
         controls = knobs | {
             "lr": slider("learning rate", rates, self.rates[task]),
@@ -102,21 +111,83 @@ class TrainingExplorer(SliderPlot):
         each = (self.measured(**self.values | {name: value}) for value in options(self.controls[name]))
         return [found for found in each if found]
 
-    def _train(self, lr, task, **knobs) -> Iterator[int | None]:
+    def _moved(self, change) -> None:
+        """A move; of the task, with the learning rate that suits it."""
+        rate, values = self.controls["lr"], self.values
+        if change["owner"] is self.controls["task"] and (good := self.good_rate(**values)) != rate.value:
+            rate.value = good  # which comes back here
+        else:
+            super()._moved(change)
+
+    def good_rate(self, task: str, lr: float, **knobs) -> float:
+        """The learning rate with the least mean loss in the atlas, else the one where this task begins."""
+        rates = options(self.controls["lr"])
+        found = {each: self.measured(each, task, **knobs) for each in rates}
+        means = {each: statistics.fmean(known[1]) for each, known in found.items() if known}
+        return min(means, key=means.get, default=self.rates[task])
+
+    def _train(self, lr, task, **knobs) -> Iterator[float]:
         if self.tuned is not None:
             self.tuned.detach()
             self.tuned = None
-        self.history, self.score, chosen = History(), None, self.tasks[task]()
-        self.tuned = attach(self.model, self.method(**knobs))
-        yield 0  # a picture of what is known before the first step
-        yield from training(self.tuned, chosen, self.history, Plan(STEPS, lr, BATCH))
-        yield None  # a picture of all steps before the slower test
-        self.score = evaluate(self.tuned, chosen, n=100)
-        self.samples[task] = sample(self.tuned, task)
-        self.before = [run for run in self.before if run[0] == task][-3:]
+        self.history, self.score, method = History(), None, self.method(**knobs)
+        outside = self._mine() and self._packed()
+        self.tuned = attach(self.model, method)
+        known = self.trained.get(key := (task, lr, *knobs.values()))
+        if known is None:
+            yield 0.0  # a picture of what is known before the first step
+            for known in self._moments(outside, method, task, Plan(STEPS, lr, BATCH)):
+                self.history = known.history
+                if known.score is None:
+                    self._take(known)
+                    yield len(self.history.losses) / (STEPS + 10)  # the test takes as long as ten steps
+        self._take(known)
+        self.trained[key] = known
+        self.history, self.score, self.samples[task] = known.history, known.score, known.sample
+        self.together = known.together
         settings = f"{self.title(**knobs)}, lr={lr:g}"
+        self.before = [each for each in self.before if each[0] == task and each[1] != settings][-3:]
         self.before.append((task, settings, self.history.losses))
-        self.points.setdefault(task, {})[settings] = (self.tuned.count().trainable, self.score.loss)
+        self.points.setdefault(task, {}).pop(settings, None)  # the last one is the one that is shown
+        self.points[task][settings] = (self.tuned.count().trainable, self.score.loss)
+
+    def _moments(self, outside: bool, method: Method, task: str, plan: Plan) -> Iterator[Moment]:
+        """The run of `self.tuned`, in the process of `worker.py` where it is wanted and can be."""
+        if outside:
+            try:
+                return (yield from self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan))
+            except Elsewhere as why:
+                self.here = repr(why)
+        yield from run(self.tuned, self.tasks[task](), plan)
+
+    def _packed(self) -> bool:
+        """Whether the bare model can be sent to another process; `here` says why not."""
+        if self._pickled is None and not self.here:
+            try:
+                self._pickled = Packed(self.model)
+            except Exception as error:  # whatever a class of the learner's raises
+                self.here = repr(error)
+        return not self.here
+
+    def _take(self, moment: Moment) -> None:
+        """Puts the adapter's numbers that another process sent into the model here."""
+        if moment.state is not None:
+            self.tuned.adapters["default"].load_state_dict(moment.state)
+
+    def afterwards(self) -> Iterator[None]:
+        """LoRA at the other positions of the first control, those nearest to the chosen one first, three at once."""
+        values = self.values
+        task, lr, knobs = values.pop("task"), values.pop("lr"), values
+        first, chosen = next(iter(knobs.items()))
+        places = options(self.controls[first])
+        near = sorted(places, key=lambda place: abs(places.index(place) - places.index(chosen)))
+        methods = {(task, lr, *(knobs | {first: p}).values()): self.method(**knobs | {first: p}) for p in near}
+        wanted = [key for key, m in methods.items() if type(m) is LoRA and key not in self.trained and self._packed()]
+        for three in (wanted[i : i + 3] for i in range(0, len(wanted), 3)):
+            job = beside, self._pickled, [methods[key] for key in three], self.tasks[task], Plan(STEPS, lr, BATCH)
+            for i, moment in self.elsewhere(*job, spare=True):
+                self.trained[three[i]] = moment
+                yield
 
     def _draw(self, figure: Figure, lr, task, **knobs) -> str:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -142,13 +213,21 @@ class TrainingExplorer(SliderPlot):
                 if self.score.accuracy is None
                 else (f", accuracy {self.score.accuracy:.2f} of at best {self.tasks[task]().ceiling:.2f}")
             )
-            lines.append(
-                f"test loss {self.score.loss:.3f}, floor {self.tasks[task]().floor:.3f} nats a token{accuracy}; "
-                f"{self.history.seconds[-1]:.1f} s; {self.history.peak_memory / 2**20:.0f} MiB at the peak"
-            )
+            cost = f"{self.history.seconds[-1]:.1f} s; {self.history.peak_memory / 2**20:.0f} MiB at the peak"
+            if self.together:
+                cost = "trained with its neighbours at once, so alone it may differ in the second decimal"
+            floor = f"floor {self.tasks[task]().floor:.3f} nats a token"
+            lines.append(f"test loss {self.score.loss:.3f}, {floor}{accuracy}; {cost}")
             lines.append(f"<i>{html.escape(self.samples[task])}</i>")
         else:
             lines.append(f"step {len(self.history.losses)} of {STEPS} …")
+        if self.history.stopped == "diverged":
+            lines.append("<b>The loss is not finite any more, so training stopped: choose a smaller learning rate.</b>")
+        if self.here:
+            lines.append(
+                "This model cannot be sent to another process, since its class stands in the notebook or does not "
+                "pickle: it is trained in the kernel, so wait for the end before you run a cell."
+            )
         if self.measured(**self.values):
             lines.append(f"<small>atlas: {atlas.measured()[1]}</small>")
         return "<br>".join(lines)
@@ -203,23 +282,3 @@ def draw_points(axes, points: dict[str, tuple[int, float]], floor: float | None,
     axes.set_xlim(min(numbers) / 2, max(numbers) * 2)
     axes.minorticks_off()
     axes.legend(fontsize="small", loc="upper right")
-
-
-def sample(tuned: Tuned, task: str) -> str:
-    """What the tuned model says now, as a reader would want to see it for this task."""
-    tokenizer = tuned.tokenizer
-    if task == "flip":
-        prompt = "on sunday , anna went to the lake . the sun was hot . anna won a red boat in a race . anna felt"
-        ids = tokenizer(prompt, return_tensors="pt").to(tuned.device)
-        with torch.no_grad():
-            p = tuned(**ids).logits[0, -1].softmax(-1)
-        words = {
-            m: sum(p[tokenizer.convert_tokens_to_ids(w)].item() for w in ws) for m, ws in tasks.mood_words().items()
-        }
-        return f"{pretty(prompt)} … glad {words['glad']:.2f}, sad {words['sad']:.2f}"
-    if task == "cipher":
-        key = tasks.permutation()
-        back = {secret: word for word, secret in key.items()}
-        [text] = write(tuned, tokenizer, f"{key['one']} {key['morning']}")
-        return f"{text} — deciphered: {pretty(' '.join(back.get(w, w) for w in text.split()))}"
-    return pretty(write(tuned, tokenizer, "on sunday")[0])

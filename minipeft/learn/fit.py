@@ -97,13 +97,15 @@ class History:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean `loss` in nats a token over `n` rows, `accuracy` where the task has one, and for classes each guess."""
+    """Mean `loss` in nats a token over `n` rows, `accuracy` where the task has one; for classes each guess, and the
+    probability that the model gives it (`confidence`)."""
 
     loss: float
     n: int
     accuracy: float | None = None
     predictions: tuple[int, ...] = ()
     truth: tuple[int, ...] = ()
+    confidence: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.3f}"
@@ -298,7 +300,7 @@ def evaluate(
     device = next(model.parameters()).device
     was_training, pair = model.training, is_pair(model)
     model.eval()
-    total, count, right, predictions = 0.0, 0, 0.0, [0] * len(encoded)
+    total, count, right, predictions, confidence = 0.0, 0, 0.0, [0] * len(encoded), [0.0] * len(encoded)
     shortest_first = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))  # little padding, so little waste
     for start in range(0, len(encoded), 64):
         chosen = shortest_first[start : start + 64]
@@ -311,15 +313,15 @@ def evaluate(
         total += nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
         count += int(kept.sum())
         if task.kind == "class":
-            for i, guess in zip(chosen, logits.argmax(-1).tolist(), strict=True):
-                predictions[i] = guess
+            for i, p, guess in zip(chosen, *(each.tolist() for each in logits.softmax(-1).max(-1)), strict=True):
+                predictions[i], confidence[i] = guess, p
             right += (logits.argmax(-1) == labels).sum().item()
         elif task.kind == "answer":
             right += _right_answers(logits, labels, kept, task, tokenizer)
     model.train(was_training)
     truth = tuple(rows["label"]) if task.kind == "class" else ()
     accuracy = None if task.metric == "loss" else right / len(encoded)
-    return Score(total / count, len(encoded), accuracy, tuple(predictions) if truth else (), truth)
+    return Score(total / count, len(encoded), accuracy, *map(tuple, (predictions, truth, confidence) if truth else ()))
 
 
 def _right_answers(logits, labels, kept, task: Task, tokenizer) -> int:

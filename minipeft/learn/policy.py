@@ -203,7 +203,14 @@ def _check(tuned: Tuned, prompts: Sequence[str], plan: Plan, beta: float, rule: 
 
 
 def _worth(reward: Callable, texts: list[str], step: int) -> torch.Tensor:
-    rewards = torch.as_tensor(reward(texts), dtype=torch.float32)
+    given = reward(texts)
+    try:
+        rewards = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"The reward gives {type(given).__name__} that holds no numbers: it takes {len(texts)} texts at once and "
+            "returns as many numbers, as rewards.each(f) does."
+        ) from None
     if rewards.shape != (len(texts),):
         raise ValueError(
             f"The reward gives {tuple(rewards.shape)} numbers for {len(texts)} texts: it needs one for each."

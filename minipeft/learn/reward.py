@@ -85,13 +85,17 @@ def simulate(
 ) -> list[Pair]:
     """What a rater who goes by `reward` says about each (prompt, first, second), wrong with probability `noise`.
 
-    Where both are worth the same the pair is left out, or a tie if `ties`.
+    Where both are worth the same the pair is left out, or a tie if `ties`. ValueError for a reward that is NaN.
     """
     if not 0 <= noise < 0.5:
         raise ValueError(f"noise is the share of wrong answers, from 0 to below 0.5, but is {noise!r}.")
     rng, pairs = random.Random(seed), []
     for prompt, first, second in drafts:
         a, b = (reward(f"{prompt} {text}".strip()) for text in (first, second))
+        if math.isnan(a) or math.isnan(b):
+            raise ValueError(
+                f"The reward of {(first if math.isnan(a) else second)!r} is no number: give every text one."
+            )
         slip = rng.random() < noise
         if a != b:
             pairs.append(Pair(prompt, first, second, "first" if (a > b) != slip else "second"))
@@ -165,9 +169,14 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(self, texts: Sequence[str], batch: int = 64) -> list[float]:
-        """r of each text."""
+        """r of each text. ValueError where it is no number."""
         rows = self.read(texts)
-        return [r for i in range(0, len(rows), batch) for r in self(rows[i : i + batch]).tolist()]
+        scores = [r for i in range(0, len(rows), batch) for r in self(rows[i : i + batch]).tolist()]
+        if bad := [text for text, r in zip(texts, scores, strict=True) if not math.isfinite(r)]:
+            raise ValueError(
+                f"The score of {bad[0][:60]!r} is no number: look for NaN in the reward model, train it anew."
+            )
+        return scores
 
     def differences(self, pairs: Sequence[Pair]) -> list[float]:
         """r(first) − r(second) of each pair."""

@@ -160,12 +160,14 @@ def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = No
         if sliced := [t.key for t in chosen if t.d_out != t.width]:
             raise ValueError(f"An adapter sits after a whole layer, and {sliced[0]!r} is a slice of one.")
         return [Site(t.path, t.width, i) for i, t in enumerate(chosen)]
-    outputs, mixed = set(head(model)), mixtures(model)
-    parts: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}  # (block, part) -> its linear layers and mixtures
+    outputs = set(head(model))
+    # PyTorch's attention reads the linear layer that it holds and does not call it
+    whole = mixtures(model) + [path for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    parts: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}  # (block, part) -> its linear layers and the whole
     for path, module in model.named_modules():
         block = re.match(r"(?:.*?\.)?\d+(?=\.)", path)
         plain = is_matrix(module) and not isinstance(module, nn.Embedding) and path not in outputs
-        if block and (plain or path in mixed) and not path.startswith(tuple(f"{each}." for each in mixed)):
+        if block and (plain or path in whole) and not path.startswith(tuple(f"{each}." for each in whole)):
             attention = re.match(r".*?(?:attn|attention)[^.]*", path, re.IGNORECASE)
             parts.setdefault((block[0], attention[0] if attention else ""), []).append((path, module))
     stacks: dict[str, list[str]] = {}
@@ -178,7 +180,8 @@ def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = No
         if block in kept and (placement == "houlsby" or not part):
             path, last = layers[-1]
             source = layers[0][0] if placement == "parallel" else None
-            d = Target(path, last, 0, 0).width if is_matrix(last) else model.config.hidden_size
+            d = last.embed_dim if isinstance(last, nn.MultiheadAttention) else None
+            d = d or (Target(path, last, 0, 0).width if is_matrix(last) else model.config.hidden_size)
             if source and is_matrix(layers[0][1]) and (read := Target(*layers[0], 0, 0).d_in) != d:
                 raise ValueError(
                     f"A parallel adapter's input is as wide as its output, but {source!r} reads {read} numbers and "

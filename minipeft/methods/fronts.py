@@ -25,7 +25,10 @@ def embedding(model: nn.Module, what: str) -> nn.Embedding:
     except (AttributeError, NotImplementedError):
         found = None
     if not isinstance(found, nn.Embedding) or not hasattr(model.config, "get_text_config"):
-        raise ValueError(f"{what} stands before token embeddings, and {type(model).__name__} has none; use LoRA.")
+        name = type(model).__name__
+        raise ValueError(
+            f"{what} stands before token embeddings, and {name} names none with get_input_embeddings(); use LoRA."
+        )
     return found
 
 
@@ -76,8 +79,9 @@ def keys_and_values(
             place = {"position_ids": torch.arange(len(ids), 2 * len(ids), device=model.device)[None]}
             asked(**call, **(place if "position_ids" in arguments(asked) else {}))
     except Exception as error:  # whatever an architecture says to a cache that it does not know
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{_no_cache(model)} ({reason}); use a prompt or LoRA.") from error
+        said = str(error).strip() if not isinstance(error, TypeError | AttributeError) else ""
+        reason = f" ({said.splitlines()[0]})" if said else ""
+        raise ValueError(f"{_no_cache(model)}{reason}; use a prompt or LoRA.") from error
     finally:
         for module in training:
             module.training = True

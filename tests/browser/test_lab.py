@@ -1,10 +1,11 @@
-"""Lessons in JupyterLab in a real Chromium: a slider is moved by key and by mouse, and the picture changes.
+"""A lesson in JupyterLab in a real Chromium: sliders are moved by key and by mouse while a cell runs, and answer.
 
 Skipped, with the reason, where there is no Chromium. The last screenshots are kept in the folder that pytest names.
 """
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from chromium import CHROMIUM, FLAGS
 
 ROOT = Path(__file__).parents[2]
+FIRST = "00_start_here"
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 
@@ -63,10 +65,14 @@ def lab(tmp_path_factory):
 
 
 def up_to_the_explorer(lesson: Path) -> None:
-    """Leaves out what follows the first explorer of a lesson, so that the kernel is soon free for it."""
+    """Leaves out what follows the first explorer of a lesson. In the first lesson a second explorer comes instead, and
+    a cell that computes until it is interrupted."""
     notebook = json.loads(lesson.read_text(encoding="utf-8"))
     shows = [i for i, cell in enumerate(notebook["cells"]) if "Explorer(" in "".join(cell["source"])]
     notebook["cells"] = notebook["cells"][: shows[0] + 1] if shows else notebook["cells"]
+    if lesson.stem == FIRST:
+        for name, code in (("second", "mp.AdapterExplorer(model)"), ("busy", "while True:\n    sum(range(10_000))")):
+            notebook["cells"].append(notebook["cells"][shows[0]] | {"id": name, "source": code, "outputs": []})
     lesson.write_text(json.dumps(notebook), encoding="utf-8")
 
 
@@ -103,51 +109,74 @@ def idle_for(page, seconds: float) -> None:
             since = time.perf_counter()
 
 
-def settled(page, text, seconds: float) -> None:
+def settled(page, box, seconds: float) -> None:
     """Wait until the explorer's text reports the test after training."""
     started = time.perf_counter()
-    while "test loss" not in text.inner_text():
-        assert time.perf_counter() - started < seconds, text.inner_text()
+    while "test loss" not in box.inner_text():
+        assert time.perf_counter() - started < seconds, box.inner_text()
         page.wait_for_timeout(50)
 
 
-# the rank of LoRA, the bottleneck of adapters: both begin at 8, and one step to the right is 16
-@pytest.mark.parametrize("lesson", ["00_start_here", "03_adapters"])
-def test_the_slider_moves_by_key_and_by_mouse_and_the_picture_follows(lab, page, tmp_path, capsys, lesson):
-    page.goto(f"{lab}/lab/tree/notebooks/{lesson}.ipynb?reset")
-    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for()
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    cell = page.locator(".jp-CodeCell", has=page.locator("img.widget-image")).first
-    image, text = cell.locator("img.widget-image").first, cell.locator(".widget-html").last
-    image.wait_for(state="attached")
-    idle_for(page, 3)
-    image.scroll_into_view_if_needed()
-    settled(page, text, 60)
-
-    handle = cell.locator(".noUi-handle").first
-    before = image.get_attribute("src")
-    handle.focus()
-    page.keyboard.press("ArrowRight")
-    by_key, first = picture_after(page, image, before, 20)
-    settled_at = time.perf_counter()
-    settled(page, text, 60)
-    whole = first + time.perf_counter() - settled_at
-    assert "16" in cell.locator(".widget-readout").first.inner_text()
-    page.screenshot(path=tmp_path / "after_key.png")
-
-    finished = image.get_attribute("src")
+def by_mouse(page, handle, pixels: float) -> None:
     box = handle.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(box["x"] - 60, box["y"] + box["height"] / 2, steps=5)
+    page.mouse.move(x + pixels, y, steps=5)
     page.mouse.up()
-    picture_after(page, image, finished, 20)
+
+
+def menu(page, *names: str) -> None:
+    for name in names:
+        page.get_by_role("menuitem", name=name, exact=True).click()
+
+
+def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, capsys):
+    page.goto(f"{lab}/lab/tree/notebooks/{FIRST}.ipynb?reset")
+    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for()
+    menu(page, "Run", "Run All Cells")
+    first, second = (page.locator(".minipeft-box", has=page.locator("img")).nth(i) for i in range(2))
+    second.locator("img").wait_for(state="attached")
+    running = page.locator(".jp-InputPrompt", has_text="[*]")
+    while running.count() > 1:
+        page.wait_for_timeout(50)
+
+    # the rank of LoRA and the bottleneck of adapters begin at 8, and one step to the right is 16
+    waited = []
+    for box in (first, second):
+        box.scroll_into_view_if_needed()
+        image, handle = box.locator("img"), box.locator(".noUi-handle").first
+        before = image.get_attribute("src")
+        handle.focus()
+        page.keyboard.press("ArrowRight")
+        waited.append(picture_after(page, image, before, 20)[1])
+        assert box.locator(".widget-readout").first.inner_text() == "16"
+        assert "= 16 ·" in image.get_attribute("title"), "the picture has a name"
+        box.get_by_role("button", name="stop").click()
+        box.get_by_text("Stopped; move a control").wait_for()
+    before = image.get_attribute("src")
+    by_mouse(page, handle, -60)
+    waited.append(picture_after(page, image, before, 20)[1])
     handle.focus()
     page.keyboard.press("ArrowLeft")  # a second move while the first run is under way
-    settled(page, text, 60)
-    page.screenshot(path=tmp_path / "after_mouse.png")
-    readout = cell.locator(".widget-readout").first.inner_text()
-    assert readout in ("1", "2", "4")
+    assert box.locator(".widget-readout").first.inner_text() in ("1", "2", "4")
+    box.get_by_text(re.compile(r"step [1-9]\d* of 60")).wait_for()
+    assert running.count() == 1, "and all this while the cell went on"
+    wide = "e => [...document.querySelectorAll('.jp-OutputArea-output')].every(e => e.scrollWidth <= e.clientWidth)"
+    assert page.evaluate(wide)
+    page.screenshot(path=tmp_path / "light.png")
+
+    menu(page, "Settings", "Theme", "JupyterLab Dark")
+    page.wait_for_function("getComputedStyle(document.querySelector('.minipeft-box img')).filter.includes('invert')")
+    page.screenshot(path=tmp_path / "dark.png")
+    menu(page, "Kernel", "Interrupt Kernel")
+    while running.count():
+        page.wait_for_timeout(50)
+    settled(page, box, 300)  # the interrupt was for the cell alone
+    menu(page, "Kernel", "Restart Kernel…")
+    page.locator(".jp-Dialog button", has_text="Restart").first.click()
+    notice = "getComputedStyle(document.querySelector('.minipeft-box'), '::after').content"
+    page.wait_for_function(f"{notice}.includes('run this cell again')")
+    page.screenshot(path=tmp_path / "restarted.png")
     with capsys.disabled():
-        print(f"\nkey to first picture {first:.2f} s, to the end of the run {whole:.1f} s; pictures in {tmp_path}")
+        print(f"\nfrom a move to the picture: {', '.join(f'{t:.2f}' for t in waited)} s; pictures in {tmp_path}")

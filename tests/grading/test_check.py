@@ -3,24 +3,27 @@
 import itertools
 import json
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 
-import matplotlib
 import nbformat
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from minipeft.course import check, worker
+from minipeft.course import assignments, check, folds, worker
 from minipeft.course.assignments import EXERCISES, ROOT, outdated, sources
 from minipeft.course.exercises import ASSIGNMENTS, exercises
+from minipeft.course.standing import Standing, remember, standings, table
 from minipeft.course.submission import report, seed_of
 from minipeft.course.verdict import COULD_NOT_RUN, NOT_ATTEMPTED, WRONG
 
@@ -67,7 +70,7 @@ def test_a_result_that_is_right_but_changes_its_arguments_is_wrong():
 
 def test_a_wrong_count_is_told_with_all_its_digits():
     found = check.verdict("count_lora", lambda shapes, rank: sum(rank * (a + b) for a, b in shapes) + 10**9)
-    assert "Expected 16,384, got 1,000,016,384." in repr(found)
+    assert "Expected 36, got 1,000,000,036." in repr(found)
 
 
 def test_a_forgotten_return_is_named():
@@ -201,8 +204,9 @@ def test_check_and_grade_say_the_same_of_values_of_other_kinds(assignment):
 def test_the_verdict_is_shown_and_remembered(capsys):
     check.lora_scale(lambda alpha, rank, rank_stabilized=False: alpha / rank)
     check.count_lora(lambda shapes, rank: sum(rank * (a + b) for a, b in shapes))
-    assert check.outcomes() == {"lora_scale": "wrong", "count_lora": "correct"}
-    assert "✗ lora_scale" in capsys.readouterr().out
+    assert {k: v.outcome for k, v in standings().items()} == {"lora_scale": "wrong", "count_lora": "correct"}
+    said = capsys.readouterr().out
+    assert "✗ lora_scale" in said and 'check.hint("lora_scale", 1)' in said
 
 
 def test_the_verdict_as_html_escapes_what_the_learner_wrote():
@@ -210,20 +214,100 @@ def test_the_verdict_as_html_escapes_what_the_learner_wrote():
     assert "<script>" not in found._repr_html_() and "&lt;script&gt;" in found._repr_html_()
 
 
-def test_a_damaged_progress_file_counts_as_none(tmp_path):
-    (tmp_path / "progress.json").write_text("[1, 2")
-    assert check.outcomes() == {}
-    check.remember("lora_scale", "correct")
-    assert json.loads((tmp_path / "progress.json").read_text()) == {"lora_scale": "correct"}
+@pytest.mark.parametrize("text", ["[1, 2", "[]", '{"lora_scale": {"tries": []}}', '{"lora_scale": null}'])
+def test_a_damaged_progress_file_counts_as_none(tmp_path, text):
+    (tmp_path / "progress.json").write_text(text)
+    assert standings() == {}
+    remember("lora_scale", "correct")
+    assert standings() == {"lora_scale": Standing("correct")}
 
 
-def test_progress_draws_every_exercise():
-    matplotlib.use("Agg")
-    check.remember("lora_scale", "correct")
-    axes = check.progress_figure().axes[0]
-    drawn = {text.get_text().replace("_\n", "_") for text in axes.texts}
-    assert {e.name for e in ALL} <= drawn
-    assert any(text.startswith("lora\n1 of") for text in drawn)
+def test_a_file_that_held_outcomes_alone_is_read(tmp_path):
+    (tmp_path / "progress.json").write_text('{"lora_scale": "wrong", "lora_delta": "correct"}')
+    assert standings() == {"lora_scale": Standing("wrong", 1), "lora_delta": Standing("correct")}
+
+
+def answers(count: int, tmp_path) -> list:
+    """Wrong answers that differ, in a file, as a notebook's cells are for Python."""
+    (tmp_path / "answers.py").write_text("".join(f"def f{i}(*args):\n    return {i}.25\n" for i in range(count)))
+    return [runpy.run_path(str(tmp_path / "answers.py"))[f"f{i}"] for i in range(count)]
+
+
+def test_ten_different_wrong_answers_open_the_solution_and_a_restart_forgets_none(tmp_path, capsys):
+    wrong = answers(10, tmp_path)
+    for answer in wrong[:9]:
+        check.lora_scale(answer)
+        check.lora_scale(answer)  # Run All tries it again
+    assert standings()["lora_scale"].tries == 9
+    said = capsys.readouterr().out
+    assert "alpha / math.sqrt" not in said and "opens after 10 different wrong answers; 9 so far" in said
+    run = "import runpy, sys; from minipeft.course import check; check.lora_scale(runpy.run_path(sys.argv[1])['f9'])"
+    said = subprocess.run([sys.executable, "-c", run, tmp_path / "answers.py"], capture_output=True, text=True).stdout
+    assert 'The solution is open: check.solution("lora_scale")' in said
+    check.solution("lora_scale")
+    said = capsys.readouterr().out
+    assert "return alpha / math.sqrt(rank) if rank_stabilized else alpha / rank" in said
+    assert "At rank 4 and α = 16" in said and "SOLUTION" not in said and "NotImplementedError" not in said
+
+
+def test_a_deadline_decides_alone_when_the_solution_opens(tmp_path, monkeypatch):
+    now = datetime.now(timezone(timedelta(hours=5)))
+    monkeypatch.setattr(assignments, "EXERCISES", tmp_path)
+    file = tmp_path / "deadlines.json"
+    file.write_text(json.dumps({"lora": str(now + timedelta(minutes=1)), "select": str(now - timedelta(minutes=1))}))
+    assert "opens after the deadline" in folds.why_closed("lora_scale", Standing("correct", 10))
+    assert folds.why_closed("bitfit_names", Standing()) == ""
+    assert "10 different" in folds.why_closed("route", Standing()) and not folds.why_closed(
+        "route", Standing("wrong", 10)
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"lore": "2026-12-01 13:00+01:00"}', '{"lora": "2026-12-01 13:00"}', '{"lora": 3}']
+)
+def test_a_deadline_that_cannot_be_read_is_told_with_an_example(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(assignments, "EXERCISES", tmp_path)
+    (tmp_path / "deadlines.json").write_text(text)
+    with pytest.raises(ValueError, match="it looks like"):
+        assignments.deadlines()
+    assert "it looks like" in folds.why_closed("lora_scale", Standing())
+
+
+def test_hints_and_solution_are_folded_below_a_verdict():
+    shown = folds.folds("lora_scale", Standing("wrong", 3))._repr_mimebundle_()["text/markdown"]
+    assert shown.count("<details><summary>Hint") == 2 and "open>" not in shown and "explained" not in shown
+    assert "<summary>The solution, explained" in folds.folds("lora_scale", Standing("correct")).forms["text/markdown"]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
+def test_the_second_hint_stops_short_of_the_solution(exercise):
+    """No eight pieces of it in a row stand in the solution, its docstring (which the stub has as well) aside."""
+    code = re.sub(r'""".*?"""', "", folds.solution(exercise.name).split("```")[1], flags=re.DOTALL)
+    hint, whole = words(exercise.hints[1]), "\0".join(["", *words(code), ""])
+    runs = ["\0".join(["", *hint[i : i + 8], ""]) for i in range(len(hint) - 7)]
+    assert not [run for run in runs if run in whole]
+
+
+def test_progress_is_a_table_with_a_link_to_each_exercise_and_assignment(tmp_path, monkeypatch):
+    remember("lora_scale", "correct")
+    for name in ("lora", "select"):
+        shutil.copytree(EXERCISES / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path / "lora")
+    text, page = table("lora").forms["text/plain"], table("lora").forms["text/html"]
+    assert re.search(r"1 · The scale γ +✓ correct\n2 · .* ○ not attempted", text) and re.search(r"lora +1 of 10", text)
+    headings = {c.id: c.source.splitlines()[0] for c in nbformat.read("lora.ipynb", as_version=4).cells}
+    linked = re.findall('href="lora.ipynb#cell-id=(.*?)">(.*?)<', page)
+    assert len(linked) == len(exercises()["lora"]) and all(headings[name] == f"## {title}" for name, title in linked)
+    assert re.findall('href="(\\.\\..*?)"', page) == ["../lora/lora.ipynb", "../select/select.ipynb"]
+    with pytest.raises(ValueError, match="There is no assignment 'lore'"):
+        table("lore")
+    for text in ("[1", "[]", '{"cells": [1]}', '{"cells": [{"source": 3}]}'):
+        (tmp_path / "lora" / "lora.ipynb").write_text(text)
+        assert "lora.ipynb#" not in table("lora").forms["text/html"]  # no link that leads nowhere
 
 
 def test_unknown_names_and_numbers_say_what_there_is():
@@ -266,7 +350,12 @@ def test_each_exercise_has_its_parts(name):
         before = "\n".join(c.source for c in cells[: named[exercise]] if c.cell_type == "markdown").split("\n## ")[-1]
         assert "Objective:" in before and "minutes" in before and "point" in before
         after = cells[named[f"test_{exercise}"] + 1].source
-        assert "**Symptom.**" in after and f'check.hint("{exercise}", 1)' in after
+        assert "<details><summary>Symptom</summary>" in after and f'check.hint("{exercise}", 1)' in after
+        title = next(line for line in before.splitlines() if line)
+        assert title.split(" · ", 1)[1] == exercises()[name][exercise].title  # where the table's link goes
+    assert cells[named["where"]].source == f'check.progress("{name}")'
+    code = [c for c in cells if c.cell_type == "code" and c is not cells[named["setup"]]]
+    assert all("raises-exception" in c.metadata.tags for c in code), "Run All stops there"
     assert any("Find the bug" in c.source for c in cells)
 
 
@@ -308,6 +397,7 @@ def run_whole(name: str, asked: str, folder) -> str:
     notebook = nbformat.read(sources()[name], as_version=4)
     for cell in notebook.cells:
         cell.source = re.sub(r"steps=60\b", "steps=20", cell.source)
+        cell.metadata.pop("tags", None)  # an error ends this run
     notebook.cells.insert(0, nbformat.v4.new_code_cell(FEWER_ROWS))
     notebook.cells.append(nbformat.v4.new_code_cell(f"print({asked})"))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()

@@ -72,7 +72,7 @@ def test_the_pages_follow_the_flag_and_a_deleted_page_comes_back(course):
     assert "HIDDEN TESTS" not in page.read_text()
 
 
-def test_late_penalties_extensions_and_time_zones_are_nbgraders(course, monkeypatch):
+def test_late_penalties_extensions_and_time_zones_are_nbgraders(course, monkeypatch, tmp_path):
     folder, out, graded = course
     hand_in(folder, "ada", at="2026-12-01 12:30:00 Europe/Berlin")  # half an hour before it is due
     hand_in(folder, "bob", {EXERCISES[0]}, at="2026-12-01 12:30:00 UTC")  # half an hour after it
@@ -82,8 +82,11 @@ def test_late_penalties_extensions_and_time_zones_are_nbgraders(course, monkeypa
     config.LateSubmissionPlugin.penalty_method = "zero"
     monkeypatch.setattr(gradebook.assignments, "settings", lambda: config.copy())
     assert graded()["late penalty"].tolist() == [0, 0, 0, 0]
-    with book(out) as opened:
-        opened.update_or_create_assignment(ASSIGNMENT, duedate="2026-12-01 13:00 Europe/Berlin")
+    monkeypatch.setattr(gradebook.assignments, "EXERCISES", tmp_path)
+    (tmp_path / "deadlines.json").write_text(f'{{"{ASSIGNMENT}": "2026-12-01 13:00"}}')
+    with pytest.raises(ValueError, match="has no offset"):
+        graded()
+    (tmp_path / "deadlines.json").write_text(f'{{"{ASSIGNMENT}": "2026-12-01 13:00+01:00"}}')
     table = graded()
     right = worth({EXERCISES[0]})
     assert table.score.to_dict() == {"ada": worth(), "bob": 0, "cem": worth(), "dee": worth()}

@@ -43,7 +43,10 @@ def look(act: Callable, objects: tuple, asked: list[str], given: tuple, keywords
     if "again" in asked:
         kept = replaced(value, lambda tensor: tensor.detach().clone())
         if not same(plain(listed(act(*objects, *fresh[0], **fresh[1]))), kept):
-            raise NotKept("A second call with the same arguments gives something else: does it remember the first?")
+            raise NotKept(
+                "A second call with the same arguments gives something else: does it remember the first, or draw "
+                "random numbers that the arguments do not decide?"
+            )
         return kept
     return value
 

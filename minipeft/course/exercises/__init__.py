@@ -38,3 +38,8 @@ def exercise(name: str) -> Exercise:
     if name not in every:
         raise ValueError(f"There is no exercise {name!r}; there is {', '.join(every)}.")
     return every[name]
+
+
+def assignment_of(name: str) -> str:
+    """The assignment that an exercise belongs to. ValueError lists the exercises that there are."""
+    return next(a for a, several in exercises().items() if exercise(name).name in several)

@@ -240,6 +240,9 @@ def route_cases(rng: Random):
                     ]
                 ),
                 "the softmax runs over the tokens, not over the experts": columns,
+                "the chosen logits come out as they are: take their softmax": rows(
+                    lambda row, k=k: [v if i in largest(row, k) else 0.0 for i, v in enumerate(row)]
+                ),
             },
         )
     for shape, level in (((3,), 0.0), ((2, 2), 0.0), ((3,), -1e12)):
@@ -325,7 +328,8 @@ EXERCISES = (
         "bottleneck", "The bottleneck", bottleneck_cases,
         (
             "Three steps and a sum: down to m numbers, ReLU, up to d numbers, plus x.",
-            "`F.linear(x, down_w, down_b)` is the way down; the result is x + F.linear(F.relu(low), up_w, up_b).",
+            "`F.linear(x, W, b)` is W·x + b for any number of axes. Use it twice; ReLU stands between them, the sum "
+            "after both.",
         ),
         ("bottleneck",),
     ),
@@ -333,7 +337,8 @@ EXERCISES = (
         "count_adapters", "How many numbers train", count_cases,
         (
             "Count one adapter first, its two biases too; then count the adapters.",
-            "One holds 2·d·m + m + d. There are per_block · ⌈layers/share⌉ of them; `math.ceil` rounds up.",
+            "At d = 3 and m = 2 one adapter has 6 + 2 numbers on the way down and 6 + 3 up. 7 blocks in threes are 3 "
+            "groups.",
         ),
         ("count_adapters",),
     ),
@@ -341,7 +346,7 @@ EXERCISES = (
         "init_adapter", "The start: the identity", init_cases,
         (
             "The up half must be zero, its bias too; the down half must not.",
-            "`torch.empty(bottleneck, width).uniform_(-a, a, generator=generator)` with a = 1/√width; the others zero.",
+            "`uniform_` takes the two ends and `generator=`. Is it d or m that counts the inputs of the way down?",
         ),
         ("init_adapter",), "adapters.start_adapter",
     ),
@@ -349,7 +354,8 @@ EXERCISES = (
         "route", "The router", route_cases,
         (
             "`logits.topk(k, dim=-1)` gives the k largest and where they are. Take the softmax of those alone.",
-            "best, who = logits.topk(k, dim=-1); then torch.zeros_like(logits).scatter(-1, who, best.softmax(-1)).",
+            "`topk` gives values *and* places, exactly k, whatever is equal. `scatter` writes values to places in a "
+            "tensor of zeros.",
         ),
         ("route",),
     ),
@@ -357,7 +363,8 @@ EXERCISES = (
         "RepairedAdapter", "Find the bug", repair_cases,
         (
             "There are four faults: the start, the residual, the place of the activation, and what stays frozen.",
-            "Zero up.weight and up.bias; return h + self.up(F.relu(self.down(h))); linear.requires_grad_(False).",
+            "With `up` at zero, is the output h? On which side of `up` is ReLU? And no_grad would cut off the layers "
+            "below.",
         ),
         ("RepairedAdapter",), "adapters.adapter_after",
     ),

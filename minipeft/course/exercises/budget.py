@@ -144,9 +144,11 @@ PRINTED = (  # papers' rows with the exact count
 
 
 def count_cases(rng: Random):
-    drawn = [
+    methods = ("lora", "adapter", "vera", "dora", "adalora")
+    small = [(method, [(8, 5), (3, 9)], 2, None, "small layers") for method in methods]
+    drawn = small + [
         (method, random_shapes(rng, rng.randint(2, 6)), rng.randint(3, 40), None, "layers of random size")
-        for method in ("lora", "adapter", "vera", "dora", "adalora")
+        for method in methods
     ]
     for method, shapes, size, exact, what in (*drawn, *PRINTED):
 
@@ -356,8 +358,8 @@ EXERCISES = (
         "target_shapes", "Shapes of the targets", shape_cases,
         (
             "`model.named_modules()` gives dotted names and modules, each module once; compare a name's last part.",
-            "name.split('.')[-1] in targets; nn.Linear has in_features and out_features, Conv1D's weight.shape is "
-            "(d_in, d_out).",
+            "nn.Linear has in_features and out_features; Conv1D's weight lies the other way round. A name's last "
+            "part follows its last dot.",
         ),
         ("target_shapes",), "budget.list_shapes",
     ),
@@ -365,7 +367,8 @@ EXERCISES = (
         "count_trainable", "How many numbers train", count_cases,
         (
             "Write down the shape of every tensor that trains at one layer; then add over the layers.",
-            "LoRA r·(d_in + d_out); AdaLoRA r more; DoRA d_out more; VeRA d_out + r; adapter 2·d_out·m + m + d_out.",
+            "For (6, 4) and size 2: LoRA 12 + 8, AdaLoRA 2 more, DoRA 4 more, VeRA 2 + 4. The adapter reads 4 "
+            "numbers: 8 + 2, then 8 + 4.",
         ),
         ("count_trainable",),
     ),
@@ -373,8 +376,8 @@ EXERCISES = (
         "training_bytes", "Bytes that stay", bytes_cases,
         (
             "Three kinds of numbers: frozen ones, the base's own that train, the adapter's. Write a column for each.",
-            "weights: width·base + 4·added; gradients: width·own + 4·added; master 4·own if width < 4; moments "
-            "4·moments·(own + added).",
+            "base = 100, own = 0, added = 10, width = 2: weights 240, master 0, gradients 40, moments 80. And with "
+            "own = 100, added = 0?",
         ),
         ("training_bytes",),
     ),
@@ -382,7 +385,8 @@ EXERCISES = (
         "step_multiply_adds", "Multiply-adds of a step", step_cases,
         (
             "A matrix that trains takes three products: output, gradient of its input, its own. And a frozen one?",
-            "Full: 3·d_in·d_out. LoRA: 2·d_in·d_out + 3·r·(d_in + d_out). Add over the layers, times tokens.",
+            "One layer (6, 4), one token: 3 · 24 = 72 in full. At rank 2, W takes 2 · 24, A takes 3 · 12 and B 3 · "
+            "8: 108.",
         ),
         ("step_multiply_adds",),
     ),
@@ -390,7 +394,8 @@ EXERCISES = (
         "largest_rank", "The largest rank", rank_cases,
         (
             "Each condition by itself sets a largest rank; the smaller one counts. `//` rounds down.",
-            "S = Σ(d_in + d_out), P = Σ d_in·d_out: the smaller of (memory − width·base)//(16·S) and (P − 1)//(3·S).",
+            "16 bytes a number: how many numbers does one rank add? For the second, put the sum of exercise 4 below "
+            "3·P and solve for r. Equal is too much.",
         ),
         ("largest_rank",),
     ),
@@ -398,7 +403,8 @@ EXERCISES = (
         "kept_bytes", "Weighing a real step", kept_cases,
         (
             "A tensor's `nbytes` knows its type. `model.parameters()` names a tied one once; a gradient may be None.",
-            "optimizer.state holds a dict for each parameter: add v.nbytes of all its values that are tensors.",
+            "Not everything in the optimizer's state is a tensor, and not every parameter has a gradient. Buffers "
+            "weigh too.",
         ),
         ("kept_bytes",), "budget.bytes_after_a_step",
     ),
@@ -406,8 +412,8 @@ EXERCISES = (
         "repaired_memory", "Find the bug", repair_cases,
         (
             "There are four faults: tied matrices, frozen ones, the type of the moments, and who needs a master copy.",
-            "model.parameters() without remove_duplicate=False; if p.requires_grad; 8 bytes a number; 4 more if "
-            "p.element_size() < 4.",
+            "Who is asked for twice? Has a frozen one a gradient? What type are Adam's moments? Who is narrower than "
+            "float32?",
         ),
         ("repaired_memory",), "budget.bytes_before_training",
     ),

@@ -26,7 +26,7 @@ def f1(truth: list[int], said: list[int], c: int, beta_of=lambda p, r: 2 * p * r
 
 
 def f1_cases(rng: Random):
-    for classes, n in ((2, 30), (3, 40), (4, 9), (5, 60)):
+    for classes, n in ((2, 8), (3, 40), (4, 9), (5, 60)):
         truth = rng.choices(range(classes), weights=range(1, classes + 1), k=n)
         said = [t if rng.random() < 0.6 else rng.randrange(classes) for t in truth]
         every = list(range(classes))
@@ -43,6 +43,7 @@ def f1_cases(rng: Random):
                 "classes are weighted by how many rows they have": lambda e=each, w=share: sum(
                     a * b for a, b in zip(e, w, strict=True)
                 ),
+                "the factor 2 of the harmonic mean is missing": lambda e=each: statistics.fmean(e) / 2,
                 "it is the F1 of the last class only": lambda e=each: e[-1],
                 "it is the mean precision": lambda t=truth, s=said, e=every: statistics.fmean(
                     f1(t, s, c, lambda p, r: p) for c in e
@@ -138,7 +139,7 @@ def stop_cases(rng: Random):
             name: lambda a=(losses, patience), w=way: stopped(*a, **w)
             for name, way in ways.items()
             if stopped(losses, patience, **way) != usual
-        }
+        } | {"the two changed places: first where it stops, then which look is kept": lambda u=usual: u[::-1]}
         yield Case(
             f"say where to stop and which look was best, among {n} looks with patience {patience}",
             (losses, patience),
@@ -178,7 +179,6 @@ def rate_cases(rng: Random):
             known["the best single run chooses, and it may be luck: take the mean over the seeds"] = (
                 lambda s=single, d=shuffled: (s, min(d) < s < max(d))
             )
-        known["the second value is turned round"] = lambda r=right: (r[0], not r[1])
         known["it returns the loss, not the rate"] = lambda r=right, d=shuffled: (
             statistics.fmean(d[r[0]]), r[1]
         )  # fmt: skip
@@ -188,6 +188,8 @@ def rate_cases(rng: Random):
             whole = {r: e for r, e in shuffled.items() if all(map(math.isfinite, e))}
             if chosen(whole) != right:
                 known["a rate that diverged was tried, too: it counts"] = lambda w=whole: chosen(w)
+        if len(known) == 1 + (poison is not None) or poison is None:
+            known["the second value is turned round"] = lambda r=right: (r[0], not r[1])
         yield Case(
             f"find the rate of least mean validation loss among {size}, and say whether it lies inside",
             (shuffled,),
@@ -262,6 +264,8 @@ def cheapest(scores, cost, matters, t, **way) -> str:
         sign = 0 if way.get("mean only") else -1 if way.get("low") else 1
         return statistics.fmean(gaps) + sign * half
 
+    if way.get("best"):
+        return best
     near = [name for name in scores if name == best or bound(name) <= matters]
     return (max if way.get("dearest") else min)(near, key=lambda name: cost[name])
 
@@ -274,6 +278,7 @@ WAYS = {
     "the spread is taken with n: a sample's has n − 1": {"population": True},
     "it counts on five seeds: use the t and the number of seeds that are given": {"five": True},
     "the dearest of them is taken": {"dearest": True},
+    "the best is taken, whatever it costs": {"best": True},
 }
 
 
@@ -313,7 +318,8 @@ EXERCISES = (
         "macro_f1", "A score that small classes count in", f1_cases,
         (
             "For each class count three things: found, named without being it, missed.",
-            "F1 = 2·found / (2·found + wrongly named + missed), 0 where found is 0; then the mean over range(classes).",
+            "`predictions.count(c)` is found + wrongly named. What is `truth.count(c)`? A class without any counts "
+            "in the mean, too.",
         ),
         ("macro_f1",),
     ),
@@ -321,7 +327,8 @@ EXERCISES = (
         "calibration_error", "Is it as sure as it is right?", calibration_cases,
         (
             "The largest probability of a row is its confidence; put each row into the bin of its confidence.",
-            "bin = ceil(confidence · bins) − 1; in each that has rows: share of rows · |mean right − mean confidence|.",
+            "0.3 of 10 bins lies in (0.2, 0.3]: round up, then one less. Two means in each bin, and the gap weighs "
+            "as the bin's share.",
         ),
         ("calibration_error",),
     ),
@@ -329,7 +336,7 @@ EXERCISES = (
         "stop_early", "When to stop, and what to keep", stop_cases,
         (
             "Keep the least loss so far, where it was, and how many looks have passed since.",
-            "`if loss < least:` is False for NaN too, as it should be; return as soon as patience looks have passed.",
+            "A comparison with `<` is False for NaN, as it should be. How many looks have passed since the best one?",
         ),
         ("stop_early",),
     ),
@@ -337,7 +344,8 @@ EXERCISES = (
         "choose_rate", "Which learning rate", rate_cases,
         (
             "The mean of a list with NaN or infinity in it is not finite: such a rate is out, but it was tried.",
-            "best = min(finite, key=finite.get); return best, min(losses) < best < max(losses).",
+            "A mean with NaN in it is not finite. The best is among the finite ones; its neighbours are among *all* "
+            "that were tried.",
         ),
         ("choose_rate",),
     ),
@@ -345,7 +353,8 @@ EXERCISES = (
         "recipe", "Your recipe, trained and scored", recipe_cases,
         (
             "The light is added to the picture before the first layer; four patterns ask for a change of rank 4.",
-            'LoRA on ["lower"] costs rank·(64 + 64): the largest rank up to 8 that it pays, at 0.02, 120 steps.',
+            "LoRA costs rank · 128 at a 64 × 64 layer. Put all of the budget where the light comes in, and try rates "
+            "from 0.003 to 0.1.",
         ),
         ("recipe",), "capstone.adapt",
     ),
@@ -353,7 +362,8 @@ EXERCISES = (
         "cheapest_alike", "Find the bug", choice_cases,
         (
             "Take the differences best − candidate seed by seed: their mean, and their spread with n − 1.",
-            "near if mean + t·stdev/√n <= matters, or if it is the best itself; then min by cost.",
+            "Differences first, seed by seed; then their mean and spread (`stdev` has n − 1). The best itself always "
+            "belongs.",
         ),
         ("cheapest_alike",),
     ),

@@ -35,6 +35,12 @@ def mean_wasted(student: torch.Tensor, teacher: torch.Tensor, T: float) -> float
     return sum(each) / len(each)
 
 
+def crossed(student: torch.Tensor, teacher: torch.Tensor, T: float) -> float:
+    """−Σ q·ln p, the mean over the rows."""
+    p, q = ([probabilities(row, T) for row in rows_of(logits)] for logits in (student, teacher))
+    return -sum(b * math.log(a) for x, y in zip(p, q, strict=True) for a, b in zip(x, y, strict=True)) / len(p)
+
+
 # soft loss -----------------------------------------------------------------------------------------------------------
 def soft_cases(rng: Random):
     for T in (1.0, 2.0, 0.5, 4.0):
@@ -58,6 +64,9 @@ def soft_cases(rng: Random):
                 "logits are multiplied by T": lambda z=z, t=t, T=T: tensor(T * T * mean_wasted(z, t, 1 / T)),
                 "it adds over the rows: take the mean": lambda r=right, n=n: tensor(r * n),
                 "it takes the mean over the classes too": lambda r=right, c=classes: tensor(r / c),
+                "it is the cross-entropy: the teacher's own −Σ q·ln q is not taken off": lambda z=z, t=t, T=T: tensor(
+                    T * T * crossed(z, t, T)
+                ),
                 "only the teacher is softened": lambda z=z, t=t, T=T: tensor(T * T * mean_wasted(z * T, t, T)),
                 "the sign is wrong": lambda r=right: tensor(-r),
             },
@@ -96,6 +105,9 @@ def masked_cases(rng: Random):
             "each text counts the same, however many labels it has": lambda b=by_row, f=tensor: f(
                 sum(sum(r) / len(r) for r in b) / len(b)
             ),
+            "a label 0 is left out: 0 is a word, and −100 alone means no loss": lambda e=each, f=tensor: f(
+                sum(v for v, label, *_ in e if label > 0) / max(1, sum(label > 0 for _, label, *_ in e))
+            ),
             "T² is missing": lambda k=kept: torch.tensor(sum(k) / len(k), dtype=torch.float64),
         }
         claim = f"be the mean over the places whose next token has a label, with {kind} left out"
@@ -117,13 +129,16 @@ def itself_cases(rng: Random):
         slope = T * ((z / T).softmax(-1) - (t / T).softmax(-1)).detach() / n  # the closed form
         slopes = torch.autograd.grad(z, (a, b), slope)
 
-        def judge(got, value=value, slopes=slopes, t=t, T=T, weight=weight, seen=seen):
+        def judge(got, value=value, slopes=slopes, t=t, z=z, T=T, weight=weight, seen=seen):
             if set(got) == {"loss"}:
                 return f"It returns {type(got['loss']).__name__}; it should return the loss, a tensor without axes."
             if said := holds(got):
                 return said
             if lines := differ(got["loss"], torch.tensor(value, dtype=torch.float32)):
                 heard = seen.double() @ weight.double().T
+                turned = torch.tensor(T * T * mean_wasted(t, z.detach(), T), dtype=torch.float32)
+                if not differ(got["loss"], turned):
+                    return "It looks as if KL is reversed: the base teaches, the adapted model learns."
                 if not torch.equal(heard, t):
                     return "The loss is not that of a teacher who reads without dropout. " + " ".join(lines)
                 return " ".join(lines)
@@ -201,6 +216,9 @@ def mixed_cases(rng: Random):
             wrong={
                 "the labels' loss is softened: T is for the teacher's half": lambda m=mixed, s=soft, T=T: m(s, T=T),
                 "T² is missing": lambda m=mixed, s=soft, T=T: m(s / T**2),
+                'KL is a mean over the classes too: reduction="batchmean" takes it over the rows': (
+                    lambda m=mixed, s=soft, c=classes: m(s / c)
+                ),
                 "KL is reversed": lambda m=mixed, z=z, t=t, T=T: m(T * T * mean_wasted(t, z, T)),
                 "the weights are exchanged": lambda m=mixed, s=soft, w=w: m(s, weight=1 - w),
             },
@@ -212,7 +230,8 @@ EXERCISES = (
         "soft_loss", "The loss of a teacher", soft_cases,
         (
             "Divide both logits by T, take log_softmax of both, and write KL down: Σ q·(log q − log p).",
-            "q, log_q from (teacher / T).detach(); (q * (log_q - log_p)).sum(-1).mean() * T**2.",
+            "`log_softmax` stays finite where the logarithm of a softmax does not. Sum over V, mean over rows. Which "
+            "one is detached?",
         ),
         ("soft_loss",),
     ),
@@ -220,7 +239,8 @@ EXERCISES = (
         "masked_soft_loss", "Only where there is a label", masked_cases,
         (
             "The logits at place j speak of token j + 1: drop the last logits and the first label.",
-            "kept = labels[:, 1:] != -100; student[:, :-1][kept] is (places, V): the first exercise's formula does it.",
+            "A mask of the shifted labels picks (places, V) from the shifted logits. With no place left, divide by "
+            "1, not by 0.",
         ),
         ("masked_soft_loss",),
     ),
@@ -228,7 +248,8 @@ EXERCISES = (
         "teach_itself", "The base as its adapter's teacher", itself_cases,
         (
             "`with tuned.disabled():` is the base; a teacher needs no gradient and no dropout.",
-            "Keep tuned.training, call tuned.eval(), read the teacher, tuned.train(what it was), then the student.",
+            "Four steps: keep the mode, read the teacher, put the mode back, read the student. Which need eval(), "
+            "no_grad, disabled()?",
         ),
         ("teach_itself",), "distillation.teach_itself",
     ),
@@ -236,7 +257,8 @@ EXERCISES = (
         "fgm_gradients", "A step that is taken back", shake_cases,
         (
             "The gradient of the table from the clean loss alone is needed: torch.autograd.grad gives it by itself.",
-            "Keep a clone of the table, add ε·g/‖g‖ under no_grad, call backward again, copy the clone back.",
+            "By hand: keep a copy of the table, move it, copy back. Two losses call backward; the step must not come "
+            "from `.grad`.",
         ),
         ("fgm_gradients",), "distillation.shake",
     ),
@@ -244,7 +266,8 @@ EXERCISES = (
         "mixed_loss", "Find the bug", mixed_cases,
         (
             "Four things are wrong: try weight = 0, weight = 1, and a student that agrees with its teacher.",
-            "Labels: cross_entropy(student, labels) without T. Teacher: KL from the teacher, T², no gradient to it.",
+            "Which half may see T at all? In `F.kl_div(input, target)` it is the *target* that weighs. What pays "
+            "back the 1/T²?",
         ),
         ("mixed_loss",),
     ),

@@ -135,6 +135,9 @@ def price_cases(rng: Random):
                 "it is averaged over the tokens: the KL of a text is a sum": lambda f=priced, c=counts: f(
                     lambda p, q, m, i: m * (p - q) / c[i]
                 ),
+                "it is averaged over all places: the KL of a text is a sum": lambda f=priced, T=length: f(
+                    lambda p, q, m, i: m * (p - q) / T
+                ),
                 "the sign is wrong: leaving the base is rewarded": lambda f=priced: f(lambda p, q, m, i: m * (q - p)),
                 "the base is left out: that is a price on certainty": lambda f=priced: f(lambda p, q, m, i: m * p),
                 "the difference is made positive: a token may well be less likely than before": lambda f=priced: f(
@@ -153,7 +156,7 @@ def clipped(log_p, old, base, mask, rewards, clip, beta, **way) -> torch.Tensor:
     """The group-relative loss, a number at a time; `way` says what is done otherwise."""
     R = rewards.double().tolist()
     spread = (statistics.pstdev if way.get("population") else statistics.stdev)(R)
-    A = [(r - statistics.fmean(R)) / (spread + 1e-4 if not way.get("unscaled") else 1.0) for r in R]
+    A = [(r - statistics.fmean(R)) / (1.0 if way.get("unscaled") else spread + 1e-4 * (not way.get("bare"))) for r in R]
     pick = max if way.get("larger") else min
     texts = []
     for i, a in enumerate(A):
@@ -167,7 +170,7 @@ def clipped(log_p, old, base, mask, rewards, clip, beta, **way) -> torch.Tensor:
             surrogate = ratio * a if way.get("no clip") else surrogate
             d = (base[i, t] - log_p[i, t]).item() * (-1 if way.get("backwards") else 1)
             kl = -d if way.get("k1") else math.exp(d) - d - 1
-            tokens.append(-surrogate + beta * kl * (-1 if way.get("paid") else 1))
+            tokens.append((surrogate if way.get("sign") else -surrogate) + beta * kl * (-1 if way.get("paid") else 1))
         texts.append(tokens)
     if way.get("tokens alike"):
         every = [x for tokens in texts for x in tokens]
@@ -189,6 +192,8 @@ CLIP_MISTAKES = {
     "the KL is −d alone: e^d − d − 1 is never negative": {"k1": True},
     "the KL is subtracted from the loss": {"paid": True},
     "the mask is left out": {"unmasked": True},
+    "10⁻⁴ is missing from the divisor": {"bare": True},
+    "the sign of the first part is turned round: a loss falls where what is good becomes likely": {"sign": True},
 }
 
 
@@ -293,7 +298,8 @@ EXERCISES = (
         "preference_loss", "Bradley and Terry's loss", preference_cases,
         (
             "Only the difference of the two scores counts; log σ of it has a function of its own in torch.",
-            "-F.logsigmoid(chosen - rejected).mean(); log(sigmoid(x)) is −∞ as soon as σ underflows.",
+            "torch's `logsigmoid` stays finite where the logarithm of σ is −∞. A good pair has a small loss: mind "
+            "the sign.",
         ),
         ("preference_loss",),
     ),
@@ -301,7 +307,8 @@ EXERCISES = (
         "leave_one_out", "The baseline that leaves one out", baseline_cases,
         (
             "The sum of the others is the sum of all, less one's own.",
-            "(R.sum(1, keepdim=True) - R) / (G - 1) is the baseline, with G = R.shape[1]; subtract it from R.",
+            "Rewards 1, 2, 6: the others of the 6 have the mean 1.5, so it gets 4.5. `keepdim=True` keeps (groups, "
+            "1).",
         ),
         ("leave_one_out",),
     ),
@@ -309,7 +316,7 @@ EXERCISES = (
         "priced_reward", "A price for leaving the base", price_cases,
         (
             "One number a text: sum over its tokens, where the mask is 1.",
-            "rewards - beta * ((log_p - base) * mask).sum(1), detached: a reward carries no gradient.",
+            "A log ratio for each token, only where the mask is 1, summed over T. What cuts the gradient at the end?",
         ),
         ("priced_reward",),
     ),
@@ -317,8 +324,8 @@ EXERCISES = (
         "group_relative_loss", "The clipped group-relative loss", clip_cases,
         (
             "Three parts: A for each text, then a number for each token, then the mean of each text and of all texts.",
-            "torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A); d = base - log_p; KL = d.exp() - d - 1; "
-            "(each * mask).sum(1) / mask.sum(1).clamp(min=1).",
+            "A is one number a text: give it an axis for tokens. The minimum is of two *products*, for A may be "
+            "negative. Each text has its own count, at least 1.",
         ),
         ("group_relative_loss",),
     ),
@@ -326,7 +333,8 @@ EXERCISES = (
         "integrate", "Subtasks put together", sum_cases,
         (
             "Go over the weights of the base; for each, over the subtasks that change it.",
-            "total = weight.clone(); for each subtask that has the key: total = total + alphas.get(name, 0.0) * change",
+            "Begin with a clone of the base's weight. `dict.get` knows a default for a missing α, `in` whether a "
+            "subtask has the weight.",
         ),
         ("integrate",),
     ),
@@ -334,7 +342,8 @@ EXERCISES = (
         "own_tokens", "Find the bug", token_cases,
         (
             "Try it on a text that was cut off before its end mark, and on one that ends at once.",
-            "Count the end marks *before* each token, ends.cumsum(1) - ends: the token is an own one while that is 0.",
+            "`cumsum` counts the end marks up to each token *and its own*. How many stand before it? Own tokens have "
+            "none before them.",
         ),
         ("own_tokens",),
     ),

@@ -15,7 +15,7 @@ from minipeft.course.verdict import Case, Exercise, Raises
 
 def scale_cases(rng: Random):
     # α = 16 at r = 4 shows every slip: γ is 4 or 8, and α·r, r², α and 1/γ are other numbers
-    fixed, drawn = [(16, 4)] * 2, [(round(rng.uniform(0.5, 64.0), 2), rng.choice([3, 5, 8, 32, 48])) for _ in range(2)]
+    fixed, drawn = [(16, 4)] * 2, [(rng.choice([1, 6, 10, 14, 18, 0.5]), rng.choice([4, 8, 32, 48])) for _ in range(2)]
     for (alpha, rank), stable in zip(fixed + drawn, (False, True, False, True), strict=True):
         # γ = α/r,  or  γ = α/√r
         gamma, other = alpha / rank, alpha / math.sqrt(rank)
@@ -125,17 +125,28 @@ def delta_cases(rng: Random):
 
 # count ---------------------------------------------------------------------------------------------------------------
 def count_cases(rng: Random):
-    lists = [[(1024, 1024)], [(4096, 4096)]] + [
+    lists = [[(5, 7)], [(4096, 4096)]] + [
         [(rng.randint(8, 5000), rng.randint(8, 5000)) for _ in range(n)] for n in (1, 4, 7)
     ]
-    for shapes, rank in zip(lists, (8, 8, *(rng.randint(1, 7) for _ in range(3))), strict=True):
+    matrices = {1: "one matrix"}
+    for shapes, rank in zip(lists, (3, 8, *(rng.randint(1, 7) for _ in range(3))), strict=True):
         # Σ r·(d_in + d_out)
         yield Case(
-            f"count the numbers in A and B for {len(shapes)} matrices at rank {rank}",
+            f"count the numbers in A and B for {matrices.get(len(shapes), f'{len(shapes)} matrices')} at rank {rank}",
             (shapes, rank),
             sum(rank * d_out + rank * d_in for d_out, d_in in shapes),
             wrong={
                 "it counts W, or ΔW, instead of A and B": lambda s=shapes: sum(o * i for o, i in s),
+                "r multiplies d_out·d_in, but A has r·d_in numbers and B d_out·r": lambda s=shapes, r=rank: sum(
+                    r * o * i for o, i in s
+                ),
+                "r multiplies d_out alone: A has r·d_in numbers, so put brackets around the sum": (
+                    lambda s=shapes, r=rank: sum(r * o + i for o, i in s)
+                ),
+                "r multiplies d_in alone: B has d_out·r numbers, so put brackets around the sum": (
+                    lambda s=shapes, r=rank: sum(o + r * i for o, i in s)
+                ),
+                "the rank is left out: A has r rows and B r columns": lambda s=shapes: sum(map(sum, s)),
                 "only A is counted": lambda s=shapes, r=rank: sum(r * i for _, i in s),
                 "only B is counted": lambda s=shapes, r=rank: sum(r * o for o, _ in s),
                 "every matrix is taken for a square one": lambda s=shapes, r=rank: sum(2 * r * i for _, i in s),
@@ -333,14 +344,18 @@ def target_cases(rng: Random):
 EXERCISES = (
     Exercise(
         "lora_scale", "The scale γ", scale_cases,
-        ("Two formulas and an if.", "γ = α/r; with rank_stabilized, γ = α/√r. `math.sqrt(rank)` is √r."),
+        (
+            "Two formulas: the flag says which. The task gives both results for α = 16 and r = 4.",
+            "`math.sqrt` gives √r. Only what α is divided by depends on the flag.",
+        ),
         ("lora_scale",),
     ),
     Exercise(
         "init_lora", "The start: A random, B zero", init_cases,
         (
             "`torch.rand(rank, d_in, generator=generator)` is uniform on [0, 1). Stretch and shift it.",
-            "U(−a, a) is (2·u − 1)·a with u uniform on [0, 1) and a = 1/√d_in. B is `torch.zeros(d_out, rank)`.",
+            "Stretch by the length of the interval, 2/√d_in, then move its left end to −1/√d_in. B needs no random "
+            "number.",
         ),
         ("init_lora",), "lora.initialise",
     ),
@@ -348,33 +363,42 @@ EXERCISES = (
         "lora_forward", "The forward pass", forward_cases,
         (
             "Never form B·A: send x through A first, to r numbers, then through B.",
-            "x @ A.T has shape (…, r). The result is F.linear(x, W, b) + gamma * (x @ A.T) @ B.T.",
+            "`F.linear(x, M)` is x·Mᵀ, with any number of axes, and takes a bias that is None. Which of A and B does "
+            "x meet first?",
         ),
         ("lora_forward",),
     ),
     Exercise(
         "lora_delta", "The change of the weight", delta_cases,
-        ("It has the shape of W: (d_out, d_in).", "B is (d_out, r) and A is (r, d_in), so B @ A has the right shape."),
+        (
+            "It has the shape of W: (d_out, d_in).",
+            "An (a, b) matrix times a (b, c) matrix is (a, c). Which order of A and B puts d_out first and d_in last?",
+        ),
         ("lora_delta",),
     ),
     Exercise(
         "count_lora", "How many numbers train", count_cases,
-        ("Count A and B of one matrix first.", "A has r·d_in numbers and B has d_out·r; add over all matrices."),
+        (
+            "Count A and B of one matrix first.",
+            "One matrix of (4, 6) at rank 2: A is (2, 6) and B is (4, 2), 12 + 8 numbers. Write this with letters.",
+        ),
         ("count_lora",),
     ),
     Exercise(
         "merge", "Merging", merge_cases,
         (
             "Put a new tensor into the layer as a new `nn.Parameter`; `flipped(layer)` says if it is a Conv1D.",
-            "(W.to(A.dtype) + delta).to(W.dtype), delta transposed if flipped(layer). Return the old parameter.",
+            "Bring W to A's type before the sum, and go back after it. Turn ΔW, not W, where the layer is flipped.",
         ),
         ("merge",), "lora.merge",
     ),
     Exercise(
         "unmerge", "Unmerging", unmerge_cases,
         (
-            "What merge returned is handed to you.",
-            "If merge returned the old parameter, put it back: layer.weight = receipt.",
+            "What merge returned is handed to you as `receipt`: the numbers that were there need not be computed "
+            "again.",
+            "A tensor that nobody wrote into still has every bit. If merge returned the old parameter, where does it "
+            "belong?",
         ),
         ("merge", "unmerge"), "lora.unmerge",
     ),
@@ -382,7 +406,8 @@ EXERCISES = (
         "freeze", "Freezing", freeze_cases,
         (
             "`for name, parameter in model.named_parameters()` gives dotted names.",
-            "name.split('.')[-1] in ('lora_A', 'lora_B') decides; parameter.numel() counts.",
+            "`'layers.0.attn.lora_A'.split('.')` gives the parts: compare the last one as a whole, and set the flag "
+            "both ways.",
         ),
         ("freeze",), "lora.freeze",
     ),
@@ -390,7 +415,8 @@ EXERCISES = (
         "find_targets", "Targets", target_cases,
         (
             "A match may begin only at a dot, or at the start of the name.",
-            "('.' + name).endswith('.' + pattern). Collect the patterns without any match, and raise if there is one.",
+            "With a dot before both the name and the pattern, `endswith` is safe. Collect what matched nothing "
+            "before you answer.",
         ),
         ("find_targets",),
     ),
@@ -398,7 +424,8 @@ EXERCISES = (
         "RepairedLoRA", "Find the bug", repair_cases,
         (
             "There are four faults: the start, the scale, what trains, and what stays frozen.",
-            "B = zeros; alpha / rank; trainable() returns [self.A, self.B]; linear.requires_grad_(False).",
+            "Four questions: what comes out before training? Is α divided? Who is caught by a letter in its name? "
+            "Who stops W?",
         ),
         ("RepairedLoRA",), "lora.adapted_layer",
     ),

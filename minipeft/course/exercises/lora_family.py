@@ -97,11 +97,12 @@ def cubic(step: int, total: int, start: int, final: int, first: int, target: int
 
 
 def budget_cases(rng: Random):
-    for start, final in ((10, 20), (rng.randint(3, 9), rng.randint(11, 30)), (0, 0), (rng.randint(11, 20), 5)):
-        total = start + final + rng.randint(30, 90)
-        target = rng.randint(8, 60)
-        first, last = target + rng.randint(5, 60), total - final
+    for start, final in ((10, 30), (rng.randint(3, 9), rng.randint(11, 29)), (0, 0), (rng.randint(11, 20), 5)):
+        total = start + final + (60 if final == 30 else rng.randint(30, 90))
+        target = 64 if final == 30 else rng.randint(8, 60)
+        first, last = target + (32 if final == 30 else rng.randint(5, 60)), total - final
         middle = rng.choice([t for t in range(start + 5, last - 7) if t != start + final])
+        middle = 25 if final == 30 else middle  # a quarter of the way: the example's half does not tell x from 1 − x
         for step in dict.fromkeys((middle, start, start + 1, last - 1, last, start // 2, last + final // 2, total)):
             args = (step, total, start, final, first, target)
             phase = "before the pruning" if step <= start else "in the final phase" if step >= last else "between"
@@ -125,6 +126,12 @@ def budget_cases(rng: Random):
                     "target is not added: at the end target triplets stay": lambda a=args: cubic(*a) - a[5],
                     "it is rounded: return the number as it is": lambda a=args: int(cubic(*a)),
                     "it is rounded to the nearest: return the number as it is": lambda a=args: round(cubic(*a)),
+                    "it rises with x³: the number that is left falls with (1 − x)³": lambda a=args: (
+                        a[5] + (a[4] - a[5]) * ((a[0] - a[2]) / (a[1] - a[3] - a[2])) ** 3
+                    ),
+                    "x is a share of all steps: it goes from 0 at `start` to 1 at `total − final`": lambda a=args: (
+                        a[5] + (a[4] - a[5]) * (1 - (a[0] - a[2]) / a[1]) ** 3
+                    ),
                     "it falls as 1 − x³ instead of (1 − x)³": lambda a=args: (
                         a[5] + (a[4] - a[5]) * (1 - min(1, max(0, (a[0] - a[2]) / (a[1] - a[3] - a[2]))) ** 3)
                     ),
@@ -298,7 +305,7 @@ EXERCISES = (
         "dora_weight", "DoRA's weight", dora_cases,
         (
             "First V = W + γ·B·A, then the norm of each of its rows, (d_out,), then m divided by that norm.",
-            "torch.linalg.norm(V, dim=1) has shape (d_out,); (m / norm)[:, None] * V scales the rows.",
+            "The norm of (3, 4) sums over d_in. Numbers of shape (d_out,) scale rows only as a column, (d_out, 1).",
         ),
         ("dora_weight",),
     ),
@@ -306,7 +313,8 @@ EXERCISES = (
         "vera_delta", "VeRA's change", vera_cases,
         (
             "A diagonal matrix on the left scales rows: you need not build it.",
-            "diag(d)·A is d[:, None] * A. So ΔW = b[:, None] * (B @ (d[:, None] * A)).",
+            "`v[:, None]` makes a column of a vector. Go from right to left: A's rows, then the product with B, then "
+            "its rows.",
         ),
         ("vera_delta",),
     ),
@@ -314,7 +322,8 @@ EXERCISES = (
         "adalora_budget", "AdaLoRA's budget", budget_cases,
         (
             "Two ifs for the two phases in which nothing changes, and a formula between them.",
-            "x = (step − start) / (total − final − start); target + (first − target) * (1 − x) ** 3.",
+            "x is the share of the middle that has passed: 0 at `start`, 1 at `total − final`, and ½ at step 40 of "
+            "the example.",
         ),
         ("adalora_budget",),
     ),
@@ -322,7 +331,8 @@ EXERCISES = (
         "adalora_keep", "AdaLoRA's pruning", keep_cases,
         (
             "One score for each triplet, all scores in one vector; its `budget` largest say which stay.",
-            "S = lam + P.mean(0) + Q.mean(1). Then torch.cat, topk(min(budget, len)), a mask, and split by the ranks.",
+            "Means, not sums: over which axis, if columns of P and rows of Q are the triplets? One `topk` for all; "
+            "`split` goes by the ranks.",
         ),
         ("adalora_keep",),
     ),
@@ -330,7 +340,8 @@ EXERCISES = (
         "RepairedDoRA", "Find the bug", repair_cases,
         (
             "There are three faults: where m starts, what the norm runs over, and what the gradient flows through.",
-            "m = nn.Parameter(linear.weight.detach().norm(dim=1)); V.norm(dim=1, keepdim=True).detach() in forward.",
+            "While B is 0, which m gives W' = W? One output is one row. And the norm, but not V, is a constant for "
+            "the gradient.",
         ),
         ("RepairedDoRA",), "lora_family.dora_layer",
     ),

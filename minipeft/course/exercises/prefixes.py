@@ -39,6 +39,7 @@ def count_cases(rng: Random):
                 ),
                 "d stands where heads share keys, and the factor 2 is missing": times(heads, 2 * kv_heads),
                 "Q is counted too: a prefix has K and V only": times(3, 2),
+                "heads are multiplied by heads: each is d / heads wide": times(heads, head_dim),
                 "only one layer is counted": times(1, layers),
                 "only one place is counted": times(1, n),
                 "only one key-value head is counted": times(1, kv_heads),
@@ -299,7 +300,8 @@ EXERCISES = (
         "count_prefix", "What a prefix costs", count_cases,
         (
             "Every place has a key and a value in every layer. How wide are these, if several heads share them?",
-            "A head is width // heads wide, so K has kv_heads · (width // heads) numbers at each place, and V as many.",
+            "16 heads at width 1024 are 64 wide each. With 4 key-value heads K has 4 · 64 numbers at a place, not "
+            "1024.",
         ),
         ("count_prefix",),
     ),
@@ -308,8 +310,8 @@ EXERCISES = (
         (
             "A row goes K of layer 0, V of layer 0, K of layer 1, …, and inside each of them head by head. View it so, "
             "with one axis for each of these, and move the axes only after that.",
-            "flat.view(n, layers, 2, kv_heads, -1).permute(1, 2, 3, 0, 4) is (layers, 2, kv heads, n, head width); "
-            "expand(rows, -1, -1, -1) repeats each K and V.",
+            "Five axes: places, layers, 2, heads, w. `view` names them in the row's order, `permute` moves them, "
+            "`expand` adds the rows.",
         ),
         ("split_prefix",), "prefixes.split",
     ),
@@ -318,8 +320,8 @@ EXERCISES = (
         (
             "Put the prefix before K and V, repeat each key-value head for its group (repeat_interleave), and let a "
             "token see the whole prefix and the text up to itself, without the padding.",
-            "visible = torch.ones(T, n + T, dtype=torch.bool).tril(n), and with it the mask with n ones before it; "
-            "scores.masked_fill(~visible, -math.inf) before the softmax.",
+            "`tril(n)` of a table (T, n + T) is the prefix and the past. Hide before the softmax, by a large "
+            "negative number: a row of −∞ alone gives NaN.",
         ),
         ("attend",), "prefixes.look_back",
     ),
@@ -327,7 +329,8 @@ EXERCISES = (
         "prefix_share", "Who looks at the prefix", share_cases,
         (
             "Sum over the first n columns: (rows, heads, T). Then average over the real tokens of all texts.",
-            "attention[..., :n].sum(-1).transpose(1, 2)[mask.bool()] is (real tokens, heads); take its mean(0).",
+            "With T moved beside the rows, a boolean mask (rows, T) picks the real tokens of all texts: (tokens, "
+            "heads) is left.",
         ),
         ("prefix_share",),
     ),
@@ -335,7 +338,8 @@ EXERCISES = (
         "fold_prefix", "Fold the network away", fold_cases,
         (
             "F.linear(E, W1, b1) is the first layer, for all places at once; tanh, and the second in the same way.",
-            '{"prompt_embeddings": F.linear(F.linear(E, W1, b1).tanh(), W2, b2).detach()}',
+            "Two layers with tanh between and nothing after. Weights are (outputs, inputs), as `F.linear` takes "
+            "them. What cuts a gradient?",
         ),
         ("fold_prefix",), "prefixes.fold",
     ),
@@ -344,7 +348,8 @@ EXERCISES = (
         (
             "There are four faults: how a row is cut, where the triangle starts, at which end the mask grows, and what "
             "the text's positions are.",
-            "View the prefix as (n, layers, 2, kv heads, head width); tril(n); n ones before the mask; positions + n.",
+            "A row goes layer by layer. Token 0 sees n places before it. The mask grows where the prefix stands; "
+            "where does the text begin?",
         ),
         ("repaired_prefix",), "prefixes.read_behind_prefix",
     ),

@@ -173,6 +173,8 @@ def start_cases(rng: Random):
             missed = set(range(words)).difference(*(rows(draw) for draw in seen["draws"]))
             if missed:
                 return f"In forty draws of {n} rows, row {min(missed)} of {words} never came up."
+            if n > 1 and all(max(rows(draw)) - min(rows(draw)) == n - 1 for draw in seen["draws"]):
+                return "In forty draws the rows were neighbours each time: draw each of them, not where a run begins."
 
         def seeded(seen):
             first, again, *others = seen["draws"]
@@ -314,7 +316,8 @@ EXERCISES = (
         "fill_template", "A template", template_cases,
         (
             "Only `{text}` has a meaning here; other braces are letters like any others.",
-            'template.replace("{text}", text), and before it a ValueError if "{text}" not in template.',
+            "`str.format` reads every brace; another method of str exchanges just what you name. Look for the place "
+            "before you fill it.",
         ),
         ("fill_template",),
     ),
@@ -322,7 +325,8 @@ EXERCISES = (
         "score_verbalizer", "A verbalizer", verbalizer_cases,
         (
             "Add probabilities, not their logarithms. `torch.logsumexp` does that without leaving the logarithms.",
-            "log_probs[:, ids].logsumexp(-1) for each class, stacked along dimension 1; then .log_softmax(-1).",
+            "`log_probs[:, ids]` has a class's columns: one number a row comes of them. What then makes a row's "
+            "classes sum to 1?",
         ),
         ("score_verbalizer",),
     ),
@@ -330,7 +334,8 @@ EXERCISES = (
         "prepend", "Vectors before the text", prepend_cases,
         (
             "`prompt.expand(rows, -1, -1)` repeats it for every row without a copy; torch.cat(…, dim=1) joins along L.",
-            "Cast the prompt with .to(embeds.dtype); mask.new_ones(rows, n) and labels.new_full((rows, n), -100).",
+            "`new_ones` and `new_full` keep their owner's type. Cast the prompt before you join, and leave its "
+            "gradient on.",
         ),
         ("prepend",), "prompts.put_before",
     ),
@@ -338,7 +343,8 @@ EXERCISES = (
         "init_from_vocabulary", "A start from words", start_cases,
         (
             "A permutation never names a number twice: `torch.randperm(m, generator=generator)`.",
-            "table[torch.randperm(len(table), generator=generator)[:n]].detach().clone(), after a check of n.",
+            "The first n of a permutation are n distinct places. A copy through which no gradient runs takes two "
+            "calls. Check n first.",
         ),
         ("init_from_vocabulary",), "prompts.draw_rows",
     ),
@@ -346,7 +352,8 @@ EXERCISES = (
         "nearest_words", "The nearest words", nearest_cases,
         (
             "A cosine is the dot product of two vectors of length 1. F.normalize copes with a row of zeros.",
-            "(F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).topk(k).indices",
+            "All cosines at once are one product of two matrices with rows of length 1, (n, words). `topk` sorts, "
+            "best first.",
         ),
         ("nearest_words",), "prompts.name_rows",
     ),
@@ -354,7 +361,8 @@ EXERCISES = (
         "repaired_prompt", "Find the bug", repair_cases,
         (
             "There are four faults: the mask, the positions, which logits come back, and what they are compared with.",
-            "Ones in the mask; the text's positions + n; logits[:, n:]; logits[:, :-1] against labels[:, 1:].",
+            "May the vectors be seen? Where does the text begin to count? Which places come out first? Which token "
+            "does place j foretell?",
         ),
         ("repaired_prompt",), "prompts.read_with_prompt",
     ),

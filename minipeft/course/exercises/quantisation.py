@@ -313,7 +313,8 @@ EXERCISES = (
         "bits_per_parameter", "Bits a parameter", bits_cases,
         (
             "A scale of 32 bits is shared by the `block` numbers of its block.",
-            "4 + 32/block; with a second block 4 + 8/block + 32/(block·second_block).",
+            "32 bits for 64 numbers are half a bit each. Doubly quantised, a scale costs 8 bits: how many *numbers* "
+            "share the 32?",
         ),
         ("bits_per_parameter",),
     ),
@@ -321,8 +322,8 @@ EXERCISES = (
         "quantise_blocks", "Quantising block by block", quantise_cases,
         (
             "Pad the flat tensor with zeros to whole blocks, view as (blocks, block), then cut the padding off.",
-            "scales = blocks.abs().amax(1). Divide by torch.where(scales > 0, scales, 1). The nearest value: "
-            "(unit[:, None] - code).abs().argmin(1).",
+            "The largest |w| of a row is one `amax`; where it is 0, divide by 1. The nearest value has the least "
+            "distance: broadcast (n, 1) against the code.",
         ),
         ("quantise_blocks",), "quantisation.quantise",
     ),
@@ -330,7 +331,7 @@ EXERCISES = (
         "pack_nibbles", "Two codes a byte", pack_cases,
         (
             "`indices[0::2]` are the first of each pair, `indices[1::2]` the second. Add a 0 first if one is missing.",
-            "first << 4 | second, and both are uint8 already.",
+            "163 is 10·16 + 3: four bits to the left multiply by 16. uint8 stays uint8 if you never leave it.",
         ),
         ("pack_nibbles",),
     ),
@@ -338,7 +339,8 @@ EXERCISES = (
         "unpack_nibbles", "And out again", unpack_cases,
         (
             "`packed >> 4` is the high half of each byte, `packed & 15` the low half.",
-            "torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n].",
+            "Two columns (bytes, 2), read row by row, are the codes in order: does `cat` or `stack` make them? Then "
+            "drop the padding.",
         ),
         ("unpack_nibbles",),
     ),
@@ -346,7 +348,8 @@ EXERCISES = (
         "dequantise", "Back to numbers", dequantise_cases,
         (
             "A uint8 tensor used as an index is taken for a mask: convert it with .long().",
-            "(code[indices.long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape).",
+            "`repeat_interleave` gives each number the scale of its block. The last block may be short, so some are "
+            "left over.",
         ),
         ("dequantise",),
     ),
@@ -354,7 +357,8 @@ EXERCISES = (
         "RepairedQuantisedLinear", "Find the bug", layer_cases,
         (
             "There are four faults: the sign, the number of scales, what is kept, and what is in the no_grad block.",
-            "Scales of |w| for each block, padded; keep linear.weight.shape, not the weight; F.linear after the block.",
+            "Your quantise_blocks mends two. Then: what keeps W alive, and which line does the gradient of x have to "
+            "pass?",
         ),
         ("RepairedQuantisedLinear",), "quantisation.quantised_layer",
     ),

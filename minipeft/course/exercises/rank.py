@@ -75,6 +75,7 @@ def effective_cases(rng: Random):
     k = rng.randint(5, 12)
     drawn = falling(rng, k).tolist()
     for what, sigma in {
+        "of 2, 1, 1 (√8)": [2.0, 1.0, 1.0],
         "of σ_k = 2⁻ᵏ (published: 4.000)": [2.0**-i for i in range(1, 60)],
         "of σ_k = 1/k for k ≤ 100 (published: 39.677)": [1 / i for i in range(1, 101)],
         f"of {k} values that fall": drawn,
@@ -98,6 +99,9 @@ def effective_cases(rng: Random):
                 ),
                 "the entropy is in nats, and 2ᴴ wants bits": lambda h=entropy, t=total: 2 ** h(t),
                 "the minus sign of the entropy is missing": lambda h=entropy, t=total: math.exp(-h(t)),
+                "(σ/Σσ)² is no distribution: take σ/Σσ": lambda t=total, s=sigma: math.exp(
+                    -sum((v / t) ** 2 * math.log((v / t) ** 2) for v in s)
+                ),
                 "σ is not divided by its sum": lambda h=entropy: math.exp(h(1.0)),
                 "σ is divided by the largest, not by the sum": lambda h=entropy, s=sigma: math.exp(h(s[0])),
                 "σ is divided by √Σσ², not by the sum": lambda h=entropy, n=length: math.exp(h(n)),
@@ -153,6 +157,7 @@ def stable_cases(rng: Random):
             squares / values[0] ** 2,
             wrong={
                 "both norms are Frobenius': M.norm(2) is, torch.linalg.matrix_norm(M, 2) is not": lambda: 1.0,
+                "σ is summed, not σ²": lambda v=values: sum(v) / v[0] ** 2,
                 "the norms are not squared": lambda s=squares, v=values: math.sqrt(s) / v[0],
                 "σ₁ is not squared": lambda s=squares, v=values: s / v[0],
                 "‖·‖_F is not squared": lambda s=squares, v=values: math.sqrt(s) / v[0] ** 2,
@@ -363,7 +368,8 @@ EXERCISES = (
         "truncate", "The best approximation", truncate_cases,
         (
             "`U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)`: the third is Vᵀ already, so its *rows* are v.",
-            "U[:, :rank] * sigma[:rank] scales the columns of U; then @ Vh[:rank].",
+            "Σ σᵢ·uᵢ·vᵢᵀ is U with scaled columns, times Vᵀ. Which part of each of the three belongs to the first r "
+            "terms?",
         ),
         ("truncate",),
     ),
@@ -371,7 +377,7 @@ EXERCISES = (
         "effective_rank", "Effective rank", effective_cases,
         (
             "p = σ/Σσ is a probability distribution: its entropy is −Σ p·ln p, and 0·ln 0 counts as 0.",
-            "torch.special.entr(p).sum().exp() does all of it, once sigma.sum() > 0 is known.",
+            "`torch.special.entr` is −p·ln p, and 0 at 0. Ask first whether there is anything to divide by.",
         ),
         ("effective_rank",),
     ),
@@ -379,7 +385,7 @@ EXERCISES = (
         "stable_rank", "Stable rank", stable_cases,
         (
             "σ₁ is the largest of torch.linalg.svdvals(M), and ‖M‖²_F is the sum of the squares of all of them.",
-            "sigma.square().sum() / sigma[0] ** 2; and 0.0 if sigma[0] is 0.",
+            "diag(4, 3) gives 25/16. Zeros have nothing to divide by: ask first, and add no small number.",
         ),
         ("stable_rank",),
     ),
@@ -387,7 +393,8 @@ EXERCISES = (
         "factor_spectrum", "The spectrum of two factors", factor_cases,
         (
             "Q with orthonormal columns changes no singular value: so B·A has those of R_B·R_Aᵀ, an r × r matrix.",
-            "R_B = torch.linalg.qr(B).R and R_A = torch.linalg.qr(A.T).R; then torch.linalg.svdvals(R_B @ R_A.T).",
+            "`torch.linalg.qr` gives the triangle as `.R`, for a *thin* matrix. A is wide: what do you decompose "
+            "instead?",
         ),
         ("factor_spectrum",), "rank.factor_values",
     ),
@@ -395,7 +402,8 @@ EXERCISES = (
         "subspace_similarity", "What two updates share", similarity_cases,
         (
             "Entry (a, b) of XᵀY is x_a·y_b. ‖Xᵢᵀ·Yⱼ‖²_F is the sum of the squares of its first i rows and j columns.",
-            "(X.T @ Y).square().cumsum(0).cumsum(1) has all these sums; divide by torch.minimum(i[:, None], j).",
+            "Sums over the first i rows and j columns, for all i and j: `cumsum` in one dimension, then the other. "
+            "min(i, j) is a table too.",
         ),
         ("subspace_similarity",),
     ),
@@ -403,7 +411,8 @@ EXERCISES = (
         "equivalent_settings", "Settings that train alike", equivalent_cases,
         (
             "γ'·B'·A' must stay γ·B·A. The gradient of p·A is 1/p of A's. How far does each optimizer move A' then?",
-            "γ/(p·q). Adam's step is lr whatever the gradient's size: p·lr_A, q·lr_B. SGD's is lr·gradient: p², q².",
+            "A' must move p times as far. Its gradient is 1/p of A's: SGD follows that, Adam's step does not. Which "
+            "rate makes up for it?",
         ),
         ("equivalent_settings",),
     ),
@@ -411,7 +420,8 @@ EXERCISES = (
         "repaired_comparison", "Find the bug", repair_cases,
         (
             "There are four faults, one in each number. What is σ, what is σ²; what does U say, and what V?",
-            "σ/Σσ; σ²/Σσ²; U[:, :k] of both; and k divided by the dimension in which the columns of U live.",
+            "Effective rank: shares of σ. Energy: of σ². What an update writes is in U: in which dimension do these "
+            "directions live?",
         ),
         ("repaired_comparison",),
     ),

@@ -42,10 +42,13 @@ def bitfit_cases(rng: Random):
 
 # softmax tuning ------------------------------------------------------------------------------------------------------
 def softmax_cases(rng: Random):
-    for tied, frozen in ((False, False), (True, False), (True, True), (False, True)):
+    for tied, frozen, alike in (
+        *((False, False, False), (True, False, False), (True, True, False), (False, True, False)),
+        (False, False, True),
+    ):
         words, width = rng.randint(7, 20), rng.randint(3, 6)
         table = normal(rng, words, width)
-        head = None if tied else normal(rng, words, width)
+        head = None if tied else table.clone() if alike else normal(rng, words, width)
         ids = torch.tensor([rng.randrange(words) for _ in range(6)])
         args = (table, head, ids, rng.randrange(10**6), frozen)
         added = words * width if tied else 0
@@ -67,17 +70,20 @@ def softmax_cases(rng: Random):
 
         start = ", all of which was frozen before," if frozen else ""
         claim = f"train the head of a {'tied' if tied else 'plain'} model{start} and nothing else"
+        claim += " (its head has the embedding's numbers in a tensor of its own)" * alike
         yield Case(claim, args, judge=judge)
 
 
 # magnitude -----------------------------------------------------------------------------------------------------------
 def magnitude_cases(rng: Random):
-    for share in (0.25, 0.5, 0.1, 0.0, 1.0, 0.0357, 0.77):
+    few = {"up": torch.tensor([[3.0, -1.0], [0.5, 2.0]]), "down": torch.tensor([-4.0, 1.5, 0.0, -2.5])}
+    for share in (0.375, 0.25, 0.5, 0.1, 0.0, 1.0, 0.0357, 0.77):
         weights = {f"layer{i}.weight": normal(rng, 10, 2 * i + 2) * (i + 1) for i in range(rng.randint(2, 4))}
+        weights = few if share == 0.375 else weights
         total = sum(w.numel() for w in weights.values())
         count = round(share * total)
 
-        def keep(score, share_each=None, weights=weights, count=count):
+        def keep(score, weights=weights, count=count):
             """The `count` places with the highest score over all tensors, found by sorting a list of pairs."""
             flat = sorted(((score(v), n, i) for n, w in weights.items() for i, v in enumerate(w.flatten().tolist())))
             masks = {n: torch.zeros(w.numel(), dtype=torch.bool) for n, w in weights.items()}
@@ -99,9 +105,17 @@ def magnitude_cases(rng: Random):
             f"mark the {count} of {total} entries of largest |w|, over all tensors together",
             (weights, share),
             keep(abs),
-            wrong={"a share of 0 marks everything: the last 0 of a list, [-0:], are all of it": lambda e=every: e}
+            wrong={
+                "a share of 0 marks everything: the last 0 of a list, [-0:], are all of it": lambda e=every: e,
+                "the largest entry is marked at a share of 0: `>=` a threshold always lets one in": lambda s=keep: s(
+                    abs, count=1
+                ),
+            }
             if share == 0
             else {
+                "the others are marked, and those that should be are not": lambda keep=keep, n=total - count: keep(
+                    abs, count=n
+                ),
                 "each tensor gets its own share": apart,
                 "the sign counts: take |w|": lambda keep=keep: keep(lambda v: v),
                 "the smallest are marked": lambda keep=keep: keep(lambda v: -abs(v)),
@@ -117,17 +131,22 @@ def fisher_cases(rng: Random):
         weights = [normal(rng, hidden, d_in, dtype=torch.float64), normal(rng, classes, hidden, dtype=torch.float64)]
         inputs = normal(rng, rows, d_in, dtype=torch.float64)
         labels = torch.tensor([rng.randrange(classes) for _ in range(rows)])
-        gradients = []
-        for x, y in zip(inputs, labels, strict=True):
-            model = classifier(weights)
-            model(x).log_softmax(-1)[y].backward()
-            gradients.append([p.grad for p in model.parameters()])
+
+        def slopes(score, weights=weights, inputs=inputs, labels=labels):
+            """The gradients of score(logits)[label] for each example, one tensor a parameter."""
+            found = []
+            for x, y in zip(inputs, labels, strict=True):
+                model = classifier(weights)
+                score(model(x))[y].backward()
+                found.append([p.grad for p in model.parameters()])
+            return [torch.stack([each[i] for each in found]) for i in range(len(weights))]
+
         names = [name for name, _ in classifier(weights).named_parameters()]
 
         def named(values, names=names):
             return {"importance": dict(zip(names, values, strict=True)), "weights kept": True}
 
-        each = [torch.stack([g[i] for g in gradients]) for i in range(2)]
+        each, plain = slopes(lambda logits: logits.log_softmax(-1)), slopes(lambda logits: logits)
         yield Case(
             "be the mean over the examples of the squared gradient of log p(label | input)",
             (weights, inputs, labels),
@@ -138,7 +157,13 @@ def fisher_cases(rng: Random):
                     [g.mean(0).square() for g in e]
                 ),
                 "it adds over the examples: take the mean": lambda e=each, f=named: f([g.square().sum(0) for g in e]),
-                "the gradient is not squared": lambda e=each, f=named: f([g.abs().mean(0) for g in e]),
+                "the gradient is not squared, only made positive": lambda e=each, f=named: f(
+                    [g.abs().mean(0) for g in e]
+                ),
+                "the gradient is not squared": lambda e=each, f=named: f([g.mean(0) for g in e]),
+                "it is of the logit, not of log p: log_softmax is missing": lambda e=plain, f=named: f(
+                    [g.square().mean(0) for g in e]
+                ),
                 "it is the square root of the importance": lambda e=each, f=named: f(
                     [g.square().mean(0).sqrt() for g in e]
                 ),
@@ -198,7 +223,8 @@ def adam_cases(rng: Random):
                         )
                     error = (p.double() - w.double()).abs().max().item()
                     if not error <= (1e-10 if v.dtype == torch.float64 else 1e-5):
-                        return f"After step {step}, trained entries differ from AdamW's by up to {error:.3g}."
+                        why = " Nothing has moved: `p = …` names another tensor, `p[mask] = …` writes." * p.equal(v)
+                        return f"After step {step}, trained entries differ from AdamW's by up to {error:.3g}.{why}"
 
         claim = f"be AdamW on the marked entries (weight decay {decay:g}) and leave the others bit for bit"
         yield Case(
@@ -245,7 +271,8 @@ EXERCISES = (
         "bitfit_names", "The names of the biases", bitfit_cases,
         (
             "Walk over `model.named_modules()` and look at each module's class, then at its bias.",
-            "is_matrix(module) or 'Norm' in type(module).__name__, and getattr(module, 'bias', None) is not None.",
+            'Two questions a module: is its kind right, and is its bias there (`getattr` with None)? Path and "bias" '
+            'make the name.',
         ),
         ("bitfit_names",), "select.name_biases",
     ),
@@ -253,7 +280,8 @@ EXERCISES = (
         "tune_softmax", "Softmax tuning, with tied weights", softmax_cases,
         (
             "`model.head.weight is model.embed.weight` says whether they are tied.",
-            "If tied: model.head.weight = nn.Parameter(model.head.weight.detach().clone()). Then freeze the others.",
+            "Untie first, with a parameter over a *copy* of the numbers. Set the flags last: then no new tensor "
+            "escapes them.",
         ),
         ("tune_softmax",), "select.tune_softmax",
     ),
@@ -261,7 +289,8 @@ EXERCISES = (
         "magnitude_mask", "A mask by magnitude", magnitude_cases,
         (
             "Put all |w| into one long vector: the threshold is the same for every tensor.",
-            "topk(k) of all |w| gives places; set them True in a long vector of False, then split and reshape.",
+            "`topk` gives places, not a threshold: that settles ties and a share of 0. `split` cuts a long mask back "
+            "into pieces.",
         ),
         ("magnitude_mask",),
     ),
@@ -269,7 +298,8 @@ EXERCISES = (
         "fisher_importance", "Importance by Fisher information", fisher_cases,
         (
             "One backward pass for each example: a batch's gradient has already been averaged.",
-            "torch.autograd.grad(log_p, list(model.parameters())) for one row; add grad² / n to each total.",
+            "`torch.autograd.grad` returns gradients and touches no `.grad`. Loop over the rows; square first, "
+            "average then.",
         ),
         ("fisher_importance",), "select.importance",
     ),
@@ -277,7 +307,8 @@ EXERCISES = (
         "MaskedAdamW", "Adam that leaves masked entries alone", adam_cases,
         (
             "Keep moments for parameter[mask] only: a vector as long as the mask has True.",
-            "An inner torch.optim.AdamW over vectors parameter[mask]; copy gradients in, step, write the vectors back.",
+            "torch's own AdamW can train short vectors of the marked entries. What is copied in before its step, "
+            "what out after?",
         ),
         ("MaskedAdamW",), "select.optimise",
     ),
@@ -285,7 +316,8 @@ EXERCISES = (
         "layer_range", "Find the bug", range_cases,
         (
             "Test it on a model with more than ten layers.",
-            "Split the name at its dots; the first part that is all digits is the number; compare it as an int.",
+            "`'h.10.mlp.1.w'.split('.')` has two parts of digits: which one counts? Compare numbers, and mind what "
+            "`range` omits.",
         ),
         ("layer_range",),
     ),

@@ -44,6 +44,12 @@ def rows_cases(rng: Random):
                     *a[:3], [a[3][0]] * len(a[3]), a[4]
                 ),
                 "every row gets the first adapter": lambda a=args: one_by_one(*a[:4], [0] * len(a[4])),
+                "adapter 0 is taken for none: 0 and None are both false, so ask `is None`": lambda a=args: one_by_one(
+                    *a[:4], [k or None for k in a[4]]
+                ),
+                "adapter 0 and None both choose the last: `k or -1` is −1 for 0": lambda a=args: one_by_one(
+                    *a[:4], [k or len(a[1]) - 1 for k in a[4]]
+                ),
                 "None chooses the first adapter": lambda a=args, n=named: one_by_one(*a[:4], n),
                 "None chooses the last adapter": lambda a=args, n=last: one_by_one(*a[:4], n),
             },
@@ -72,6 +78,16 @@ def concatenation_cases(rng: Random):
                 "|w| is taken: a negative weight takes a task away": lambda a=A, b=B, s=scales: joined(
                     a, b, list(map(abs, s))
                 ),
+                "they are joined along the wrong dimension: B·A must stay (d_out, d_in), and the rank grows": (
+                    lambda a=A, b=B, s=scales: [
+                        torch.cat([v * x for v, x in zip(s, b, strict=True)])[:, : min(map(len, a))],
+                        torch.cat([x[: min(map(len, a))] for x in a], 1),
+                    ]
+                ),
+                "they are added up, which brings products that nobody trained": lambda a=A, b=B, s=scales: [
+                    sum(v * x[:, : min(map(len, a))] for v, x in zip(s, b, strict=True)),
+                    sum(x[: min(map(len, a))] for x in a),
+                ],
                 "A comes first: return B, then A": lambda a=A, b=B, s=scales: joined(a, b, s)[::-1],
             },
         )
@@ -195,7 +211,8 @@ EXERCISES = (
         "mixed_rows", "Each row its own adapter", rows_cases,
         (
             "Fill all A and all B up to the largest rank with zeros and stack them; A[index] then has one A a row.",
-            "torch.bmm(torch.bmm(x, A[index].mT), B[index].mT) with γ in B; masked_fill the rows of None with 0.",
+            "Zeros below A and right of B change no product. Any adapter may stand in for None if its result is "
+            "hidden afterwards.",
         ),
         ("mixed_rows",),
     ),
@@ -203,7 +220,7 @@ EXERCISES = (
         "concatenated", "Two adapters in one file", concatenation_cases,
         (
             "[B₁ | B₂]·[A₁; A₂] = B₁·A₁ + B₂·A₂: no product of one's B with the other's A.",
-            "torch.cat([w * g * b for …], dim=1) and torch.cat(A).",
+            "For ranks 2 and 3, B is (d_out, 5) and A is (5, d_in): along which dimension does each grow?",
         ),
         ("concatenated",),
     ),
@@ -211,7 +228,8 @@ EXERCISES = (
         "elected", "TIES: a vote on the sign", vote_cases,
         (
             "The sign of an entry is that of the sum over the adapters; a zero sum counts as +.",
-            "agree = changes.sign() == sign; add changes * agree, and divide by agree.sum(0), but at least by 1.",
+            "`sign()` gives −1, 0 or 1, so a 0 agrees with neither sign. Divide by how many agree; where nobody "
+            "does, by 1.",
         ),
         ("elected",),
     ),
@@ -219,7 +237,8 @@ EXERCISES = (
         "least_recent", "A cache by bytes", cache_cases,
         (
             "A dict keeps the order in which names came in: pop a name and put it in again to make it the youngest.",
-            "While sum(held.values()) + size > limit: held.pop(next(iter(held))). Only then put the new one in.",
+            "`next(iter(held))` is the oldest name. Put out until the *new* one fits as well. A hit is no load, and "
+            "yet makes young.",
         ),
         ("least_recent",),
     ),
@@ -227,7 +246,8 @@ EXERCISES = (
         "repaired_rows", "Find the bug", beam_cases,
         (
             "Try two beams, then a row without an adapter, then an adapter full of NaN that nobody chose.",
-            "repeat_interleave; gather A[own] instead of multiplying by a mask; masked_fill where own is below 0.",
+            "Copies of a row lie together: which repeat is that? 0·NaN is NaN, so choose by index. What did −1 "
+            "choose?",
         ),
         ("repaired_rows",),
     ),

@@ -221,15 +221,16 @@ EXERCISES = (
         "average_factors", "The average of A and B", factor_cases,
         (
             "The weight of a client is its rows divided by all rows.",
-            "A = sum(n / total * A_k for (A_k, _), n in zip(pairs, rows)); the same for B.",
+            "Clients with 30 and 10 rows weigh ¾ and ¼. The same weights for all A and for all B.",
         ),
         ("average_factors",),
     ),
     Exercise(
         "average_product", "The average of B·A", product_cases,
         (
-            "Multiply first, average then.",
-            "sum(n / total * B @ A for (A, B), n in zip(pairs, rows)).",
+            "Multiply first, average then: the mean of products is not the product of means.",
+            "B·A is (d_out, d_in) whatever the rank, so changes can be added where factors cannot. The weights are "
+            "those of exercise 1.",
         ),
         ("average_product",),
     ),
@@ -237,7 +238,7 @@ EXERCISES = (
         "cut_back", "Back to rank r", cut_cases,
         (
             "torch.linalg.svd(delta, full_matrices=False) gives U, σ and Vᵀ, the largest σ first.",
-            "A = √σ[:rank, None] * Vh[:rank], B = U[:, :rank] * √σ[:rank].",
+            "σ = √σ·√σ: one root scales the columns of U, the other the rows of Vᵀ. How many of each are kept?",
         ),
         ("cut_back",), "worlds.product",
     ),
@@ -245,7 +246,8 @@ EXERCISES = (
         "stack", "Stacking", stack_cases,
         (
             "[B_1 B_2]·[A_1; A_2] = B_1·A_1 + B_2·A_2.",
-            "torch.cat of all A along dim 0, torch.cat of all p_k * B_k along dim 1.",
+            "`torch.cat` along the dimension that counts ranks: which is that in A, and which in B? Weigh one of the "
+            "two.",
         ),
         ("stack",), "worlds.product",
     ),
@@ -253,7 +255,8 @@ EXERCISES = (
         "page_hinkley", "Page and Hinkley's test", hinkley_cases,
         (
             "Keep four numbers: how many values since the last alarm, their mean, the sum m, and the lowest m.",
-            "mean += (x - mean) / count; m += x - mean - delta; lowest = min(lowest, m); then compare m - lowest.",
+            "A mean moves by (x − mean)/count. Go in the order of the text: count, mean, m, lowest, alarm. What "
+            "begins anew after one?",
         ),
         ("page_hinkley",),
     ),
@@ -261,7 +264,8 @@ EXERCISES = (
         "robust_average", "Find the bug", robust_cases,
         (
             "One NaN makes the whole sum NaN, and 0·NaN is NaN: such a client must not be in the sum at all.",
-            "Decide first who is left; then sum rows over those only, and look rows up by name.",
+            "`isfinite` knows NaN and ∞. Decide who is left before you count rows, and look rows up by name, not by "
+            "place.",
         ),
         ("robust_average",),
     ),

@@ -1099,3 +1099,16 @@ def target_shapes(model, targets):
         if name.split(".")[-1] in targets and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
             shape = tuple(layer.weight.shape)
             yield shape[::-1] if isinstance(layer, nn.Linear) else shape
+
+
+# %% largest_rank wrong: a loop that ends at the smallest side
+def largest_rank(base, shapes, memory, width=2):
+    best = 0
+    for r in range(1, min(min(s) for s in shapes) + 1):
+        added = sum(r * (i + o) for i, o in shapes)
+        cheaper = sum(2 * i * o + 3 * r * (i + o) for i, o in shapes) < sum(3 * i * o for i, o in shapes)
+        if width * base + 16 * added <= memory and cheaper:
+            best = r
+    if not best:
+        raise ValueError("no rank")
+    return best

@@ -122,7 +122,8 @@ def calibration_error(probabilities, truth, bins=10):
     confidence, said = probabilities.max(-1)
     right, place = (said == truth).double(), (confidence * bins).floor().long().clamp(max=bins - 1)
     return sum(
-        (place == b).double().mean().item() * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
+        (place == b).double().mean().item()
+        * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
         for b in place.unique()
     )
 
@@ -143,7 +144,8 @@ def calibration_error(probabilities, truth, bins=10):
     confidence = probabilities[torch.arange(len(truth)), truth]
     right, place = (said == truth).double(), (confidence * bins).ceil().long() - 1
     return sum(
-        (place == b).double().mean().item() * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
+        (place == b).double().mean().item()
+        * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
         for b in place.unique()
     )
 
@@ -153,7 +155,8 @@ def calibration_error(probabilities, truth, bins=10):
     confidence, said = probabilities.max(-1)
     right, place = (said == truth).double(), (confidence * 10).ceil().long() - 1
     return sum(
-        (place == b).double().mean().item() * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
+        (place == b).double().mean().item()
+        * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
         for b in place.unique()
     )
 
@@ -163,7 +166,8 @@ def calibration_error(probabilities, truth, bins=10):
     confidence, said = probabilities.max(-1)
     right, place = (said == truth).double(), (confidence * bins).ceil().long() - 1
     return sum(
-        (place == b).double().mean().item() * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
+        (place == b).double().mean().item()
+        * (right[place == b].mean() - confidence[place == b].double().mean()).abs().item()
         for b in range(bins)
     )
 
@@ -608,3 +612,24 @@ def cheapest_alike(scores, cost, matters, t):
         gaps = [b - s for b, s in zip(scores[best], scores[name], strict=True)]
         if name == best or statistics.fmean(gaps) + t * math.sqrt(statistics.variance(gaps) / len(gaps)) <= matters:
             return name
+
+
+# %% stop_early wrong: better counts from 1e-3 on
+def stop_early(losses, patience):
+    best = 0
+    for i, loss in enumerate(losses):
+        if loss < losses[best] - 1e-3:
+            best = i
+        elif i - best >= patience:
+            return i, best
+    return len(losses) - 1, best
+
+
+# %% choose_rate wrong: the median instead of the mean
+import statistics, math
+def choose_rate(losses):
+    means = {r: statistics.median(v) for r, v in losses.items() if all(map(math.isfinite, v))}
+    if not means:
+        raise ValueError("every rate diverged")
+    best = min(means, key=means.get)
+    return best, min(losses) < best < max(losses)

@@ -380,3 +380,9 @@ def own_tokens(tokens, end):
     found = tokens == end
     first = torch.where(found.any(1), found.int().argmax(1), torch.full((len(tokens),), length))
     return torch.arange(length) <= first[:, None]
+
+
+# %% own_tokens wrong: token 0 is taken for padding
+def own_tokens(tokens, end):
+    ends = (tokens == end).long()
+    return (ends.cumsum(1) - ends == 0) & ((tokens != 0) | (tokens == end))

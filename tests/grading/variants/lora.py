@@ -788,3 +788,8 @@ class RepairedLoRA(nn.Module):
 
     def trainable(self):
         return [self.A, self.B]
+
+
+# %% count_lora wrong: the rank is cut to the smaller side
+def count_lora(shapes, rank):
+    return sum(min(rank, o, i) * (o + i) for o, i in shapes)

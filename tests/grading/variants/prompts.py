@@ -587,3 +587,11 @@ def score_verbalizer(log_probs, verbalizer):
 # %% nearest_words right: int32
 def nearest_words(prompt, table, k):
     return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).topk(k).indices.int()
+
+
+# %% init_from_vocabulary wrong: a run of neighbours from a random start
+def init_from_vocabulary(table, n, generator):
+    if n > len(table):
+        raise ValueError("too many")
+    start = torch.randint(len(table) - n + 1, (1,), generator=generator).item()
+    return table[start : start + n].detach().clone()

@@ -583,3 +583,9 @@ def bits_per_parameter(block, second_block=None):
 
     scale = Fraction(32) if second_block is None else 8 + Fraction(32, second_block)
     return 4 + scale / block
+
+
+# %% dequantise wrong: the block is worked out from the lengths
+def dequantise(indices, code, scales, block, shape):
+    size = -(-len(indices) // len(scales))
+    return (code[indices.long()] * scales.repeat_interleave(size)[: len(indices)]).view(shape)

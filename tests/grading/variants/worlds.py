@@ -525,3 +525,17 @@ def robust_average(updates, rows):
     weights = torch.tensor([rows[n] for n in good], dtype=torch.float64)
     values = torch.stack(list(good.values()))
     return torch.einsum("k,k...->...", (weights / weights.sum()).to(values.dtype), values), bad
+
+
+# %% page_hinkley wrong: the value of the alarm opens the next period
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, mean, m, lowest = [], 0, 0.0, 0.0, math.inf
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        lowest = min(lowest, m)
+        if count >= least and m - lowest > threshold:
+            found.append(i)
+            count, mean, m, lowest = 1, x, -delta, -delta
+    return found

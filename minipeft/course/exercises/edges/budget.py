@@ -109,6 +109,7 @@ def rank_edges(rng: Random):
     yield "take layers of which rank 1 is just cheaper", (10, [(6, 8)], 10**6, 2)
     yield "take layers of which rank 1 saves a single multiply-add", (10, [(5, 8)], 10**6, 2)
     yield "take layers of which rank 1 costs the same", (10, [(6, 6)], 10**6, 2)
+    yield "look beyond the smallest side, for a larger layer pays for it", (10, [(2, 3), (300, 300)], 10**7, 2)
     yield "take a base of no number", (0, shapes, 16 * S * 2, 2)
     yield "raise a ValueError where memory is 0", (1000, shapes, 0, 2)
 

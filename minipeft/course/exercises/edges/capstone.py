@@ -68,6 +68,8 @@ def stop_edges(rng: Random):
     falling = [1.0, 4.0, 3.0, 2.0, 1.5, 0.5]
     yield "count the looks since the best, though each is better than the one before", (falling, 3)
     yield "stop at the very last look", ([1.0, 2.0, 2.0], 2)
+    yield "name the very last look where patience was not used up", ([3.0, 1.0, 2.0], 2)
+    yield "count a loss that is less by very little", ([1.0, 0.99999, 0.99998, 0.99997], 2)
     yield "let an infinite loss pass", ([5.0, math.inf, 4.0, 3.0], 2)
 
 
@@ -86,6 +88,7 @@ def rate_edges(rng: Random):
     yield "say that the largest rate is not inside", ({0.1: [1.0], 0.01: [3.0], 0.03: [2.0]},)
     yield "count rates that diverged on both sides as tried", ({1.0: [math.inf], 0.1: [2.0], 0.01: [math.nan]},)
     yield "raise a ValueError where the only rate diverged", ({0.1: [math.nan]},)
+    yield "take the mean over the seeds, not the median", ({0.1: [1.0, 1.0, 4.0], 0.01: [1.5, 1.5, 1.5]},)
     yield "go by size, not by the order of the rates", ({0.03: [1.0], 0.1: [2.0], 0.01: [2.0]},)
 
 

@@ -96,6 +96,7 @@ def token_edges(rng: Random):
     yield "mark a single token that is not", (torch.tensor([[5]]), 2)
     yield "mark all of a text that was cut off", (torch.tensor([[5, 4, 3]]), 2)
     yield "mark one token where a text ends at once and padding is the end mark", (torch.tensor([[2, 2, 2, 2]]), 2)
+    yield "take token 0 for a token like any other", (torch.tensor([[0, 5, 0, 2, 7], [0, 0, 0, 0, 0]]), 2)
     yield "mark up to the end mark where it comes last", (torch.tensor([[5, 6, 2], [2, 5, 2]]), 2)
 
 

@@ -68,6 +68,7 @@ def count_lora(shapes, rank):
 def count_edges(rng: Random):
     yield "be 0 for no matrix at all", ([], 4)
     yield "count matrices that are alike each by itself", ([(3, 5), (3, 5), (5, 3)], 1)
+    yield "hold for a rank above the smaller side, as the formula says", ([(2, 9)], 4)
     yield "hold for one row and one column", ([(1, 9), (9, 1), (1, 1)], 1)
 
 

@@ -96,6 +96,7 @@ def dequantise_edges(rng: Random):
 
     for what, each in {
         "a vector": args((11,), 4),
+        "a last block of one number": args((9,), 4),
         "three dimensions": args((2, 3, 4), 5),
         "a single number": args((1,), 4),
         "blocks of a single number": args((3, 3), 1),

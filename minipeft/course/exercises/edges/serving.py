@@ -54,6 +54,7 @@ def vote_edges(rng: Random):
     yield "give one change back as it is", (normal(rng, 1, 3, 2),)
     yield "give zeros for zeros", (torch.zeros(3, 2, 2),)
     yield "take single numbers", (torch.tensor([2.0, -1.0, 3.0]),)
+    yield "elect the sign of a tiny sum, too", (torch.tensor([[-3e-9, 2.0], [1e-9, -2e-9]], dtype=torch.float64),)
     yield "let one large entry outvote two small ones", (torch.tensor([[-5.0], [1.0], [2.0]]),)
 
 

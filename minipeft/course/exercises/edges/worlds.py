@@ -85,6 +85,7 @@ def hinkley_edges(rng: Random):
     yield "wait for five values where nothing is said", ([0.0] + [5.0] * 6,)
     yield "ring above λ = 1 where nothing is said", ([0.0] * 5 + [1.266] + [0.0] * 3,)
     yield "take off δ = 0.05 where nothing is said", ([0.0] * 5 + [1.26024] + [0.0] * 3,)
+    yield "not count the value of an alarm again", ([0.0, 3.0, 6.0, 6.0], 0.0, 1.0, 2)
     yield "hold for negative values", ([-8.0] * 8 + [-5.0] * 8, 0.1, 1.0, 3)
 
 

@@ -1,0 +1,46 @@
+"""Widgets on a page of Jupyter: whether somebody looks, answers while a cell runs, and a notice without Python."""
+
+from __future__ import annotations
+
+import ipywidgets
+from IPython import get_ipython
+
+# A box that fits its page, a picture that follows the theme, and a notice where Python is gone.
+STYLE = """<span class="minipeft-page"></span><style>
+.minipeft-box { width: 100%; max-width: 964px; margin: 0; overflow: clip; }
+.minipeft-box .widget-label { max-width: none; }
+.minipeft-box img { width: calc(100% - 4px); height: auto; }
+body[data-jp-theme-light="false"] .minipeft-box img { filter: invert(0.93) hue-rotate(180deg); }
+.jp-OutputArea-child:has(.minipeft-box) + .jp-OutputArea-child { display: none; }
+.minipeft-box.jupyter-widgets-disconnected::after, .jp-Notebook:has(
+  .jp-Notebook-ExecutionIndicator[data-status="unknown"]) .minipeft-box:not(.jupyter-widgets-disconnected)::after {
+  content: "Python was restarted: run this cell again."; display: block; padding: 4px 8px; font-weight: bold;
+  color: var(--jp-ui-font-color1); border-left: 4px solid #D55E00; }
+.jp-OutputArea-child:has(.minipeft-page) + .jp-OutputArea-child:not(:has(.minipeft-box)) > * { display: none; }
+.jp-OutputArea-child:has(.minipeft-page) + .jp-OutputArea-child:not(:has(.minipeft-box))::after {
+  content: "The controls need Python: run this cell."; padding: 4px 8px; border-left: 4px solid #D55E00; }
+.minipeft-box.jupyter-widgets-disconnected > * { opacity: .4; pointer-events: none; }
+</style>"""
+
+
+def watched() -> bool:
+    """Whether somebody looks on: a page that names its cells asked for what runs now, or a control was moved.
+
+    Programs that execute notebooks do neither; they wait for what a cell leaves when it is done.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    if kernel is None:
+        return False
+    try:
+        request = kernel.get_parent()
+    except LookupError:  # nothing was asked for yet
+        return False
+    return request.get("header", {}).get("msg_type") == "comm_msg" or "cellId" in request.get("metadata", {})
+
+
+def answer_at_once(*controls: ipywidgets.Widget) -> None:
+    """Lets these controls answer while a cell runs, where the kernel can: it would send their moves to the thread that
+    spoke last to them, which is that of the cells."""
+    for control in controls:
+        if hasattr(control.comm, "_reply_subshell_for"):
+            control.comm._reply_subshell_for = lambda data, default: default

@@ -1,0 +1,34 @@
+"""Jobs for `test_worker.py`, which the other process imports from this file."""
+
+import os
+import time
+
+
+def count(n):
+    print("what a job prints is no answer")
+    yield from range(n)
+
+
+def endless():
+    while True:
+        yield len(os.urandom(1000))
+
+
+def silent():
+    """Says one thing, and then works on without a word: a long test, for one."""
+    yield os.getpid()
+    while True:
+        time.sleep(0.001)
+
+
+def careless():
+    yield 1
+    raise ValueError("A rank of 0 learns nothing; choose 1 or more.")
+
+
+def odd():
+    yield 1 / 0
+
+
+def echo(what):
+    yield type(what).__name__
