@@ -99,7 +99,8 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
         says[key(task, size)] = (
             f"{knob.capitalize()} {size} on {task}: {trained:,} trained numbers ({trained / total:.2%} of the model);"
             f" {best(rows, task, size, chosen.get((task, size)))}."
-            f" Full fine-tuning, {int(whole.trainable.iloc[0]):,} numbers: {best(rows, task, 0, chosen.get((task, 0)))}."
+            f" Full fine-tuning, {int(whole.trainable.iloc[0]):,} numbers:"
+            f" {best(rows, task, 0, chosen.get((task, 0)))}."
             + (f" The floor is {floors[task]:.2f}." if floors[task] else "")
         )
     controls = [Control("task", "task", tasks, start, kind="choice"), Control("size", label, sizes, 8)]
