@@ -25,8 +25,7 @@ LOSS = "test loss (nats a token)"
 
 def charts() -> list[Chart]:
     """All of them, in the order of the lessons."""
-    every, measured = atlas()
-    runs = every[every.seed != SEARCH_SEED]
+    runs, measured = atlas()
     explorer = {"00_start_here": "LoRAExplorer(", "06_lora": "LoRAExplorer("}
     return [
         swept("rank", explorer, "rank of LoRA", runs, measured, "LoRA", "rank", "pirate", {"gamma": 2.0}),
@@ -36,7 +35,7 @@ def charts() -> list[Chart]:
               "length", "forecast"),
         swept("prefix", {"05_prefixes": "PrefixExplorer("}, "length of the prefix", runs, measured, "PrefixTuning",
               "length", "forecast"),
-        gammas(every, measured),
+        gammas(runs, measured),
         rates(read("family")),
         ranks(read("family")),
         forgetting(read("teaching")),
@@ -81,10 +80,14 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
     mine = mine[mine.task.isin(tasks)]
     sizes = sorted(int(n) for n in mine["size"].unique())
     whole = runs[(runs.method == "Full") & runs.task.isin(tasks)].assign(size=0)
+    both = pd.concat([mine, whole])
     rows = [
         {"task": task, "size": int(size), "lr": lr, **spread(group.loss)}
-        for (task, size, lr), group in pd.concat([mine, whole]).groupby(["task", "size", "lr"])
+        for (task, size, lr), group in both[both.seed != SEARCH_SEED].groupby(["task", "size", "lr"])
     ]
+    search = both[(both.seed == SEARCH_SEED) & (both.stopped == "finished")]
+    search = search.assign(chooses=search.valid_loss.fillna(search.loss))  # facts leave no rows for validation
+    chosen = {at: tried.loc[tried.chooses.idxmin()].lr for at, tried in search.groupby(["task", "size"])}
     floors = {task: round(runs[runs.task == task].floor.iloc[0], 4) for task in tasks}
     says = {}
     for task, size in product(tasks, sizes):
@@ -95,13 +98,14 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
         trained, total = int(here.trainable.iloc[0]), int(here.total.iloc[0])
         says[key(task, size)] = (
             f"{knob.capitalize()} {size} on {task}: {trained:,} trained numbers ({trained / total:.2%} of the model);"
-            f" {best(rows, task, size)}."
-            f" Full fine-tuning, {int(whole.trainable.iloc[0]):,} numbers: {best(rows, task, 0)}."
+            f" {best(rows, task, size, chosen.get((task, size)))}."
+            f" Full fine-tuning, {int(whole.trainable.iloc[0]):,} numbers:"
+            f" {best(rows, task, 0, chosen.get((task, 0)))}."
             + (f" The floor is {floors[task]:.2f}." if floors[task] else "")
         )
     controls = [Control("task", "task", tasks, start, kind="choice"), Control("size", label, sizes, 8)]
-    chosen, full, floor, others = f"the chosen {knob}", "full fine-tuning", "floor", f"the other {knob}s"
-    look = looks([chosen, full, floor, others], last=GREY)
+    this, full, floor, others = f"the chosen {knob}", "full fine-tuning", "floor", f"the other {knob}s"
+    look = looks([this, full, floor, others], last=GREY)
     x = axis("lr", "learning rate", sorted({row["lr"] for row in rows}), log=True)
     y = axis("mean", LOSS, [0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 12], log=True)
     thin = layer("line", look[others], "datum.task === task && datum.size > 0 && datum.size != size",
@@ -112,7 +116,7 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
     ground["data"] = {"values": [{"task": task, "floor": value} for task, value in floors.items()]}
     curves = [
         *curve(look[full], "datum.task === task && datum.size === 0", x, y),
-        *curve(look[chosen], "datum.task === task && datum.size == size", x, y),
+        *curve(look[this], "datum.task === task && datum.size == size", x, y),
     ]
     gamma = f" {method} with γ = {fixed['gamma']:g}; lesson 06 has other γ." if "gamma" in fixed else ""
     return Chart(
@@ -122,18 +126,18 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
         alt=f"Test loss by learning rate on logarithmic axes: one curve for the chosen {knob} with a bar over seeds,"
         f" thin grey ones for the other {knob}s, one for full fine-tuning, and the floor.",
         source=f"{measured}; 60 steps of 10 texts on the pocket model.{gamma} The best rate of each is the one with the"
-        " least mean loss on the very texts that are scored.",
+        " least mean loss on the very texts that are scored, or that validation rows chose where the atlas has them.",
         controls=controls,
         says=says,
         spec=picture(rows, controls, [thin, ground, *curves]),
     )
 
 
-def best(rows: list[dict], task: str, size: int) -> str:
-    """The loss at the best of the rates tried, with its spread, in words."""
+def best(rows: list[dict], task: str, size: int, lr: float | None = None) -> str:
+    """The loss at the best of the rates tried, or at `lr`, which other rows chose, with its spread, in words."""
     tried = [row for row in rows if (row["task"], row["size"]) == (task, size)]
-    least = min(tried, key=lambda row: row["mean"])
-    edge = least["lr"] in (tried[0]["lr"], tried[-1]["lr"])
+    least = min(tried, key=lambda row: row["mean"] if lr is None else row["lr"] != lr)
+    edge = lr is None and least["lr"] in (tried[0]["lr"], tried[-1]["lr"])
     return (
         f"loss {least['mean']:.2f} at the rate {least['lr']:g}"
         f" ({least['low']:.2f} to {least['high']:.2f} over the seeds)"

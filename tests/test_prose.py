@@ -32,7 +32,10 @@ CITED = {
         "5,000": "pictures in the package of MNIST", "4,300": "of them to train on",
         "12.5": "ms, one column of a spectrogram",
     },
+    "16_capstone": {"80": "per cent, an example of calibration"},
     "18_your_model": {"1.3": "the factor of `mp.advise`"},
+    "19_recommender": {"20": "per cent, the rows of the test"},
+    "20_opinion_monitor": {"0.3": "a position of the slider", "55": "per cent, a position of the slider"},
 }  # fmt: skip
 
 

@@ -166,8 +166,9 @@ def test_learning_rates_are_tried_until_more_or_less_brings_nothing():
         loss = search.valid_loss.fillna(search.loss) if s.task_of(task).bits else search.valid_loss
         assert loss[search.stopped == "finished"].idxmin() == best, (method, settings, task)
         if settings.get("gamma") in s.ONLY_SEARCHED:
-            with pytest.raises(ValueError, match="reports nothing"):
-                atlas.best(runs, task, s.method_of(method, json.dumps(settings)))
+            if best != s.FIXED:
+                with pytest.raises(ValueError, match="reports nothing"):
+                    atlas.best(runs, task, s.method_of(method, json.dumps(settings)))
             continue
         chosen = atlas.best(runs, task, s.method_of(method, json.dumps(settings)))
         assert chosen["lr"] == best and chosen["chosen on"] in ("validation", "the facts") and chosen["count"] >= 3
@@ -187,7 +188,7 @@ def test_an_explorer_finds_the_runs_of_every_gamma():
         for gamma, (least, best, largest) in each.items():
             method = mp.LoRA(rank=rank, gamma=gamma)
             several = found[repr(method), "pirate", best][1]
-            assert len(several) == 1 if gamma in s.ONLY_SEARCHED else len(several) >= 3
+            assert len(several) >= (1 if gamma in s.ONLY_SEARCHED else 3)
             reported = set(atlas.of(runs, "pirate", method).lr)
             for lr in {least, largest} - reported:
                 assert len(found[repr(method), "pirate", lr][1]) == 1, "the run that searched, where there is no other"
@@ -220,11 +221,12 @@ def test_validation_rows_of_another_seed_choose_the_rate_and_test_rows_report():
 
 
 def test_a_run_that_came_back_and_one_that_did_not():
-    good = {"stopped": "finished", "trainable": 5, "loss": 1.0}
+    good = {"stopped": "finished", "trainable": 5, "loss": 1.0, "lr": 1e-2}
     assert atlas.agree(good, good | {"loss": 1.02}) and not atlas.agree(good, good | {"loss": 1.04})
     assert not atlas.agree(good, good | {"stopped": "diverged"}) and not atlas.agree(good, good | {"trainable": 6})
     wild = good | {"loss": 5.0}
     assert atlas.agree(wild, good | {"loss": 3.0}) and not atlas.agree(wild, good | {"loss": 1.9})
+    assert not atlas.agree(wild | {"lr": 3e-3}, good | {"loss": 4.0}), "a slow run is a steady one"
     runs = atlas.load()
     kinds = runs[runs.steps <= 120].method.nunique()
     drawn = atlas.sample(runs, kinds, 1)

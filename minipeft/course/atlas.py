@@ -135,11 +135,11 @@ def sample(runs, n: int, seed: int) -> list[dict]:
 
 def agree(stored: dict, again: dict) -> bool:
     """Whether a run came back: it ended the same way, trained as many numbers, and its loss is the same to 0.03 nats or
-    3 %. A rate that is too high makes steps so unsteady that rounding grows without bound: a run whose loss is above 3
-    nats needs only to come back above 2."""
+    3 %. A rate that is too high makes steps so unsteady that rounding grows without bound: a run at 0.01 or more whose
+    loss is above 3 nats needs only to come back above 2."""
     if (stored["stopped"], stored["trainable"]) != (again["stopped"], again["trainable"]):
         return False
-    unsteady = stored["loss"] > 3 and again["loss"] > 2
+    unsteady = stored["lr"] >= 1e-2 and stored["loss"] > 3 and again["loss"] > 2
     return unsteady or abs(stored["loss"] - again["loss"]) <= max(0.03, 0.03 * stored["loss"])
 
 
