@@ -111,3 +111,30 @@ def test_it_prints_a_row_for_each_lesson_and_says_who_lacks_what(lesson, tmp_pat
     said = capsys.readouterr().out
     assert re.search(r"^02_two +✓.*–.*✓ *$", said, re.MULTILINE)
     assert "three sentences to remember. Missing in 02." in said and "0 of 1 lessons" in said
+
+
+LONG = "This " + "very " * 20 + "long sentence ends."
+
+
+def test_the_median_sentence_is_short_and_only_sentences_count(lesson):
+    assert lesson("At 2.5 of three.", " ".join([LONG] * 20)) == ["sentences"]
+    assert lesson("At 2.5 of three.", " ".join([LONG] * 3)) == [], "a few long ones leave the median where it is"
+    row, listed = "| " + LONG + " |", "- Short.\n- Short too.\n"
+    for other in (f"{row}\n\n" * 20, f"```\n{LONG}\n```\n\n" * 20, f"$$ {LONG} $$\n\n" * 20, f"# {LONG}\n\n" * 20):
+        assert lesson("At 2.5 of three.", "At 2.5 of three.\n\n" + other) == []
+    assert lesson("Somebody 2020.", " ".join([LONG] * 20)) == [], "sources are a list"
+    assert lesson("At 2.5 of three.", listed * 12 + " ".join([LONG] * 20)) == [], "an entry of a list is a sentence"
+
+
+def test_a_term_of_the_glossary_stands_in_bold_where_it_leads(lesson, tmp_path, capsys):
+    glossary = tmp_path / "docs" / "glossary.md"
+    glossary.parent.mkdir()
+    row = "| {} | 秩 | What it is. | [02](../notebooks/{}.ipynb) |\n"
+    glossary.write_text(row.format("rank, of a matrix", "02_two") + row.format("mask", "03_three"), encoding="utf-8")
+    assert lesson() == ["terms"], "the other lesson's term is not asked for"
+    assert lesson("At 2.5 of three.", "It is **not** the rank and **never** was.") == ["terms"], (
+        "between two bold words"
+    )
+    assert form.main([tmp_path / "notebooks" / "02_two.ipynb"]) == 1
+    assert "02 does not explain: rank, of a matrix." in capsys.readouterr().out
+    assert lesson("At 2.5 of three.", "The **whole\nrank** of three.") == []

@@ -7,6 +7,7 @@ sentences are worth remembering, a reader says.
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ sys.path.insert(0, str(ROOT / "book"))
 
 from fold import FENCE, answers, asks, headings  # noqa: E402
 
-MOST_CELLS = 32
+MOST_CELLS, MOST_WORDS = 32, 20  # of a lesson; of its median sentence
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NO_SENTENCE = re.compile(r"\$\$.*?\$\$|^(?:#|\||    |\*\*Sources).*?(?=\n\n|\Z)|<[^>]+>", re.MULTILINE | re.DOTALL)
 
 
 @dataclass
@@ -68,7 +70,8 @@ def neighbours(lesson: Lesson) -> bool:
 
 
 def three_goals(lesson: Lesson) -> bool:
-    return len(re.findall(r"^[-*] ", lesson.opening.partition("you can")[2], re.MULTILINE)) == 3
+    listed = lesson.opening.partition("you can")[2].strip().partition("\n\n")[0]
+    return len(re.findall(r"^[-*] ", listed, re.MULTILINE)) == 3
 
 
 def hidden(lesson: Lesson) -> bool:
@@ -102,6 +105,33 @@ def three_sentences(lesson: Lesson) -> bool:
     return len(re.findall(r"[.!?](?=\s|\Z)", re.sub(r"^\d+\. ", "", words, flags=re.MULTILINE))) == 3
 
 
+def sentences(lesson: Lesson) -> list[str]:
+    """Of the prose, without headings, tables, code, displayed formulas and sources; a formula in a line is one word."""
+    cells = [
+        cell for cell in lesson.cells if not {"where-you-are", "where-next", "map"} & {*cell.metadata.get("tags", ())}
+    ]
+    text = re.sub(r"\$[^$]+\$", "x", NO_SENTENCE.sub("\n\n", Lesson(lesson.path, cells).prose))
+    found = re.split(r"(?<=[.!?:])[*\"”)]*\s+(?=[A-ZΑ-Ω*`\"“(])|\n\n+|^ *(?:[-*]|\d+\.) ", text, flags=re.MULTILINE)
+    return [sentence for sentence in found if re.search(r"\w", sentence)]
+
+
+def plain(lesson: Lesson) -> bool:
+    lengths = [len(sentence.split()) for sentence in sentences(lesson)]
+    return not lengths or statistics.median(lengths) <= MOST_WORDS
+
+
+def unexplained(lesson: Lesson) -> list[str]:
+    """The terms for which the glossary leads to this lesson and which do not stand in bold in it."""
+    path = lesson.path.parents[1] / "docs" / "glossary.md"
+    rows = re.findall(
+        r"^\| (.+?) \|.*/(\w+)\.ipynb\) \|$", path.read_text("utf-8") if path.exists() else "", re.MULTILINE
+    )
+    bold = re.sub(r"\s+", " ", "|".join(re.findall(r"\*\*(.+?)\*\*", lesson.prose, re.DOTALL))).lower()
+    return [
+        term for term, stem in rows if stem == lesson.path.stem and not any(w in bold for w in term.lower().split(", "))
+    ]
+
+
 ELEMENTS: dict[str, tuple[str, Callable[[Lesson], bool]]] = {
     "question": ("the title ends with a question", lambda at: at.opening.partition("\n")[0].rstrip().endswith("?")),
     "around": ("the lessons before and after are linked at the top", neighbours),
@@ -121,6 +151,8 @@ ELEMENTS: dict[str, tuple[str, Callable[[Lesson], bool]]] = {
     ),
     "sources": ("the sources are named", lambda at: "**Sources" in at.prose),
     "links": ("every link leads to a file", lambda at: all(path.exists() for path in at.links(at.prose))),
+    "sentences": (f"the median sentence has at most {MOST_WORDS} words", plain),
+    "terms": ("each term for which the glossary leads here stands in bold", lambda at: not unexplained(at)),
     "cells": (f"at most {MOST_CELLS} cells", lambda at: len(at.cells) <= MOST_CELLS),
 }
 
@@ -140,6 +172,9 @@ def main(paths: list[Path]) -> int:
     for name, (what, _) in ELEMENTS.items():
         without = [stem[:2] for stem, names in lacks.items() if name in names]
         print(f"{name}: {what}.", f"Missing in {', '.join(without)}." if without else "All have it.")
+    for path in paths:
+        if terms := unexplained(Lesson.read(path)):
+            print(f"{path.stem[:2]} does not explain: {', '.join(terms)}.")
     whole = [stem for stem, names in lacks.items() if not names]
     print(f"\n{len(whole)} of {len(lacks)} lessons have every element{': ' * bool(whole)}{', '.join(whole)}.")
     return int(len(whole) < len(lacks))
