@@ -61,7 +61,10 @@ def lab(tmp_path_factory):
             time.sleep(0.25)
     yield address
     server.terminate()
-    server.wait(20)
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:  # it waits for a kernel that was restarted
+        server.kill()
 
 
 def up_to_the_explorer(lesson: Path) -> None:
