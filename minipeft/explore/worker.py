@@ -129,6 +129,7 @@ class Worker:
                 if job is not None:
                     job.answers.put((kind, what))
         except (EOFError, pickle.UnpicklingError):
+            process.kill()
             status = process.wait()
         with self.lock:
             lost, self.jobs = self.jobs, {}
