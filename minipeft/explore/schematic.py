@@ -109,7 +109,7 @@ DRAWINGS = {
             "+": Part("+", 1, 0.5, STEP),
             "n": Part("each row\nover its length", 2, 0.5),
             "·": Part("·", 3, 0.5, STEP),
-            "m": Part("m\n(d_out)", 3, 1.5, TRAINED),
+            "m": Part("m\n(d_out)", 3, 1.6, TRAINED),
             "y": Part("W'\n(d_out, d_in)", 4, 0.5),
         },
         (("W", "+"), ("BA", "+"), ("+", "n"), ("n", "·"), ("m", "·"), ("·", "y")),
