@@ -15,7 +15,7 @@ BELOW = 3  # code cells after a sentence that may hold its figure: those that it
 # What no cell of the lesson computes, and where it comes from.
 EVERYWHERE = {"95": "per cent, the width of all intervals"}
 CITED = {
-    "00_start_here": {"0.125": "a position of the slider"},
+    "00_start_here": {"0.125": "a position of the slider", "2.16": "e^0.77, a loss as a perplexity"},
     "01_why_peft": {
         "11.7": "million, the claim about ResNet-18, counted in the ledger (C06)",
         "1.5": "3/2, the law 2/3 + 2r/N at the least rank",
