@@ -7,8 +7,8 @@ import math
 import pytest
 
 from minipeft.course import shaken, teaching
-from minipeft.course.teaching import at_target, best_rate, verdict
-from minipeft.learn.protocol import paired
+from minipeft.course.teaching import at_target, best_rate
+from minipeft.learn.protocol import paired, verdict
 
 
 def test_the_grid_grows_until_the_best_is_inside():
@@ -29,10 +29,10 @@ def test_old_loss_is_read_where_the_task_loss_is_equal():
 def test_a_verdict_can_be_each_of_three():
     base = [1.0, 1.1, 0.9, 1.05, 0.95]
     less = [x - 0.2 + 0.01 * i for i, x in enumerate(base)]
-    assert verdict(paired(less, base), 0.05) == "holds"
-    assert verdict(paired(base, less), 0.05) == "wrong"
-    assert verdict(paired([x - 0.01 for x in base[:-1]] + [0.94001], base), 0.05) == "wrong", "too small to matter"
-    assert verdict(paired([x + (-0.5) ** i for i, x in enumerate(base)], base), 0.05) == "cannot tell"
+    assert verdict(paired(base, less), 0.05) == "holds"
+    assert verdict(paired(less, base), 0.05) == "wrong"
+    assert verdict(paired(base, [x - 0.01 for x in base[:-1]] + [0.94001]), 0.05) == "wrong", "too small to matter"
+    assert verdict(paired(base, [x + (-0.5) ** i for i, x in enumerate(base)]), 0.05) == "cannot tell"
     mean, low, high = paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     assert (mean, low, high) == pytest.approx((2.0, 2 - 2.4841, 2 + 2.4841), abs=1e-3)  # t(2) = 4.3027, s/√3 = 0.5774
 

@@ -173,15 +173,6 @@ def at_target(run: dict, before: tuple[float, float], target: float = TARGET) ->
     return math.inf
 
 
-def verdict(difference: tuple[float, float, float], least: float) -> str:
-    """Of the claim "one is less than other by at least `least`": "holds" where the interval lies below 0 and its mean
-    at −least or below; "wrong" where all of it lies above −least; else "cannot tell"."""
-    mean, low, high = difference
-    if high < 0 and mean <= -least:
-        return "holds"
-    return "wrong" if low > -least else "cannot tell"
-
-
 def measure(report: Callable[[str], object] = print) -> dict:
     torch.set_num_threads(1)
     started = time.process_time()

@@ -26,7 +26,7 @@ def compare(runs, task: str, methods: Mapping[str, Method], lines: Mapping[str, 
     losses = {f"{label}\n{numbers[label]:,}": rows[rows.lr == best[label]["lr"]].loss for label, rows in found.items()}
     floor = next(iter(found.values())).floor.iloc[0]
     draw_seeds(losses, f"{task} after 60 steps", "setting, and numbers trained", floor, lines)
-    table = pd.DataFrame(best).T[["lr", "mean", "min", "max"]].round({"mean": 2, "min": 2, "max": 2})
+    table = pd.DataFrame(best).T[["lr", "mean", "min", "max"]].astype(float).round({"mean": 2, "min": 2, "max": 2})
     table.insert(0, "numbers", numbers)
     table.index = table.index.str.replace("\n", " ")
     return table.rename(columns={"lr": "best rate", "mean": "loss, mean", "min": "least", "max": "largest"})

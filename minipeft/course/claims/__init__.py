@@ -11,6 +11,6 @@ that train anew, `timing` those about seconds and bytes.
 """
 
 from minipeft.course.claims import comparing, counting, measuring, timing  # noqa: F401  they fill CLAIMS
-from minipeft.course.claims.ledger import CLAIMS, HOLDS, PATH, WRONG, Claim, load, recompute, row, table
+from minipeft.course.claims.ledger import CLAIMS, HOLDS, PATH, WRONG, Claim, load, recompute, row, shown, table
 
-__all__ = ["CLAIMS", "HOLDS", "PATH", "WRONG", "Claim", "load", "recompute", "row", "table"]
+__all__ = ["CLAIMS", "HOLDS", "PATH", "WRONG", "Claim", "load", "recompute", "row", "shown", "table"]

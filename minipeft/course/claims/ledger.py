@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 PATH = Path(__file__).with_name("ledger.json")
+INTERVALS = re.compile("95 %|above|less|ratio|−")  # where three figures are a mean and its 95 % interval, not seeds
 HOLDS, WRONG, CANNOT_TELL = "holds", "wrong", "cannot tell"
 
 
@@ -69,10 +72,30 @@ def over(verdicts: dict[str, str], what: str) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """The ledger as text: id, verdict, claim, figures."""
-    lines = []
-    for each in rows:
-        lines.append(f"{each['id']}  {each['verdict'].upper() if each['verdict'] == WRONG else each['verdict']}")
-        lines.append(f"     {each['claim']} ({each['source']})")
-        lines.append(f"     {each['figures']}")
-    return "\n".join(lines)
+    """The ledger as text: of each row id and verdict, the claim with its source, and the figures."""
+    return "\n".join(shown(each, f"     {each['claim']} ({each['source']})") for each in rows)
+
+
+def shown(row: dict, *between: str) -> str:
+    """One row as text: id and verdict, the lines `between`, and its figures; an interval reads mean [low, high]."""
+    verdict = row["verdict"].upper() if row["verdict"] == WRONG else row["verdict"]
+    return "\n".join([f"{row['id']}  {verdict}", *between, *_lines(row["figures"], "     ")])
+
+
+def _lines(figures: dict, indent: str, above: str = "") -> list[str]:
+    """A line for the figures that stand alone, and one or more for each group; `above` has the names of the groups."""
+    alone = [f"{name}: {_said(value, above + name)}" for name, value in figures.items() if not isinstance(value, dict)]
+    found = textwrap.wrap("; ".join(alone), 118, initial_indent=indent, subsequent_indent=indent + "  ")
+    for name, group in figures.items():
+        if isinstance(group, dict):
+            first, *more = _lines(group, indent + "  ", above + name)
+            found += [f"{indent}{name}", first, *more] if more else [f"{indent}{name} | {first.strip()}"]
+    return found
+
+
+def _said(value, name: str) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) == 3 and INTERVALS.search(name):
+        return f"{value[0]} [{value[1]}, {value[2]}]"
+    return ", ".join(map(str, value))
