@@ -245,8 +245,9 @@ def choose(options: Sequence[Option], kind: str, file: float = math.inf) -> Opti
 
 
 def lost(one: Option, best: Option, sign: int):
-    """The interval of how much worse `one` was than `best`, seed by seed."""
-    return paired([sign * s for s in one.measured.scores], [sign * s for s in best.measured.scores])
+    """The interval of how much worse `one` was than `best`, over the seeds that both have, from the first on."""
+    both = list(zip(one.measured.scores, best.measured.scores, strict=False))
+    return paired([sign * a for a, _ in both], [sign * b for _, b in both])
 
 
 def scaled(rate: float, measured_width: int, width: int) -> float:
