@@ -82,13 +82,13 @@ class SliderPlot:
         """The controls' present values by name."""
         return {name: control.value for name, control in self.controls.items()}
 
-    def redraw(self) -> None:
-        """Draw the figure for the present values and show it."""
+    def redraw(self, sharp: bool = True) -> None:
+        """Draw the figure for the present values and show it; `sharp` takes longer, for when nothing more is to come."""
         with self.drawing:
             self.figure.clear()
             text = self.draw(self.figure, **self.values)
             buffer = io.BytesIO()
-            self.figure.savefig(buffer, format="png", dpi=self.dpi)
+            self.figure.savefig(buffer, format="png", dpi=self.dpi if sharp else 100)
             self.image.value = buffer.getvalue()
             self.image.tooltip = self._said()  # the name of the picture for whoever does not see it
             self.text.value = text or ""
@@ -141,7 +141,7 @@ class SliderPlot:
         try:
             for i, self.bar.value in enumerate(work):
                 if between and (i < 2 or time.perf_counter() - drawn > self.REDRAW):
-                    self.redraw()
+                    self.redraw(sharp=False)
                     drawn = time.perf_counter()
                 yield
             self.bar.value = 1.0
