@@ -83,7 +83,7 @@ class SliderPlot:
         return {name: control.value for name, control in self.controls.items()}
 
     def redraw(self, sharp: bool = True) -> None:
-        """Draw the figure for the present values and show it; `sharp` takes longer, for when nothing more is to come."""
+        """Draw the figure for the present values and show it; `sharp`, which takes longer, when no more is to come."""
         with self.drawing:
             self.figure.clear()
             text = self.draw(self.figure, **self.values)
