@@ -17,6 +17,8 @@ from minipeft.course.standing import Standing
 from minipeft.course.verdict import CORRECT, Shown
 
 TRIES = 10
+# what a solution's cell holds beside the answer: nbgrader's marks, and behind them what ends the stub
+MARKS = r"^ *### BEGIN SOLUTION\n|^( *return\n)? *### END SOLUTION\n?( *raise NotImplementedError\(.*\)\n?)?"
 
 
 def folds(name: str, now: Standing) -> Shown:
@@ -55,8 +57,7 @@ def solution(name: str) -> str:
     cells = json.loads(assignments.sources()[assignment_of(name)].read_text(encoding="utf-8"))["cells"]
     ids = [cell["metadata"].get("nbgrader", {}).get("grade_id") for cell in cells]
     texts = ["".join(cell["source"]) for cell in cells]
-    left_out = r"^ *(### (BEGIN|END) SOLUTION|raise NotImplementedError\(.*\))\n?"
-    code = re.sub(left_out, "", texts[ids.index(name)], flags=re.MULTILINE).strip()
+    code = re.sub(MARKS, "", texts[ids.index(name)], flags=re.MULTILINE).strip()
     after = texts[ids.index(f"test_{name}") + 1]
     explained = re.search(r"<summary>The solution, explained</summary>\s*(.*?)\s*</details>", after, re.DOTALL)
     return f"```python\n{code}\n```\n\n{explained[1] if explained else ''}".strip()
