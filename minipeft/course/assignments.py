@@ -47,7 +47,7 @@ def deadlines() -> dict[str, datetime]:
     if not path.is_file():
         return {}
     try:
-        found = {name: datetime.fromisoformat(when) for name, when in json.loads(path.read_text("utf-8")).items()}
+        found = {name: datetime.fromisoformat(when) for name, when in json.loads(path.read_bytes()).items()}
         if unknown := set(found) - set(sources()):
             raise ValueError(f"there is no assignment {', '.join(sorted(unknown))}")
         if bare := [name for name, when in found.items() if when.tzinfo is None]:

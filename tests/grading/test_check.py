@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 
@@ -271,6 +271,24 @@ def test_a_deadline_that_cannot_be_read_is_told_with_an_example(tmp_path, monkey
     with pytest.raises(ValueError, match="it looks like"):
         assignments.deadlines()
     assert "it looks like" in folds.why_closed("lora_scale", Standing())
+
+
+def test_a_deadline_of_another_system_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(assignments, "EXERCISES", tmp_path)
+    for coding in ("utf-8-sig", "utf-16"):
+        for when in ("2026-12-01T12:00:00Z", "2026-12-01 13:00+01:00"):
+            (tmp_path / "deadlines.json").write_bytes(f'{{\r\n "lora": "{when}"\r\n}}\r\n'.encode(coding))
+            assert assignments.deadlines() == {"lora": datetime(2026, 12, 1, 12, tzinfo=UTC)}
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.name)
+def test_what_a_solution_shows_is_the_answer_and_runs_alone(exercise):
+    shown = folds.solution(exercise.name)
+    code = re.fullmatch(r"```python\n(.*)\n```\n\n(.+)", shown, flags=re.DOTALL)[1]
+    compile(code, exercise.name, "exec")
+    for mark in ("SOLUTION", "NotImplementedError", "<details>", "MARK SCHEME"):
+        assert mark not in shown
+    assert not re.search(r"^ *return\s*(\n\n|\Z)", code, flags=re.MULTILINE)  # it kept the solution from the stub's end
 
 
 def test_hints_and_solution_are_folded_below_a_verdict():
