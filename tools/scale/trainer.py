@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="rows of all processes together")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--save", help="a folder for the adapter")
-    options = parser.parse_args()
+    options, processes = parser.parse_args(), int(os.environ.get("WORLD_SIZE", "1"))
+    if options.batch % processes:
+        parser.error(f"--batch {options.batch} cannot be divided among {processes} processes")
     model, tokenizer = mp.load("pocket")
     tuned = mp.attach(model, mp.LoRA(rank=8))
     rows = [
@@ -36,7 +38,7 @@ def main() -> None:
         arguments = TrainingArguments(
             folder,
             max_steps=options.steps,
-            per_device_train_batch_size=options.batch // int(os.environ.get("WORLD_SIZE", "1")),
+            per_device_train_batch_size=options.batch // processes,
             learning_rate=options.lr,
             lr_scheduler_type="constant",
             weight_decay=0.0,
