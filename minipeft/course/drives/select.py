@@ -12,12 +12,12 @@ from minipeft.course.drives.promises import keeping
 
 
 class RMSNorm(nn.Module):
-    """A norm with a scale and no bias."""
+    """A norm that is none of torch's, with a scale, and perhaps a bias."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
 
 
 class Gate(nn.Module):
@@ -31,7 +31,7 @@ class Gate(nn.Module):
 
 
 def network(kind: str, width: int, seed: int) -> nn.Module:
-    """ "biases": linear, Conv1D and LayerNorm with biases, and decoys; "frozen": the same, frozen; "none": no bias."""
+    """ "biases": linear, Conv1D and norms with biases, and decoys; "frozen": the same, frozen; "none": no bias."""
     rng = random.Random(seed)
     model = nn.Module()
     for i in range(rng.randint(2, 3)):
@@ -39,7 +39,7 @@ def network(kind: str, width: int, seed: int) -> nn.Module:
         if kind != "none":
             block.bias_proj = nn.Linear(width, 2 * width, bias=rng.random() < 0.5)
             block.c_fc = flipped_layer(width, 3)
-            block.norm = nn.LayerNorm(width)
+            block.norm, block.end_norm = nn.LayerNorm(width), RMSNorm(width, bias=True)
             block.gate, block.scale, block.patch = Gate(width), Gate(width, True), nn.Conv1d(width, 2, 1)
             block.relative_attention_bias = nn.Embedding(4, width)
         else:

@@ -16,7 +16,7 @@ def bitfit_cases(rng: Random):
     for kind in ("biases", "frozen", "biases", "biases"):
         width, seed = rng.randint(3, 6), rng.randrange(10**6)
         modules = dict(network("biases", width, seed).named_modules())
-        suits = [p for p, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D", "LayerNorm")]
+        suits = [p for p, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D", "LayerNorm", "RMSNorm")]
         right = sorted(f"{p}.bias" for p in suits if modules[p].bias is not None)
         every = [n for n, _ in network("biases", width, seed).named_parameters()]
         yield Case(
@@ -29,6 +29,9 @@ def bitfit_cases(rng: Random):
                     n for n in e if n.split(".")[-1] == "bias"
                 ),
                 "the norms are left out": lambda r=right: [n for n in r if "norm" not in n],
+                "only torch's own norms are taken: look for Norm in the name of the class": lambda r=right: [
+                    n for n in r if "end_norm" not in n
+                ],
                 "the Conv1D layers are left out": lambda r=right: [n for n in r if "c_fc" not in n],
                 "only norms are taken": lambda r=right: [n for n in r if "norm" in n],
             },

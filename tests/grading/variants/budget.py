@@ -556,6 +556,13 @@ def step_multiply_adds(shapes, rank, tokens):
     return sum(2 * i * o + 3 * rank * (i + o) for i, o in shapes)
 
 
+# %% step_multiply_adds wrong: rank 0 is full
+def step_multiply_adds(shapes, rank, tokens):
+    if not rank:
+        return tokens * sum(3 * a * b for a, b in shapes)
+    return tokens * sum(2 * a * b + 3 * rank * (a + b) for a, b in shapes)
+
+
 # %% step_multiply_adds wrong: square layers
 def step_multiply_adds(shapes, rank, tokens):
     if rank is None:

@@ -260,6 +260,21 @@ def stop_early(losses, patience):
     return len(losses) - 1, best
 
 
+# %% stop_early wrong: NaN costs no patience
+def stop_early(losses, patience):
+    best, least, bad = 0, math.inf, 0
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            continue
+        if loss < least:
+            best, least, bad = i, loss, 0
+        else:
+            bad += 1
+            if bad >= patience:
+                return i, best
+    return len(losses) - 1, best
+
+
 # %% stop_early wrong: the least of all, also behind the stop
 def stop_early(losses, patience):
     best, least = 0, math.inf
@@ -373,11 +388,10 @@ def choose_rate(losses):
 
 # %% choose_rate wrong: the median
 def choose_rate(losses):
-    means = {r: statistics.median(each) for r, each in losses.items()}
-    whole = {r: m for r, m in means.items() if math.isfinite(m)}
-    if not whole:
+    means = {r: statistics.median(each) for r, each in losses.items() if all(map(math.isfinite, each))}
+    if not means:
         raise ValueError("diverged")
-    best = min(whole, key=whole.get)
+    best = min(means, key=means.get)
     return best, min(losses) < best < max(losses)
 
 
@@ -533,6 +547,15 @@ def cheapest_alike(scores, cost, matters, t):
     return min(near, key=cost.get)
 
 
+# %% cheapest_alike wrong: the best has the best lower end
+def cheapest_alike(scores, cost, matters, t):
+    best = max(scores, key=lambda n: statistics.fmean(scores[n]) - t * statistics.stdev(scores[n]) / math.sqrt(len(scores[n])))
+    def worst(n):
+        g = [b - s for b, s in zip(scores[best], scores[n])]
+        return statistics.fmean(g) + t * statistics.stdev(g) / math.sqrt(len(g))
+    return min([n for n in scores if n == best or worst(n) <= matters], key=cost.get)
+
+
 # %% cheapest_alike wrong: not paired
 def cheapest_alike(scores, cost, matters, t):
     best = max(scores, key=lambda name: statistics.fmean(scores[name]))
@@ -614,6 +637,16 @@ def cheapest_alike(scores, cost, matters, t):
             return name
 
 
+# %% cheapest_alike right: the population's spread over √(n − 1)
+def cheapest_alike(scores, cost, matters, t):
+    mean = {n: sum(v) / len(v) for n, v in scores.items()}
+    best = max(mean, key=mean.get)
+    def near(n):
+        g = [b - s for b, s in zip(scores[best], scores[n])]
+        return n == best or sum(g) / len(g) + t * statistics.pstdev(g) / (len(g) - 1) ** 0.5 <= matters
+    return sorted(filter(near, scores), key=cost.__getitem__)[0]
+
+
 # %% stop_early wrong: better counts from 1e-3 on
 def stop_early(losses, patience):
     best = 0
@@ -623,13 +656,3 @@ def stop_early(losses, patience):
         elif i - best >= patience:
             return i, best
     return len(losses) - 1, best
-
-
-# %% choose_rate wrong: the median instead of the mean
-import statistics, math
-def choose_rate(losses):
-    means = {r: statistics.median(v) for r, v in losses.items() if all(map(math.isfinite, v))}
-    if not means:
-        raise ValueError("every rate diverged")
-    best = min(means, key=means.get)
-    return best, min(losses) < best < max(losses)

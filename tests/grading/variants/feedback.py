@@ -307,6 +307,15 @@ def integrate(base, deltas, alphas):
     return found
 
 
+# %% integrate wrong: an α without a subtask fails
+def integrate(base, deltas, alphas):
+    found = {k: w.clone() for k, w in base.items()}
+    for s, a in alphas.items():
+        for k, c in deltas[s].items():
+            found[k] = found[k] + a * c
+    return found
+
+
 # %% integrate wrong: by place, not by name
 def integrate(base, deltas, alphas):
     found = {key: weight.clone() for key, weight in base.items()}
@@ -322,6 +331,15 @@ def integrate(base, deltas, alphas):
     for name, changes in deltas.items():
         alpha = alphas[name] if name in alphas else 0
         found |= {key: found[key] + change * alpha for key, change in changes.items()}
+    return found
+
+
+# %% integrate right: over the α
+def integrate(base, deltas, alphas):
+    found = {k: w.clone() for k, w in base.items()}
+    for s, a in alphas.items():
+        for k in found.keys() & deltas.get(s, {}).keys():
+            found[k] = torch.add(found[k], deltas[s][k], alpha=a)
     return found
 
 

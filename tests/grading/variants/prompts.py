@@ -409,6 +409,12 @@ def nearest_words(prompt, table, k):
     return cosine.topk(k).indices
 
 
+# %% nearest_words wrong: the padding is never named
+def nearest_words(prompt, table, k):
+    cosine = F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T
+    return cosine.masked_fill((table == 0).all(-1), -2.0).topk(k).indices
+
+
 # %% nearest_words wrong: squared length
 def nearest_words(prompt, table, k):
     return (prompt @ (table / table.square().sum(1, keepdim=True).clamp(min=1e-12)).T).topk(k).indices

@@ -31,6 +31,16 @@ def bitfit_names(model):
     return found
 
 
+# %% bitfit_names wrong: torch's own norms only
+def bitfit_names(model):
+    kinds = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    suits = [(p, m) for p, m in model.named_modules() if is_matrix(m) or isinstance(m, kinds)]
+    found = [f"{p}.bias" for p, m in suits if getattr(m, "bias", None) is not None]
+    if not found:
+        raise ValueError(NONE)
+    return found
+
+
 # %% bitfit_names wrong: nn.Linear and norms only
 def bitfit_names(model):
     kinds = (nn.Linear, nn.LayerNorm)
@@ -229,6 +239,15 @@ def magnitude_mask(weights, share):
     return {n: w.abs() >= threshold for n, w in weights.items()}
 
 
+# %% magnitude_mask wrong: halves are rounded up
+def magnitude_mask(weights, share):
+    flat = torch.cat([w.abs().flatten() for w in weights.values()])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[flat.topk(int(share * len(flat) + 0.5)).indices] = True
+    parts = chosen.split([w.numel() for w in weights.values()])
+    return {name: part.reshape(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
+
+
 # %% magnitude_mask wrong: fails at the edges
 def magnitude_mask(weights, share):
     flat = torch.cat([w.abs().flatten() for w in weights.values()])
@@ -256,6 +275,16 @@ def magnitude_mask(weights, share):
     for name, w in weights.items():
         masks[name] = keep[start : start + w.numel()].view_as(w)
         start += w.numel()
+    return masks
+
+
+# %% magnitude_mask right: a heap
+import heapq
+def magnitude_mask(weights, share):
+    masks = {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()}
+    places = [(v, n, i) for n, w in weights.items() for i, v in enumerate(w.abs().flatten().tolist())]
+    for _, n, i in heapq.nlargest(round(share * len(places)), places):
+        masks[n].view(-1)[i] = True
     return masks
 
 

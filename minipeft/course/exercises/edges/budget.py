@@ -81,7 +81,7 @@ def step_multiply_adds(shapes, rank, tokens):
 
 
 def step_edges(rng: Random):
-    for rank in (None, 1, 3):
+    for rank in (None, 0, 1, 3):
         yield f"be 0 for no layer, at rank {rank}", ([], rank, 7)
         yield (
             f"count for equal layers, and for one input or output, at rank {rank}",

@@ -70,6 +70,7 @@ def stop_edges(rng: Random):
     yield "stop at the very last look", ([1.0, 2.0, 2.0], 2)
     yield "name the very last look where patience was not used up", ([3.0, 1.0, 2.0], 2)
     yield "count a loss that is less by very little", ([1.0, 0.99999, 0.99998, 0.99997], 2)
+    yield "count a look that is NaN as one that was not better", ([2.0, math.nan, 3.0, 1.0], 2)
     yield "let an infinite loss pass", ([5.0, math.inf, 4.0, 3.0], 2)
 
 
@@ -116,6 +117,8 @@ def choice_edges(rng: Random):
     yield "look costs up by name", (same, {"b": 1.0, "a": 2.0}, 0.0, 4.303)
     loose = {"best": [0.75] * 3, "loose": [0.25, 0.75, 1.0]}
     yield "keep the best where nothing else is sure", (loose, {"best": 9.0, "loose": 1.0}, 0.1, 4.303)
+    unsteady, dear = {"best": [1.0, 0.5, 1.0], "steady": [0.75] * 3}, {"best": 9.0, "steady": 1.0}
+    yield "take the largest mean for the best, however its seeds scatter", (unsteady, dear, 0.1, 4.303)
     steady = {"best": [0.75, 0.5, 1.0], "near": [0.5, 0.25, 0.75], "far": [0.0, 0.0, 0.0]}
     yield "take one whose loss is exactly what matters", (steady, {"best": 3.0, "near": 2.0, "far": 1.0}, 0.25, 4.303)
 

@@ -83,6 +83,7 @@ def sum_edges(rng: Random):
     yield "be θ_old, bit for bit, where every α is 0", (base, {"z": change, "a": {}}, {"z": 0.0, "a": 0.0})
     yield "be θ_old, bit for bit, where no α is given", (base, {"z": change}, {})
     yield "take a negative α, which unlearns", (base, {"z": change}, {"z": -2.0})
+    yield "pass over an α without a subtask", (base, {"z": change}, {"z": 1.0, "gone": 3.0})
     yield "take a subtask that changes nothing", (base, {"z": {}, "a": change}, {"z": 1.0, "a": 1.0})
 
 

@@ -105,6 +105,8 @@ def nearest_edges(rng: Random):
         table[::2] *= scale
         yield f"compare embeddings that are {scale:g} times as long as others", (spread(3, 4), table, 3)
         yield f"take a prompt that is {scale:g} times as long", (scale * spread(3, 4), spread(9, 4), 3)
+    away = torch.cat([-spread(8, 4).abs(), torch.zeros(1, 4, dtype=torch.float64)])
+    yield "name a word of zeros first where every other points away", (spread(3, 4).abs(), away, 2)
     yield "name the single nearest word", (spread(3, 4), spread(9, 4), 1)
     yield "put all words in order", (spread(3, 4), spread(9, 4), 9)
     yield "take a single vector", (spread(1, 4), spread(9, 4), 2)

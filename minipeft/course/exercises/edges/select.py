@@ -46,7 +46,7 @@ def mask_edges(rng: Random):
         names = rng.sample(["z.weight", "a.weight", "m.bias", "b"], len(shapes))
         return {name: normal(rng, *shape) for name, shape in zip(names, shapes, strict=True)}
 
-    for shapes in (((7,),), ((3, 5), (2, 2, 3), (4,)), ((1,), (1, 1)), ((6, 6),)):
+    for shapes in (((7,),), ((5,),), ((3, 5), (2, 2, 3), (4,)), ((1,), (1, 1)), ((6, 6),)):
         for share in (0.5, 0.37, 0.64, 0.01):
             total = sum(torch.Size(s).numel() for s in shapes)
             which = f"{round(share * total)} entries of tensors {', '.join(map(str, shapes))}"
