@@ -549,10 +549,14 @@ def cheapest_alike(scores, cost, matters, t):
 
 # %% cheapest_alike wrong: the best has the best lower end
 def cheapest_alike(scores, cost, matters, t):
-    best = max(scores, key=lambda n: statistics.fmean(scores[n]) - t * statistics.stdev(scores[n]) / math.sqrt(len(scores[n])))
+    best = max(
+        scores, key=lambda n: statistics.fmean(scores[n]) - t * statistics.stdev(scores[n]) / math.sqrt(len(scores[n]))
+    )
+
     def worst(n):
         g = [b - s for b, s in zip(scores[best], scores[n])]
         return statistics.fmean(g) + t * statistics.stdev(g) / math.sqrt(len(g))
+
     return min([n for n in scores if n == best or worst(n) <= matters], key=cost.get)
 
 
@@ -641,9 +645,11 @@ def cheapest_alike(scores, cost, matters, t):
 def cheapest_alike(scores, cost, matters, t):
     mean = {n: sum(v) / len(v) for n, v in scores.items()}
     best = max(mean, key=mean.get)
+
     def near(n):
         g = [b - s for b, s in zip(scores[best], scores[n])]
         return n == best or sum(g) / len(g) + t * statistics.pstdev(g) / (len(g) - 1) ** 0.5 <= matters
+
     return sorted(filter(near, scores), key=cost.__getitem__)[0]
 
 

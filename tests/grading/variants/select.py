@@ -280,6 +280,8 @@ def magnitude_mask(weights, share):
 
 # %% magnitude_mask right: a heap
 import heapq
+
+
 def magnitude_mask(weights, share):
     masks = {n: torch.zeros_like(w, dtype=torch.bool) for n, w in weights.items()}
     places = [(v, n, i) for n, w in weights.items() for i, v in enumerate(w.abs().flatten().tolist())]
