@@ -188,7 +188,7 @@ def rate_cases(rng: Random):
             whole = {r: e for r, e in shuffled.items() if all(map(math.isfinite, e))}
             if chosen(whole) != right:
                 known["a rate that diverged was tried, too: it counts"] = lambda w=whole: chosen(w)
-        if len(known) == 1 + (poison is not None) or poison is None:
+        if poison is None or len(known) == 2:
             known["the second value is turned round"] = lambda r=right: (r[0], not r[1])
         yield Case(
             f"find the rate of least mean validation loss among {size}, and say whether it lies inside",

@@ -97,12 +97,13 @@ def cubic(step: int, total: int, start: int, final: int, first: int, target: int
 
 
 def budget_cases(rng: Random):
-    for start, final in ((10, 30), (rng.randint(3, 9), rng.randint(11, 29)), (0, 0), (rng.randint(11, 20), 5)):
-        total = start + final + (60 if final == 30 else rng.randint(30, 90))
-        target = 64 if final == 30 else rng.randint(8, 60)
-        first, last = target + (32 if final == 30 else rng.randint(5, 60)), total - final
-        middle = rng.choice([t for t in range(start + 5, last - 7) if t != start + final])
-        middle = 25 if final == 30 else middle  # a quarter of the way: the example's half does not tell x from 1 − x
+    settings = [(100, 10, 30, 96, 64, 25)]  # the example, a quarter of the way: its half does not tell x from 1 − x
+    for start, final in ((rng.randint(3, 9), rng.randint(11, 29)), (0, 0), (rng.randint(11, 20), 5)):
+        total, target = start + final + rng.randint(30, 90), rng.randint(8, 60)
+        middle = rng.choice([t for t in range(start + 5, total - final - 7) if t != start + final])
+        settings.append((total, start, final, target + rng.randint(5, 60), target, middle))
+    for total, start, final, first, target, middle in settings:
+        last = total - final
         for step in dict.fromkeys((middle, start, start + 1, last - 1, last, start // 2, last + final // 2, total)):
             args = (step, total, start, final, first, target)
             phase = "before the pruning" if step <= start else "in the final phase" if step >= last else "between"
