@@ -134,7 +134,8 @@ def examine(exercise: Exercise, run: Callable[..., tuple[object, tuple]], seed: 
             and got.kinds[0] not in ("NotKept", "TimeoutError")
             and not isinstance(case.expect, Raises)
         ):
-            lines = (str(got), f"It was asked for the claim “{case.claim}”.", *axes(got, exercise, case))
+            where = f"That was the {ordinal(done)} case: your answer should {case.claim}."
+            lines = (str(got), where, *axes(got, exercise, case))
             return Verdict(exercise.name, COULD_NOT_RUN, (*lines, *called(exercise, case)))
         try:
             lines = fault(case, got, after)
