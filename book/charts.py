@@ -85,9 +85,7 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
         {"task": task, "size": int(size), "lr": lr, **spread(group.loss)}
         for (task, size, lr), group in both[both.seed != SEARCH_SEED].groupby(["task", "size", "lr"])
     ]
-    search = both[(both.seed == SEARCH_SEED) & (both.stopped == "finished")]
-    search = search.assign(chooses=search.valid_loss.fillna(search.loss))  # facts leave no rows for validation
-    chosen = {at: tried.loc[tried.chooses.idxmin()].lr for at, tried in search.groupby(["task", "size"])}
+    rates = chosen(both, ["task", "size"])
     floors = {task: round(runs[runs.task == task].floor.iloc[0], 4) for task in tasks}
     says = {}
     for task, size in product(tasks, sizes):
@@ -98,9 +96,9 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
         trained, total = int(here.trainable.iloc[0]), int(here.total.iloc[0])
         says[key(task, size)] = (
             f"{knob.capitalize()} {size} on {task}: {trained:,} trained numbers ({trained / total:.2%} of the model);"
-            f" {best(rows, task, size, chosen.get((task, size)))}."
+            f" {best(rows, task, size, rates.get((task, size)))}."
             f" Full fine-tuning, {int(whole.trainable.iloc[0]):,} numbers:"
-            f" {best(rows, task, 0, chosen.get((task, 0)))}."
+            f" {best(rows, task, 0, rates.get((task, 0)))}."
             + (f" The floor is {floors[task]:.2f}." if floors[task] else "")
         )
     controls = [Control("task", "task", tasks, start, kind="choice"), Control("size", label, sizes, 8)]
@@ -133,6 +131,13 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
     )
 
 
+def chosen(runs: pd.DataFrame, by: list[str]) -> dict[tuple, float]:
+    """{values of the columns `by`: the rate that was chosen}, where the runs that choose one are there."""
+    search = runs[(runs.seed == SEARCH_SEED) & (runs.stopped == "finished")]
+    search = search.assign(chooses=search.valid_loss.fillna(search.loss))  # facts leave no rows for validation
+    return {at: tried.loc[tried.chooses.idxmin()].lr for at, tried in search.groupby(by)}
+
+
 def best(rows: list[dict], task: str, size: int, lr: float | None = None) -> str:
     """The loss at the best of the rates tried, or at `lr`, which other rows chose, with its spread, in words."""
     tried = [row for row in rows if (row["task"], row["size"]) == (task, size)]
@@ -152,18 +157,12 @@ def gammas(runs: pd.DataFrame, measured: str) -> Chart:
     mine = mine[mine.settings.map(lambda s: s.keys() == {"rank", "gamma"})]
     mine = mine.assign(rank=mine.settings.map(lambda s: s["rank"]), gamma=mine.settings.map(lambda s: s["gamma"]))
     rows, says, one, own = [], {}, "at one rate, 0.01", "at its own best rate"
-    for (rank, gamma), tried in mine.groupby(["rank", "gamma"]):
-        search = tried[(tried.seed == SEARCH_SEED) & (tried.stopped == "finished")]
-        if len(search) < 3:
-            continue
-        best = search.loc[search.valid_loss.idxmin()].lr
-        at_best = tried[tried.lr == best]
-        reported = at_best[at_best.seed != SEARCH_SEED].loss
-        found = {one: tried[tried.lr == 1e-2].loss, own: reported if len(reported) else at_best.loss}
+    for (rank, gamma), rate in chosen(mine, ["rank", "gamma"]).items():
+        tried = mine[(mine["rank"] == rank) & (mine.gamma == gamma)]
+        found = {one: tried[tried.lr == 1e-2], own: tried[(tried.lr == rate) & (tried.seed != SEARCH_SEED)]}
         rows += [
-            {"rank": int(rank), "gamma": gamma, "series": label, "rate": best, **spread(losses)}
-            for label, losses in found.items()
-            if len(losses)
+            {"rank": int(rank), "gamma": gamma, "series": label, "rate": rate, **spread(which.loss)}
+            for label, which in found.items()
         ]
     controls = [Control("rank", "rank of LoRA", sorted({row["rank"] for row in rows}), 16)]
     for rank in controls[0].values:

@@ -7,16 +7,8 @@ import math
 import pytest
 
 from minipeft.course import shaken, teaching
-from minipeft.course.teaching import at_target, best_rate
+from minipeft.course.teaching import at_target
 from minipeft.learn.protocol import paired, verdict
-
-
-def test_the_grid_grows_until_the_best_is_inside():
-    best, grid = best_rate(lambda lr: abs(math.log10(lr) + 1), (1e-4, 3e-4, 1e-3))
-    assert best == 0.1 and list(grid) == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3]
-    best, grid = best_rate(lambda lr: abs(math.log10(lr) + 4), (1e-3, 3e-3))
-    assert best == 1e-4 and min(grid) == 3e-5
-    assert best_rate(lambda lr: math.inf, (1e-3, 3e-3))[1].keys() == {1e-3, 3e-3}, "nothing to climb towards"
 
 
 def test_old_loss_is_read_where_the_task_loss_is_equal():

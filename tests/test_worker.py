@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from worker_jobs import careless, count, echo, endless, odd, silent
+from worker_jobs import careless, count, echo, endless, importing, odd, silent
 
 from minipeft.explore import worker
 from minipeft.explore.worker import Elsewhere, Failed, Stopped, Worker
@@ -99,6 +99,25 @@ def test_the_kernels_interrupt_is_not_for_it_and_its_death_is_said(process):
     with pytest.raises(Failed, match="has ended .status -9.; move a control to start a new one"):
         next(answers)
     assert list(process.submit(count, 2)) == [0, 1] and process.process.pid != pid
+
+
+def test_a_job_for_a_new_process_is_not_lost_with_the_old_one(process):
+    next(iter(process.submit(silent)))
+    with process.lock:  # so that the end is heard only after the next job was sent
+        process.process.kill()
+        process.process.wait()
+        job = process.submit(count, 2)
+    assert list(job) == [0, 1]
+
+
+def test_an_import_is_done_before_its_job_is_cancelled(process, tmp_path):
+    text = "import builtins, time\nassert not hasattr(builtins, 'once')\nbuiltins.once = True\n"
+    (tmp_path / "only_once.py").write_text(text + "for _ in range(300): time.sleep(0.001)\n")
+    job = process.submit(importing, str(tmp_path))
+    next(iter(job))
+    time.sleep(0.1)
+    job.cancel()
+    assert list(process.submit(importing, str(tmp_path))) == ["begun", "only_once"]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks at /proc")

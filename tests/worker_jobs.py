@@ -1,6 +1,7 @@
 """Jobs for `test_worker.py`, which the other process imports from this file."""
 
 import os
+import sys
 import time
 
 
@@ -19,6 +20,15 @@ def silent():
     yield os.getpid()
     while True:
         time.sleep(0.001)
+
+
+def importing(folder):
+    """Imports a module that a process can import once only, as torch is, and takes its time."""
+    yield "begun"
+    sys.path.insert(0, folder)
+    import only_once
+
+    yield only_once.__name__
 
 
 def careless():

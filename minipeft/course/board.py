@@ -135,9 +135,9 @@ def board() -> dict[str, dict]:
         found[name] = {
             "rate": scored[0]["rate"],
             **{
-                name: [each[name] for each in scored]
-                for name in ("accuracy", "macro-F1", "ECE", "bins", "wrong")
-                if all(name in each for each in scored)
+                figure: [each[figure] for each in scored]
+                for figure in ("accuracy", "macro-F1", "ECE", "bins", "wrong")
+                if all(figure in each for each in scored)
             },
             "searched": {each["rate"]: each["validation loss"] for each in own if each["seed"] == SEARCH_SEED},
         }

@@ -97,7 +97,8 @@ def drawn(labels: Sequence[int], share: Sequence[float], seed: int) -> list[list
     """Numbers of tweets, SIZE for each batch, of which a share is positive: share[t] is that of batch t.
 
     Raises ValueError where a class is missing, for then no share can be drawn."""
-    by = [np.flatnonzero(np.asarray(labels) == wanted) for wanted in (0, 1)]
+    labels = np.asarray(labels)
+    by = [np.flatnonzero(labels == wanted) for wanted in (0, 1)]
     if not all(map(len, by)):
         raise ValueError("A stream needs positive and negative sentences, but one class has none.")
     rng, size = np.random.default_rng(seed), (len(share), SIZE)
@@ -126,6 +127,7 @@ def alarms(x: Sequence[float], threshold: float) -> list[int]:
 
 def streams(labels: Sequence[int], share: Sequence[float], seed: int = 0) -> list[list[list[int]]]:
     """STREAMS streams of one kind."""
+    labels = np.asarray(labels)  # once, as a column of a data set is slow to read
     return [drawn(labels, share, seed + n) for n in range(STREAMS)]
 
 

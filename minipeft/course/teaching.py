@@ -29,7 +29,7 @@ from minipeft.front import IGNORE
 from minipeft.layer import Method
 from minipeft.learn.distill import Distil
 from minipeft.learn.fit import batches, evaluate, fit
-from minipeft.learn.protocol import half_decade
+from minipeft.learn.protocol import best_rate
 from minipeft.methods.lora import LoRA
 from minipeft.methods.select import Full
 from minipeft.whole import write_whole
@@ -41,17 +41,6 @@ SELECT, SEEDS = 10, (0, 1, 2, 3, 4)
 LABELLED, STEPS, BATCH = 64, 40, 8  # of part 1
 TARGET, MOST, EVERY, TEXTS = 1.4, 90, 10, 60  # of part 2: nats a token, steps, steps between looks, rows looked at
 SMOOTHING = 0.1
-
-
-def best_rate(measure: Callable[[float], float], rates: tuple[float, ...]) -> tuple[float, dict[float, float]]:
-    """(best, {rate: measure}): the least of `measure`, on a grid that grows while the best is at one of its ends."""
-    found = {lr: measure(lr) for lr in rates}
-    while True:
-        best, ends = min(found, key=found.get), (min(found), max(found))
-        if best not in ends or math.isinf(found[best]) or not 1e-6 < best < 10:
-            return best, dict(sorted(found.items()))
-        new = half_decade(best, up=best == ends[1])
-        found[new] = measure(new)
 
 
 def validated(task: tasks.Task, other: tasks.Task) -> tasks.Task:

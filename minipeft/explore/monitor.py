@@ -31,8 +31,8 @@ class OpinionMonitor(SliderPlot):
         if not len(p) == len(labels) == len(texts):
             found = f"{len(p)} scores, {len(labels)} labels and {len(texts)} texts"
             raise ValueError(f"There are {found}: give one for each.")
-        self.p, self.labels, self.texts = p, labels, texts
-        self.calm = [monitor.values(p, each) for each in monitor.streams(labels, monitor.calm())]
+        self.p, self.labels, self.texts = list(p), list(labels), list(texts)  # columns of a data set are slow
+        self.calm = [monitor.values(self.p, each) for each in monitor.streams(self.labels, monitor.calm())]
         style = {"description_width": "initial"}
         shares = [(f"{share:.0%}", share) for share in (0.2, 0.4, 0.55, monitor.HELD, 0.9)]
         controls = {
@@ -73,7 +73,6 @@ class OpinionMonitor(SliderPlot):
 def opinion_monitor() -> OpinionMonitor:
     """The page of the course: test tweets, read by the first of the measured models."""
     found, test = monitor.measured(), monitor.tweets()["test"]
-    labels, validation = test["label"], monitor.tweets()["validation"]["label"]
-    run = found["runs"][0]
+    run, validation = found["runs"][0], monitor.tweets()["validation"]["label"]
     calm = [monitor.values(run["validation"], each) for each in monitor.streams(validation, monitor.calm())]
-    return OpinionMonitor(run["test"], labels, test["text"], monitor.chosen(calm))
+    return OpinionMonitor(run["test"], test["label"], test["text"], monitor.chosen(calm))

@@ -127,12 +127,13 @@ class TrainingExplorer(SliderPlot):
         return min(means, key=means.get, default=self.rates[task])
 
     def _train(self, lr, task, **knobs) -> Iterator[float]:
-        if self.tuned is not None:
-            self.tuned.detach()
-            self.tuned = None
-        self.history, self.score, method = History(), None, self.method(**knobs)
-        outside = self._mine() and self._packed()
-        self.tuned = attach(self.model, method)
+        with self.drawing:  # nobody draws an adapter that comes or goes
+            if self.tuned is not None:
+                self.tuned.detach()
+                self.tuned = None
+            self.history, self.score, method = History(), None, self.method(**knobs)
+            outside = self._mine() and self._packed()
+            self.tuned = attach(self.model, method)
         known = self.trained.get(key := (task, lr, *knobs.values()))
         if known is None:
             yield 0.0  # a picture of what is known before the first step

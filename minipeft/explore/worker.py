@@ -19,6 +19,7 @@ import sys
 import threading
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 class Stopped(Exception):
@@ -78,7 +79,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
-        self.jobs: dict[int, Job] = {}
+        self.jobs: dict[int, Job] = {}  # of this process
         self.number, self.spare = 0, None  # of the last job, and a job that gives way to any other
         self.lock = threading.RLock()
 
@@ -92,7 +93,8 @@ class Worker:
                 [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths},
             )  # fmt: skip
-            threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
+            self.jobs = {}
+            threading.Thread(target=self._listen, args=(self.process, self.jobs), daemon=True).start()
 
     def submit(self, function: Callable[..., Iterator], *args, spare: bool = False) -> Job:
         """Has the process run `function(*args)` after what it runs now; a `spare` job ends when another comes.
@@ -121,22 +123,21 @@ class Worker:
             except OSError:
                 pass  # the process is dead, as the listener says
 
-    def _listen(self, process: subprocess.Popen) -> None:
+    def _listen(self, process: subprocess.Popen, jobs: dict[int, Job]) -> None:
         try:
             while True:
                 number, kind, what = pickle.load(process.stdout)
-                job = self.jobs.get(number) if kind == "more" else self.jobs.pop(number, None)
+                job = jobs.get(number) if kind == "more" else jobs.pop(number, None)
                 if job is not None:
                     job.answers.put((kind, what))
-        except (EOFError, pickle.UnpicklingError):
+        except Exception:  # it has ended, or said what cannot be read
             process.kill()
             status = process.wait()
+        said = f"The process that trains has ended (status {status}); move a control to start a new one."
         with self.lock:
-            lost, self.jobs = self.jobs, {}
-        for job in lost.values():
-            job.answers.put(
-                ("error", f"The process that trains has ended (status {status}); move a control to start a new one.")
-            )
+            for job in jobs.values():
+                job.answers.put(("error", said))
+            jobs.clear()
 
 
 WORKER = Worker()
@@ -144,7 +145,14 @@ WORKER = Worker()
 
 # -- in the process ----------------------------------------------------------------------------------------------------
 class Cancelled(BaseException):
-    """Raised in the job that is cancelled, between any two of its lines."""
+    """Raised in the job that is cancelled, between any two of its lines but those of an import."""
+
+
+def importing(frame: FrameType | None) -> bool:
+    """Whether this frame, or one that waits for it, imports a module."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 class Server:
@@ -171,18 +179,23 @@ class Server:
                 self.cancelled.add(number)
                 interrupt_main()
 
-    def interrupted(self, *_) -> None:
-        if self.current in self.cancelled:
-            self.current = None
-            raise Cancelled
+    def interrupted(self, _signal: int = 0, frame: FrameType | None = None) -> None:
+        if self.current not in self.cancelled:
+            return
+        if importing(frame):  # later: half a module would stay, which nobody can import again
+            threading.Timer(0.05, interrupt_main).start()
+            return
+        self.current = None
+        raise Cancelled
 
     def answer(self, number: int, kind: str, what: object) -> None:
         blob = pickle.dumps((number, kind, what))
         self.current = None  # an answer is written whole
         self.out.write(blob)
         self.out.flush()
-        self.current = number
-        self.interrupted()
+        if kind == "more":
+            self.current = number
+            self.interrupted()
 
     def serve(self) -> None:
         while True:
@@ -193,7 +206,6 @@ class Server:
                 self.work(number, body)
             except Cancelled:
                 pass
-            self.current = None
 
     def work(self, number: int, body: bytes) -> None:
         try:

@@ -348,8 +348,8 @@ BATCHES = ((120, 5), (15, 40))  # 600 texts in other batches than 10
 CAPACITY = (64, 128, 256, 512)  # facts to learn by heart
 
 
-# Under the protocol: SEARCH_SEED runs all rates from the first to the last, and validation rows chose the one between;
-# three of SEEDS run that one, but for γ = 1/2 and 8, which were only searched. 0.01 is among all rates, to compare at.
+# Under the protocol: SEARCH_SEED runs all rates from the first to the last, and validation rows chose the one between,
+# which SEEDS run. 0.01 is among all rates, to compare at.
 GAMMAS = {  # LoRA on pirate: {rank: {γ: (least, best, largest rate)}}
     1: {1/8: (1e-2, 1e-1, 3e-1), 1/2: (1e-2, 3e-2, 1e-1), 2.0: (1e-2, 3e-2, 1e-1), 8.0: (3e-3, 1e-2, 3e-2),
         16.0: (3e-3, 1e-2, 3e-2)},

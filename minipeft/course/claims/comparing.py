@@ -251,8 +251,6 @@ def _() -> dict:
 
 
 EQUAL = ((5, 2), (20, 8))  # rank in attention only, rank in all layers: equal numbers
-
-
 ALPHA = 32  # the article's own, with γ = α/r
 
 
@@ -287,10 +285,9 @@ def _() -> dict:
     And the loss of attention only minus that of all layers with equal numbers, ranks 5 against 2 and 20 against 8,
     intervals over paired seeds; more than 0.05 nats counts."""
     layers = {
-        f"{task}, r={few} and r={many}": rounded(
-            paired(losses(task, lora(few, targets="attention")), losses(task, lora(many)))
+        f"facts(64), r={few} and r={many}": rounded(
+            paired(losses("facts(64)", lora(few, targets="attention")), losses("facts(64)", lora(many)))
         )
-        for task in ("facts(64)",)
         for few, many in EQUAL
     }
     return {

@@ -109,10 +109,10 @@ def _() -> dict:
     """What LoRA r=8 on all linear layers saves of full fine-tuning, counted alike for both models: bytes of weights,
     gradients and Adam's moments in bfloat16, without activations. And time: CPU seconds of a step at the pocket model's
     width, as in C15, against multiply-adds of LLaMA-7B. Limited: less than half of what the large model saves."""
+    from minipeft.world import load
+
     saved = {}
     for name in ("pocket", "llama-7b"):
-        from minipeft.world import load
-
         b = budget(load("pocket")[0] if name == "pocket" else name, LoRA(rank=8))
         ours, full = training_bytes(b.base, b.trainable, b.trainable), training_bytes(b.base, b.base)
         saved[f"memory saved, {name}"] = round(1 - sum(ours.values()) / sum(full.values()), 3)
