@@ -112,6 +112,11 @@ def test_what_to_save_must_be_clear(tmp_path):
     with pytest.raises(ValueError, match="no adapter 'c'"):
         tuned.save(tmp_path / "x", name="c")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(ValueError, match="file' is a file, and an adapter is a folder of files"):
+            tuned.save(path, name="b")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
     tuned.save(tmp_path / "x", name="b")
     assert load_file(tmp_path / "x" / WEIGHTS)[f"{Q0}.lora_A.weight"].shape == (1, tiny.D)
     with torch.device("meta"):

@@ -77,6 +77,15 @@ def test_a_folder_of_texts_is_cut_at_empty_lines_and_neighbours_stay_together(tm
         assert len({(text.split()[0], int(text.split()[1]) // 5) for text in texts}) * 5 == len(texts)
 
 
+def test_what_systems_leave_in_a_folder_is_no_text(tmp_path):
+    lines = [f"line {i}" for i in range(40)]
+    (tmp_path / "x.TXT").write_bytes("\r\n\r\n".join(lines).encode())
+    (tmp_path / "old.txt").mkdir()
+    for name in ("._x.txt", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7 Mac OS X \xff\xfe")
+    assert sorted(text for part in own(tmp_path).data.values() for text in part["text"]) == sorted(lines)
+
+
 def test_whole_files_stay_together_where_there_are_many(tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text("\n\n".join(f"file {i}, part {j}" for j in range(3)))
@@ -121,6 +130,11 @@ MISTAKES = {
         lambda f: own(written(f / "a.csv", rows(40), encoding="utf-16")),
         r'a.csv is not utf-8: byte 0 is 0xf[ef]; it begins as "utf-16" does',
     ),
+    "UTF-16 without a mark": (
+        lambda f: own(written(f / "a.csv", rows(40), encoding="utf-16-le")),
+        'a.csv holds zero bytes, so it is no utf-8 text; try encoding="utf-16"',
+    ),
+    "no text": (lambda f: ((f / "a.txt").write_bytes(b"PK\3\4\0\0"), own(f)), "a.txt holds zero bytes"),
     "encoding": (lambda f: own(written(f / "a.csv", rows(40)), encoding="klingon"), "none that Python knows"),
     "NUL": (lambda f: own(written(f / "a.csv", [("a" * 200_000, "no")])), "no CSV that can be read"),
     "words": (lambda f: own(f, words=0), "words must be"),

@@ -22,10 +22,12 @@ def test_half_decades_go_up_and_down(rate):
     assert half_decade(rate, True) == min(each for each in [*GRID, 100.0] if each > rate)
 
 
-@pytest.mark.parametrize("rate", (0.02, 0.0101, 5.0))
+@pytest.mark.parametrize("rate", (0.02, 0.0101, 5.0, 0, -0.01, math.nan, math.inf, True, "0.01", None))
 def test_a_rate_off_the_grid_is_refused(rate):
     with pytest.raises(ValueError, match="half decades"):
         half_decade(rate, True)
+    with pytest.raises(ValueError, match="half decades"):
+        best_rate(lambda rate: pytest.fail("a run was begun"), [0.01, rate])
 
 
 @given(st.sampled_from(GRID), st.lists(st.sampled_from(GRID), min_size=1, max_size=4, unique=True), st.booleans())
@@ -39,6 +41,8 @@ def test_the_best_rate_lies_inside_wherever_the_search_begins(true, rates, diver
 
 
 def test_a_search_that_finds_nothing_says_so():
+    with pytest.raises(ValueError, match="no learning rate to try"):
+        best_rate(lambda rate: rate, [])
     with pytest.raises(ValueError, match="beyond"):
         best_rate(lambda rate: math.nan, [1e-3])
     with pytest.raises(ValueError, match="beyond"):

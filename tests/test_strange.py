@@ -4,6 +4,7 @@ what does not is listed here with its reason."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 
 import pytest
@@ -179,8 +180,28 @@ def test_fit_says_what_the_first_step_did_not_reach():
     model, tokenizer = mp.load("pocket")
     model.unused = torch.nn.Linear(8, 8)
     tuned = mp.attach(model, mp.LoRA(2, targets=["unused", "q_proj"]))
-    with pytest.warns(UserWarning, match="1 of 5 places got no gradient in the first step, 'unused' for one"):
+    # called, its output left alone, as is that of the last layer of LLaVA's eye
+    model.register_forward_hook(lambda model, *_: [model.unused(torch.ones(1, 8))].clear())
+    with pytest.warns(UserWarning, match="1 of 5 places .* 'unused' for one: the loss of this batch does not depend"):
         mp.fit(tuned, mp.world.pirate(), steps=1, progress=False)
+
+
+@pytest.mark.parametrize("method", [mp.LoRA(2, targets=["unused"]), mp.AdaLoRA(2, steps=9, targets=["unused"])])
+def test_fit_says_that_nothing_which_trains_was_reached(method):
+    model, _ = mp.load("pocket")
+    model.unused = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="The loss of this batch depends on no number that trains"):
+        mp.fit(mp.attach(model, method), mp.world.pirate(), steps=1, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "HiRA", "AdaLoRA", "MiSS", "SHiRA"])
+def test_what_is_left_out_may_be_too_small(kind):
+    """Mamba's dt_proj reads 4 numbers, and is never called."""
+    method = {"AdaLoRA": mp.AdaLoRA(6, steps=9), "SHiRA": mp.SHiRA(4)}.get(kind) or getattr(mp, kind)(8)
+    model = ARCHITECTURES["Mamba"].model()
+    with tiny.untouched(model), pytest.raises(ValueError, match="rank=.*dt_proj"):
+        attach(model, dataclasses.replace(method, targets=["dt_proj"]))
+    assert len(attach(model, method).layers()) == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

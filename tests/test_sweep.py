@@ -104,6 +104,8 @@ def test_every_field_of_a_point_names_another_file():
         (lambda: s.point("LoRA", "flop", 1e-2, 0), "no task"),
         (lambda: s.point("LoRA", "facts", 1e-2, 0), "no task"),
         (lambda: s.point("LoRA", "flip", 1e-2, 0, bottleneck=3), "does not take"),
+        (lambda: s.point("LoRA", "flip", 0, 0), "lr must be"),
+        (lambda: s.point("LoRA", "flip", "1e-2", 0), "lr must be"),
         (lambda: s.collect([], "x", "y"), "no points"),
     ],
 )

@@ -245,6 +245,11 @@ def _step(model, inputs, optimizer, objective: Objective = own_loss) -> float:
     """One step; returns the objective's value. What the method adds to it acts on the way back; see `steps.py`."""
     with model.by_itself() if isinstance(model, Tuned) else contextlib.nullcontext():
         loss = objective(model, inputs)
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss of this batch depends on no number that trains: the model does not use the adapted places for "
+            "it, or gradient checkpointing needs enable_input_require_grads() first."
+        )
     total = model.along(loss) if isinstance(model, Tuned) else loss
     if torch.isfinite(loss):  # a step along a NaN would spoil the model for good
         optimizer.zero_grad(set_to_none=True)
@@ -259,8 +264,8 @@ def _warn_of_idle(layers: list[Layer]) -> None:
     idle = [path for path, numbers in learning.items() if numbers and all(p.grad is None for p in numbers)]
     if idle:
         warnings.warn(
-            f"{len(idle)} of {len(learning)} places got no gradient in the first step, {idle[0]!r} for one: the model "
-            "did not call them on this batch, so they learn nothing from such data.",
+            f"{len(idle)} of {len(learning)} places got no gradient in the first step, {idle[0]!r} for one: the loss "
+            "of this batch does not depend on them, so they learn nothing from such data.",
             stacklevel=5,
         )
 

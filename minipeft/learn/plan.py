@@ -29,8 +29,10 @@ class Plan:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}.")
-        if not (isinstance(self.lr, int | float) and math.isfinite(self.lr) and self.lr > 0):
+        if not (isinstance(self.lr, int | float) and math.isfinite(self.lr) and self.lr > 0) or self.lr is True:
             raise ValueError(f"lr must be a positive number, but is {self.lr!r}.")
+        if not isinstance(self.seed, int) or abs(self.seed) >= 2**32:
+            raise ValueError(f"seed must be a whole number below 2**32, but is {self.seed!r}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f'schedule is "constant" or "linear", but is {self.schedule!r}.')
 

@@ -30,18 +30,29 @@ class Interval(NamedTuple):
 
 def half_decade(rate: float, up: bool) -> float:
     """The next rate of 1, 3, 10, 30 …: `half_decade(0.01, True)` is 0.03. ValueError unless it is 1 or 3 times 10ⁿ."""
-    mantissa, exponent = f"{rate:.0e}".split("e")
+    number = isinstance(rate, int | float) and not isinstance(rate, bool) and math.isfinite(rate)
+    mantissa, exponent = f"{rate:.0e}".split("e") if number else ("none", "0")
     if mantissa not in "13" or not math.isclose(rate, float(f"{mantissa}e{exponent}"), rel_tol=1e-6):
-        raise ValueError(f"{rate:g} is not on the grid of half decades (0.01, 0.03, 0.1 …).")
+        raise ValueError(f"{rate!r} is not on the grid of half decades (0.01, 0.03, 0.1 …).")
     power = int(exponent) + (up if mantissa == "3" else not up and -1)
     return float(f"{'1' if mantissa == '3' else '3'}e{power}")
+
+
+def on_grid(rates: Sequence[float]) -> list[float]:
+    """The rates; ValueError where there is none, or one is not on the grid of half decades."""
+    if not len(rates):
+        raise ValueError("There is no learning rate to try; give one or more, such as 0.01.")
+    for rate in rates:
+        half_decade(rate, True)
+    return [float(rate) for rate in rates]
 
 
 def best_rate(loss: Callable[[float], float | None], rates: Sequence[float]) -> tuple[float, dict[float, float]]:
     """(the rate of least validation loss, {rate: loss}); `loss(rate)` is None, infinite or NaN for a run that diverged.
 
     `rates` are on the grid of half decades. Those beside the best are tried too, until it is better than both.
-    ValueError if every rate diverges down to 1e-7, or the best lies beyond 1e-7 or 100.
+    ValueError for others, before any is tried, and if every rate diverges down to 1e-7, or the best lies beyond 1e-7
+    or 100.
     """
     found: dict[float, float] = {}
 
@@ -51,7 +62,7 @@ def best_rate(loss: Callable[[float], float | None], rates: Sequence[float]) -> 
             found[rate] = math.inf if value is None or math.isnan(value) else value
         return found[rate]
 
-    for rate in rates:
+    for rate in on_grid(rates):
         score(rate)
     while True:
         best = min(sorted(found), key=score)

@@ -81,7 +81,9 @@ class Point:
 
 
 def point(method: str, task: str, lr: float, seed: int, steps=60, batch=10, schedule="constant", **settings) -> Point:
-    """`point("LoRA", "pirate", 1e-2, 0, rank=8)`. Raises ValueError for an unknown method, task or setting."""
+    """`point("LoRA", "pirate", 1e-2, 0, rank=8)`. Raises ValueError for an unknown method, task or setting,
+    and for numbers that `fit` would refuse."""
+    Plan(steps, lr, batch, seed, schedule)
     made = Point(method, json.dumps(settings, sort_keys=True), task, float(lr), seed, steps, batch, schedule)
     method_of(made.method, made.settings), task_of(task)
     return made

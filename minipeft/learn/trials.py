@@ -22,7 +22,7 @@ from minipeft.attach import attach
 from minipeft.layer import Method
 from minipeft.learn.fit import evaluate, fit
 from minipeft.learn.plan import Plan
-from minipeft.learn.protocol import SEARCH_SEED, SEEDS, best_rate, half_decade, interval
+from minipeft.learn.protocol import SEARCH_SEED, SEEDS, best_rate, interval, on_grid
 from minipeft.learn.rows import as_task
 from minipeft.table import table
 from minipeft.world.tasks import Task
@@ -96,8 +96,7 @@ def sweep(
         raise TypeError(f"methods is {methods!r}; give names with their methods, such as {{'LoRA': mp.LoRA(rank=8)}}.")
     if not seeds or SEARCH_SEED in seeds:
         raise ValueError(f"seeds is {list(seeds)!r}; give one or more, but not {SEARCH_SEED}, which chooses the rate.")
-    for rate in rates:
-        half_decade(float(rate), True)
+    rates = on_grid(rates)
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     task, plan = with_validation(as_task(task)), Plan(steps, batch=batch)
     for method in methods.values():

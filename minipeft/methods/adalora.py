@@ -22,12 +22,13 @@ from minipeft.files import MAPPING, NUMBER, Tensors, WeightLayout, register
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.methods.common import (
     check_choice,
-    check_fits,
     check_gamma,
     check_share,
     check_whole,
+    fitting,
     freeze,
     linear_targets,
+    too_small,
 )
 from minipeft.methods.lora import LoRALayout
 from minipeft.targets import Target, Targets, exact, flipped
@@ -101,8 +102,7 @@ class AdaLoRA(Method):
         freeze(self)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], AdaLoRALayer]]:
-        targets = linear_targets(model, self)
-        check_fits(self.initial_rank, targets, "initial_rank")
+        targets = fitting(model, self, linear_targets(model, self), too_small(self.initial_rank, "initial_rank"))
         return {t.key: partial(AdaLoRALayer, t, self) for t in targets}
 
     def penalty(self, layers: Sequence[Layer]) -> torch.Tensor | float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from minipeft.calls import unheard
 from minipeft.layer import Method
 from minipeft.targets import Target, resolve
 
@@ -41,13 +42,32 @@ def freeze(method: Method, *names: str) -> None:
             object.__setattr__(method, name, tuple(value))
 
 
-def check_fits(rank: int, targets: Sequence[Target], name: str = "rank") -> None:
-    for t in targets:
-        if rank > min(t.d_in, t.d_out):
-            raise ValueError(
-                f"{name}={rank} is above min(d_in, d_out) of {t.key!r}, a {t.d_out}×{t.d_in} weight; "
-                f"use at most {min(t.d_in, t.d_out)}, or other targets."
-            )
+def fitting(
+    model: nn.Module, method: Method, targets: Sequence[Target], refusal: Callable[[Target], str | None]
+) -> list[Target]:
+    """The targets. Where `refusal` says why one cannot be, that is raised, but for those that a shorthand such as
+    "all-linear" leaves out all the same, because the model never calls them."""
+    refused = {t.key: (t.path, why) for t in targets if (why := refusal(t))}
+    shorthand = refused and isinstance(method.targets, str)
+    silent = unheard(model, [path for path, _ in refused.values()]) if shorthand else {}
+    left = [t for t in targets if t.path not in silent]
+    if why := next((why for path, why in refused.values() if path not in silent or not left), None):
+        raise ValueError(why)
+    return left
+
+
+def too_small(rank: int, name: str = "rank") -> Callable[[Target], str | None]:
+    """For `fitting`: why a product of this rank is no ΔW of a target."""
+
+    def refusal(t: Target) -> str | None:
+        if rank <= (least := min(t.d_in, t.d_out)):
+            return None
+        return (
+            f"{name}={rank} is above min(d_in, d_out) of {t.key!r}, a {t.d_out}×{t.d_in} weight; "
+            f"use at most {least}, or other targets."
+        )
+
+    return refusal
 
 
 def linear_targets(model: nn.Module, method: Method) -> list[Target]:

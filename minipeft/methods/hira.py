@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from minipeft.files import NUMBER, OneMethodLayout, register
 from minipeft.layer import Method, WeightLayer
-from minipeft.methods.common import check_fits, check_share, check_whole, freeze, linear_targets
+from minipeft.methods.common import check_share, check_whole, fitting, freeze, linear_targets, too_small
 from minipeft.methods.lora import draw
 from minipeft.targets import Target, Targets
 
@@ -71,8 +71,7 @@ class HiRA(Method):
         freeze(self)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], HiRALayer]]:
-        targets = linear_targets(model, self)
-        check_fits(self.rank, targets)
+        targets = fitting(model, self, linear_targets(model, self), too_small(self.rank))
         return {t.key: partial(HiRALayer, t, self) for t in targets}
 
 

@@ -34,12 +34,13 @@ from minipeft.files import (
 from minipeft.layer import Method, WeightLayer
 from minipeft.methods import convolution
 from minipeft.methods.common import (
-    check_fits,
     check_gamma,
     check_share,
     check_whole,
+    fitting,
     freeze,
     no_embedding,
+    too_small,
 )
 from minipeft.methods.fused import product
 from minipeft.methods.read import Name, check_read, from_peft, peft_has, peft_names, to_peft
@@ -186,7 +187,7 @@ class LoRA(Method):
         layer = self.layers[self.init]
         targets = resolve(model, self.targets, convolutions=True, unread=layer is LoRALayer, reads=True)
         targets = targets if layer.embeddings else no_embedding(targets, self)
-        check_fits(self.rank, targets)
+        targets = fitting(model, self, targets, too_small(self.rank))
         check_read(targets, type(self).__name__, self.dropout, stacks=self.on_stacks is not None)
         others = {t.key: self.elsewhere(t) for t in targets if self.elsewhere(t) is not None}
         if others and self.init == "pissa":

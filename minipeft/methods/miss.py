@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from minipeft.files import NUMBER, OneMethodLayout, register
 from minipeft.layer import Method, WeightLayer
-from minipeft.methods.common import check_share, check_whole, freeze, linear_targets
+from minipeft.methods.common import check_share, check_whole, fitting, freeze, linear_targets
 from minipeft.targets import Target, Targets
 
 
@@ -70,10 +70,12 @@ class MiSS(Method):
         freeze(self)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], MiSSLayer]]:
-        targets = linear_targets(model, self)
-        if narrow := next((t for t in targets if self.rank > t.d_in), None):
-            raise ValueError(f"rank={self.rank} is above the {narrow.d_in} inputs of {narrow.key!r}; use fewer.")
+        targets = fitting(model, self, linear_targets(model, self), self.refusal)
         return {t.key: partial(MiSSLayer, t, self) for t in targets}
+
+    def refusal(self, t: Target) -> str | None:
+        wide = self.rank <= t.d_in
+        return None if wide else f"rank={self.rank} is above the {t.d_in} inputs of {t.key!r}; use fewer."
 
 
 @register

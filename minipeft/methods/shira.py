@@ -18,7 +18,7 @@ from torch import nn
 
 from minipeft.files import OneMethodLayout, register
 from minipeft.layer import Method
-from minipeft.methods.common import check_whole, freeze, linear_targets
+from minipeft.methods.common import check_whole, fitting, freeze, linear_targets
 from minipeft.methods.masked import MaskedLayer, drawn
 from minipeft.targets import Target, Targets
 
@@ -70,15 +70,16 @@ class SHiRA(Method):
         freeze(self)
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], SHiRALayer]]:
-        targets = linear_targets(model, self)
-        for t in targets:
-            most = t.d_in * t.d_out // (t.d_in + t.d_out)
-            if self.rank > most:
-                raise ValueError(
-                    f"rank={self.rank} asks for {self.rank * (t.d_in + t.d_out):,} entries of {t.key!r}, a "
-                    f"{t.d_out}×{t.d_in} weight; use at most {most}, or other targets."
-                )
+        targets = fitting(model, self, linear_targets(model, self), self.refusal)
         return {t.key: partial(SHiRALayer, t, self) for t in targets}
+
+    def refusal(self, t: Target) -> str | None:
+        if self.rank <= (most := t.d_in * t.d_out // (t.d_in + t.d_out)):
+            return None
+        return (
+            f"rank={self.rank} asks for {self.rank * (t.d_in + t.d_out):,} entries of {t.key!r}, a "
+            f"{t.d_out}×{t.d_in} weight; use at most {most}, or other targets."
+        )
 
 
 @register

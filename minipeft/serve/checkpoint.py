@@ -136,6 +136,8 @@ def write(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
     """
     from safetensors.torch import save_file
 
+    if there := next((each for each in (path, *path.parents) if each.exists() and not each.is_dir()), None):
+        raise ValueError(f"{str(there)!r} is a file, and an adapter is a folder of files; give another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path if path.is_dir() else path.parent  # on the same file system, even where the path is a link to another
     fresh = Path(tempfile.mkdtemp(dir=beside, prefix=f".{path.name}-"))

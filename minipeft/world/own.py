@@ -68,7 +68,8 @@ def own(
 
 def pieces(folder: Path, encoding: str, words: int) -> Iterable[tuple[str, str]]:
     """(a piece of a text, the group that it belongs to): the file, or one of ten stretches where files are few."""
-    files = sorted(folder.glob("*.txt"))
+    there = sorted(folder.iterdir(), key=lambda file: file.name)  # the same on every system
+    files = [f for f in there if f.suffix.lower() == ".txt" and not f.name.startswith(".") and not f.is_dir()]
     found = {file.name: cut(decoded(file, encoding), words) for file in files}
     if not any(found.values()):
         what = "no .txt file" if not files else "nothing but empty .txt files"
@@ -91,7 +92,7 @@ def cut(text: str, words: int) -> list[str]:
 
 def decoded(file: Path, encoding: str) -> str:
     try:
-        return file.read_bytes().decode(encoding).removeprefix("\ufeff")
+        text = file.read_bytes().decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         marked = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
         likely = 'it begins as "utf-16" does, so try encoding="utf-16"'
@@ -103,6 +104,12 @@ def decoded(file: Path, encoding: str) -> str:
         ) from error
     except LookupError as error:
         raise ValueError(f'encoding={encoding!r} is none that Python knows; "utf-8" and "latin-1" are two.') from error
+    if "\0" in text:
+        other = "utf-16-be" if text.startswith("\0") else "utf-16"
+        raise ValueError(
+            f'{file.name} holds zero bytes, so it is no {encoding} text; try encoding="{other}" if it is one.'
+        )
+    return text
 
 
 def table(file: Path, text: str, label: str | None, group: str | None, encoding: str) -> list[dict]:
