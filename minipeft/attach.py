@@ -26,7 +26,7 @@ from torch import nn
 from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.calls import unheard
 from minipeft.front import Front, front, generating
-from minipeft.hook import Rows, Seat, State, check_rows, reading_seat, remove_hooks, seat_on
+from minipeft.hook import Rows, Seat, State, check_rows, copies, reading_seat, remove_hooks, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged, unrounded
 from minipeft.stand_in import StandIn, stand_in_for, without_base
@@ -94,8 +94,11 @@ class Tuned(StandIn):
             return self.base(*args, **kwargs)
 
     def generate(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
-        """The base's generate, with the same `adapters` (no beams: they would multiply the rows)."""
-        with generating(self.base, self._front) if adapters is None else self._per_row(adapters, args, kwargs):
+        """The base's generate, with the same `adapters`: one for each prompt, however many beams or samples."""
+        if adapters is None:
+            with generating(self.base, self._front):
+                return self.base.generate(*args, **kwargs)
+        with self._per_row(adapters, args, kwargs, copies(self.base, kwargs)):
             return self.base.generate(*args, **kwargs)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
@@ -134,6 +137,10 @@ class Tuned(StandIn):
         replace one parameter, and for a weight that is no number or that an adapter cannot have.
         """
         self.check_open("use")
+        if any(isinstance(each, list | tuple | set) for each in names):
+            raise TypeError(
+                f'use takes names one by one, as in use("a", "b"), or one {{name: weight}}, not {names[0]!r}.'
+            )
         weights = names[0] if len(names) == 1 and isinstance(names[0], Mapping) else dict.fromkeys(names, 1.0)
         names = self._known(tuple(weights))
         if clash := claimed_twice({name: self.adapters[name].values() for name in names}):
@@ -429,7 +436,7 @@ class Tuned(StandIn):
             return broken_ties(self.base, self._merged or {})
 
     @contextlib.contextmanager
-    def _per_row(self, adapters: Sequence[str | None], args: tuple, kwargs: dict):
+    def _per_row(self, adapters: Sequence[str | None], args: tuple, kwargs: dict, copies: int = 1):
         self.check_open("choosing adapters per row")
         if self.training and torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
             raise ValueError(
@@ -439,7 +446,7 @@ class Tuned(StandIn):
         check_rows(adapters, self.adapters, args, kwargs)
         names = self._known([name for name in adapters if name is not None])
         rows = {name: torch.tensor([i for i, each in enumerate(adapters) if each == name]) for name in names}
-        self._state.rows[threading.get_ident()] = Rows(len(adapters), rows)
+        self._state.rows[threading.get_ident()] = Rows(len(adapters), rows, copies)
         self._refresh()
         try:
             yield

@@ -66,7 +66,8 @@ def build(
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, Layer] = {}
     for each in methods:
-        made = {key: maker(generator) for key, maker in each.places(model).items()}
+        with torch.inference_mode(False):  # what is made in inference mode never trains
+            made = {key: maker(generator) for key, maker in each.places(model).items()}
         for key, layer in (heard(model, each, made) if tried else made).items():
             if key in layers and not (layer.slots and layer.slots == layers[key].slots):
                 raise ValueError(f"Two of the methods want to train {key!r}; name it in one of them only.")

@@ -16,10 +16,12 @@ from minipeft.targets import plain_linear
 
 
 class Rows(NamedTuple):
-    """A choice per row: the size of the batch, and {adapter: its rows}."""
+    """A choice per row: the size of the batch, {adapter: its rows}, and the beams or samples that `generate` makes of
+    each row, side by side."""
 
     batch: int
     of: dict[str, torch.Tensor]
+    copies: int = 1
 
 
 class State:
@@ -76,13 +78,14 @@ class Seat:
                 for _, after in self.layers.get(name, ()):
                     output = after(output, x, plain) if weight == 1 else in_part(after, weight, output, x, plain)
             return output
-        if x.shape[0] != rows.batch:
+        if x.shape[0] not in (rows.batch, rows.batch * rows.copies):
             raise ValueError(
                 f"adapters= has {rows.batch} entries, but a {type(module).__name__} got a batch of {x.shape[0]}; "
                 "per-row choice works where dimension 0 of every adapted module's input is the batch."
             )
+        times = x.shape[0] // rows.batch
         for name, own in rows.of.items():
-            own = own.to(output.device)
+            own = (own[:, None] * times + torch.arange(times)).flatten().to(output.device)
             for _, after in self.layers.get(name, ()):
                 output = output.index_copy(0, own, after(output[own], x[own], plain[own]))
         return output
@@ -221,6 +224,13 @@ def check_rows(adapters: Sequence[str | None], known: Mapping[str, nn.ModuleDict
         raise ValueError(
             f"adapters= has {len(adapters)} entries for a batch of {batch}; give one name or None per row."
         )
+
+
+def copies(base: nn.Module, kwargs: Mapping[str, object]) -> int:
+    """How many rows `generate`, called with these arguments, makes of each prompt: its beams or samples."""
+    asked = (kwargs, vars(kwargs.get("generation_config") or object), vars(base.generation_config))
+    said = ([each[name] for each in asked if each.get(name)] for name in ("num_beams", "num_return_sequences"))
+    return max(found[0] if found else 1 for found in said)
 
 
 def forget(module: nn.Module, owners: set[int]) -> None:

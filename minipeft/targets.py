@@ -6,7 +6,7 @@ import difflib
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -201,6 +201,8 @@ def resolve(
             raise ValueError(
                 f"The pattern {targets.pattern!r} matches no whole path; {_near_misses(matrices, targets)}."
             )
+    elif not isinstance(targets, Iterable):
+        raise TypeError(f"targets is {targets!r}; it takes \"all-linear\" and the like, or a list such as ['q_proj'].")
     else:
         missed = []
         for pattern in targets:

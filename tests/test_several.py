@@ -10,6 +10,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 import minipeft as mp
 
@@ -222,3 +223,39 @@ def test_threads_do_not_mix_their_rows():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("asked", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.t5], ids=["llama", "gpt2", "t5"])
+def test_each_prompt_keeps_its_adapter_through_its_beams(make, asked):
+    """Each row as if it were alone; T5's encoder sees the prompts, its decoder their beams."""
+    tuned = mp.attach(make(), mp.LoRA(rank=2))
+    tuned.add("b", mp.LoRA(rank=3))
+    for name in ("b", "default"):
+        tuned.use(name)
+        tiny.randomise(tuned, scale=0.5)
+    ids = tiny.batch(tuned.base, rows=3, length=5)["input_ids"]
+    asked = asked | {"max_new_tokens": 4, "min_new_tokens": 4}
+    rows = ["b", None, "default"]
+    for given in (asked, {"generation_config": GenerationConfig(**asked, decoder_start_token_id=0)}):
+        got = tuned.generate(ids, adapters=rows, **given).view(
+            3, -1, *[ids.shape[1] + 4] * (make is not tiny.t5) or [5]
+        )
+        for row, name in enumerate(rows):
+            tuned.use(*[name] * (name is not None))
+            assert torch.equal(got[row], tuned.generate(ids[row : row + 1], **given))
+
+
+def test_use_says_how_several_are_named():
+    tuned = mp.attach(model(), mp.LoRA(rank=2))
+    with pytest.raises(TypeError, match="one by one"):
+        tuned.use(["a", "b"])
+
+
+def test_what_is_attached_in_inference_mode_trains():
+    base = model()
+    with torch.inference_mode():
+        tuned = mp.attach(base, mp.LoRA(rank=2))
+    inputs = tiny.batch(base)
+    tuned(input_ids=inputs["input_ids"], labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
