@@ -92,6 +92,19 @@ def test_a_name_that_nobody_can_look_up_is_told_what_there_is(name, monkeypatch)
         mp.load(name)
 
 
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        (None, TypeError, "name is None; give"),
+        ("./no", ValueError, "no folder './no'"),
+        ("", ValueError, "no folder ''"),
+    ],
+)
+def test_what_is_no_name_is_said(name, error, message):
+    with pytest.raises(error, match=message):
+        mp.load(name)
+
+
 def test_the_course_does_not_say_where_this_machine_keeps_it(pocket):
     model, _ = pocket
     assert model.name_or_path == model.config.name_or_path == "pocket"

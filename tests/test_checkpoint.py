@@ -111,6 +111,8 @@ def test_what_to_save_must_be_clear(tmp_path):
         tuned.save(tmp_path / "x")
     with pytest.raises(ValueError, match="no adapter 'c'"):
         tuned.save(tmp_path / "x", name="c")
+    with pytest.raises(ValueError, match="The path is empty"):
+        tuned.save("", name="b")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "x"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pandas
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -43,6 +44,7 @@ LABELLED = Dataset.from_list([{"text": "w1 w2 " * (1 + 3 * i), "label": i % 3} f
         (["w1 w2", "w3"], "text"),
         (Dataset.from_dict({"text": ["w1"], "source": ["a"]}), "text"),
         (PAIRS, "answer"),
+        ([{"prompt": "w1", "completion": "w2"}] * 2, "answer"),
         (LABELLED, "class"),
         (DatasetDict(train=LABELLED, test=LABELLED), "class"),
     ],
@@ -56,7 +58,11 @@ def test_what_people_have_becomes_a_task(data, kind):
     "data, error, message",
     [
         ([], TypeError, "an empty list; give a Task, a list of texts, or a datasets.Dataset"),
-        ([1, 2], TypeError, "a list; give a Task"),
+        ([1, 2], TypeError, "Row 0 is '1', not a text"),
+        (["w1", None], TypeError, "Row 1 is 'None', not a text"),
+        ([{"text": "w1"}, {"txt": "w1"}], TypeError, r"Row 1 is .*, not a row with \['text'\] as row 0"),
+        ({"text": ["w1"]}, TypeError, "a dict; give"),
+        (pandas.DataFrame({"text": ["w1"]}), TypeError, "a DataFrame; give"),
         ("w1 w2", TypeError, "a str; give"),
         (
             Dataset.from_dict({"sentence": ["w1"]}),

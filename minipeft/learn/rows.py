@@ -18,19 +18,25 @@ Encoded = list[tuple[list[int], list[int] | int]]
 
 
 def as_task(data) -> Task:
-    """The task itself, or one made of what people have: a list of texts, a `datasets.Dataset` or `DatasetDict` with the
-    columns `text`, `prompt` and `completion`, or `text` and `label`. Rows without splits are for training and testing.
+    """The task itself, or one made of what people have: a list of texts, or of rows as dicts, a `datasets.Dataset` or
+    `DatasetDict` with the columns `text`, `prompt` and `completion`, or `text` and `label`. Rows without splits are for
+    training and testing.
     """
     from datasets import Dataset, DatasetDict
 
     if isinstance(data, Task):
         return data
-    if isinstance(data, list | tuple) and data and all(isinstance(text, str) for text in data):
-        data = Dataset.from_dict({"text": list(data)})
+    if isinstance(data, list | tuple) and data:
+        kind = dict if isinstance(data[0], dict) else str
+        for i, row in enumerate(data):
+            if not isinstance(row, kind) or (kind is dict and row.keys() != data[0].keys()):
+                wanted = "a text" if kind is str else f"a row with {sorted(data[0])} as row 0"
+                raise TypeError(f"Row {i} is {str(row)[:60]!r}, not {wanted}.")
+        data = Dataset.from_list([row if kind is dict else {"text": row} for row in data])
     if isinstance(data, Dataset):
         data = DatasetDict(train=data, test=data)
     if not isinstance(data, DatasetDict):
-        what = "an empty list" if data in ([], ()) else f"a {type(data).__name__}"
+        what = "an empty list" if isinstance(data, list | tuple) else f"a {type(data).__name__}"
         raise TypeError(f"task is {what}; give a Task, a list of texts, or a datasets.Dataset.")
     there = set(next(iter(data.values())).column_names)
     kind = next((kind for kind in ("class", "answer", "text") if there.issuperset(COLUMNS[kind])), None)

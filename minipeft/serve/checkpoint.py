@@ -43,6 +43,8 @@ def save_adapter(tuned: Tuned, path: str | os.PathLike, name: str | None = None)
 
     Raises ValueError when no name is given and not exactly one adapter is active, and for a layer that it cannot write.
     """
+    if not os.fspath(path):
+        raise ValueError("The path is empty; name the folder that the adapter shall be in.")
     if name is None and len(tuned.active) != 1:
         raise ValueError(f"{len(tuned.active)} adapters are active; say which to save, one of {list(tuned.adapters)}.")
     config, tensors = packed(tuned, tuned.active[0] if name is None else name)

@@ -48,6 +48,8 @@ def load(name: str, labels: int | None = None):
     """
     import transformers
 
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f'name is {name!r}; give "pocket", "minilm" or "desk", a folder, or a name of the hub.')
     if labels is not None and (not isinstance(labels, int) or labels < 2):
         raise ValueError(f"labels must be a whole number of at least 2 classes or None, but is {labels!r}.")
     if name == "minilm":
@@ -65,8 +67,8 @@ def load(name: str, labels: int | None = None):
         )
     else:
         path = {"pocket": FOLDER, "desk": DESK}.get(name, name)
-        if not Path(path).is_dir():
-            _check_hub(name)
+        if not path or not Path(path).is_dir():
+            _check_hub(str(name))
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(0)  # a new classifier is drawn from its own seed, whatever was drawn before
         try:
@@ -89,7 +91,7 @@ def _check_hub(name: str) -> None:
     """Says at once when a name can only be a hub's and the hub cannot be reached; transformers tries for a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"There is no folder {name!r}, and a name of the Hugging Face hub looks like owner/model.")
     host = urllib.parse.urlsplit(constants.ENDPOINT)
     if isinstance(try_to_load_from_cache(name, "config.json"), str) or urllib.request.getproxies():
