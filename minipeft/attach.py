@@ -26,7 +26,7 @@ from torch import nn
 from minipeft.build import Count, build, carries_adapters, check_name, claimed_twice, slashed
 from minipeft.calls import unheard
 from minipeft.front import Front, front, generating
-from minipeft.hook import Rows, Seat, State, check_rows, copies, reading_seat, remove_hooks, seat_on
+from minipeft.hook import Seat, State, check_rows, copies, reading_seat, remove_hooks, rows_of, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged, unrounded
 from minipeft.stand_in import StandIn, stand_in_for, without_base
@@ -95,10 +95,7 @@ class Tuned(StandIn):
 
     def generate(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
         """The base's generate, with the same `adapters`: one for each prompt, however many beams or samples."""
-        if adapters is None:
-            with generating(self.base, self._front):
-                return self.base.generate(*args, **kwargs)
-        with self._per_row(adapters, args, kwargs, copies(self.base, kwargs)):
+        with generating(self.base, self._front) if adapters is None else self._per_row(adapters, args, kwargs, copies):
             return self.base.generate(*args, **kwargs)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
@@ -436,17 +433,11 @@ class Tuned(StandIn):
             return broken_ties(self.base, self._merged or {})
 
     @contextlib.contextmanager
-    def _per_row(self, adapters: Sequence[str | None], args: tuple, kwargs: dict, copies: int = 1):
+    def _per_row(self, adapters: Sequence[str | None], args: tuple, kwargs: dict, copies=lambda *_: 1):
         self.check_open("choosing adapters per row")
-        if self.training and torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
-            raise ValueError(
-                "Gradient checkpointing runs layers again after the call, when the choice per row is forgotten; "
-                "turn it off with gradient_checkpointing_disable()."
-            )
-        check_rows(adapters, self.adapters, args, kwargs)
-        names = self._known([name for name in adapters if name is not None])
-        rows = {name: torch.tensor([i for i, each in enumerate(adapters) if each == name]) for name in names}
-        self._state.rows[threading.get_ident()] = Rows(len(adapters), rows, copies)
+        check_rows(self.base, adapters, self.adapters, args, kwargs)
+        self._known([name for name in adapters if name is not None])
+        self._state.rows[threading.get_ident()] = rows_of(adapters, copies(self.base, kwargs))
         self._refresh()
         try:
             yield

@@ -24,6 +24,14 @@ class Rows(NamedTuple):
     copies: int = 1
 
 
+def rows_of(adapters: Sequence[str | None], copies: int = 1) -> Rows:
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(adapters):
+        found.setdefault(name, []).append(i)
+    found.pop(None, None)  # rows of the bare base
+    return Rows(len(adapters), {name: torch.tensor(own) for name, own in found.items()}, copies)
+
+
 class State:
     """What all seats of one model look at when called. Plain attributes, so that `torch.compile` guards them."""
 
@@ -204,8 +212,15 @@ def seats(model: nn.Module) -> Iterator[object]:
         yield from (act.__self__ for act in acting if hasattr(act, "__self__"))
 
 
-def check_rows(adapters: Sequence[str | None], known: Mapping[str, nn.ModuleDict], args: tuple, kwargs: dict) -> None:
+def check_rows(
+    base: nn.Module, adapters: Sequence[str | None], known: Mapping[str, nn.ModuleDict], args: tuple, kwargs: dict
+) -> None:
     """Whether `adapters` can choose an adapter for each row of the batch that a call with these arguments has."""
+    if base.training and torch.is_grad_enabled() and getattr(base, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "Gradient checkpointing runs layers again after the call, when the choice per row is forgotten; turn it "
+            "off with gradient_checkpointing_disable()."
+        )
     if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
         raise TypeError(f"adapters={adapters!r} is not a list with one adapter name or None per row of the batch.")
     for name in known.keys() & set(adapters):

@@ -192,6 +192,12 @@ def test_the_share_of_a_step_and_where_it_turns_over():
         r = break_even_rank(d_in, d_out)
         assert step_share(d_in, d_out, r) == pytest.approx(1.0)
     assert break_even_rank(600, 600) == 100
+    for wrong in ((0, 4, 1), (4, 4, 0), (4, 2.5, 1)):
+        with pytest.raises(ValueError, match="is not a"):
+            step_share(*wrong)
+    for wrong in ((1.5, 1), (8, -1), (8, 4, True)):
+        with pytest.raises(ValueError, match="is not a whole number of at least 0"):
+            training_bytes(*wrong)
 
 
 @pytest.mark.parametrize("rank", [1, 8])

@@ -356,3 +356,12 @@ def test_subspace_mistakes_leave_the_model_alone():
             attach(model, Subspace(10**6))
         with pytest.raises(ValueError, match="embedding"):
             attach(model, Subspace(4, targets=["embed_tokens"]))
+
+
+def test_what_has_no_spectrum_to_compare_is_refused():
+    with pytest.raises(TypeError, match="what attach returned"):
+        spectra(tiny.llama())
+    with pytest.raises(ValueError, match=r"ΔW is \(4, 5\) but W is \(4, 4\)"):
+        intruders(torch.eye(4), torch.ones(4, 5))
+    with pytest.raises(ValueError, match="k=0"):
+        intruders(torch.eye(4), torch.eye(4), k=0)

@@ -120,3 +120,9 @@ def test_the_cipher_is_a_permutation_that_changes_nearly_every_word():
     key = tasks.permutation()
     assert sorted(key) == sorted(key.values())
     assert sum(a == b for a, b in key.items()) < 10
+
+
+@pytest.mark.parametrize("rows, name", [({"train": -1}, "train"), ({"test": 0}, "test"), ({"train": 2.5}, "train")])
+def test_numbers_of_rows_are_checked(rows, name):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of rows"):
+        tasks.pirate(**rows)

@@ -23,6 +23,7 @@ from torch import nn
 from minipeft.analyze.catalogue import build
 from minipeft.attach import attach
 from minipeft.layer import Method
+from minipeft.methods.common import check_whole
 from minipeft.targets import numbers
 
 SYMBOLS = {
@@ -313,18 +314,26 @@ def safetensors_bytes(tensors: dict[str, tuple[int, ...]]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Multiply-adds
 # ---------------------------------------------------------------------------------------------------------------------
-def step_share(d_in: int, d_out: int, rank: int) -> float:
+def step_share(d_in: int, d_out: int, rank: float) -> float:
     """The multiply-adds of a LoRA step on one linear layer, as a share of full fine-tuning's, for each token.
 
     Full: W·x, Wᵀ·g and g·xᵀ, three products of d_in·d_out. LoRA: the first two, and three with A and three with B:
         (2·d_in·d_out + 3·r·(d_in + d_out)) / (3·d_in·d_out),   for a square layer 2/3 + 2r/N
     Attention's own products (queries with keys, weights with values) are the same for both and left out.
     """
+    for name, number in {"d_in": d_in, "d_out": d_out}.items():
+        check_whole(name, number)
+    if not rank > 0:
+        raise ValueError(
+            f"rank={rank!r} is not a positive number; between whole ranks it says where a step breaks even."
+        )
     return (2 * d_in * d_out + 3 * rank * (d_in + d_out)) / (3 * d_in * d_out)
 
 
 def break_even_rank(d_in: int, d_out: int) -> float:
     """The rank at which a LoRA step costs as much as a full one: d_in·d_out / (3·(d_in + d_out)), N/6 for a square."""
+    for name, number in {"d_in": d_in, "d_out": d_out}.items():
+        check_whole(name, number)
     return d_in * d_out / (3 * (d_in + d_out))
 
 
@@ -356,6 +365,8 @@ def multiply_adds(model, method: Method | Sequence[Method] | None, rows: int = 1
 
     from minipeft.methods.select import Full
 
+    for name, number in {"rows": rows, "length": length}.items():
+        check_whole(name, number)
     module = on_meta(model)
     config = getattr(module, "config", None)
     if next(module.parameters()).is_meta and getattr(config, "_experts_implementation", None) == "grouped_mm":
@@ -397,8 +408,11 @@ def training_bytes(
     float32, a float32 master copy. `optimizer`'s moments ("sgd" 0, "momentum" 1, "adam" 2) are float32.
     Full fine-tuning with Adam takes 16 bytes a number in float32 (4 + 4 + 8) and in bfloat16 (2 + 4 + 2 + 8).
 
-    Raises ValueError for an unknown name, and for training the base's own numbers in 8 or 4 bits.
+    Raises ValueError for an unknown name, for counts that are none or do not go together, and for training the base's
+    own numbers in 8 or 4 bits.
     """
+    for name, number in {"base": base, "trainable": trainable, "added": added}.items():
+        check_whole(name, number, least=0)
     if precision not in PRECISIONS or optimizer not in MOMENTS:
         raise ValueError(
             f"precision={precision!r} must be one of {', '.join(PRECISIONS)}, and optimizer={optimizer!r} one of "

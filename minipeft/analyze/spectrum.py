@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from minipeft.attach import Tuned
 from minipeft.layer import Layer
 from minipeft.merging import rounded
+from minipeft.methods.common import check_whole
 from minipeft.methods.lora import LoRALayer
 from minipeft.targets import Slot, flipped
 
@@ -121,6 +122,8 @@ def spectra(tuned: Tuned) -> dict[str, Spectrum]:
     spectrum and are left out; each expert of a stack has its own, "path[0]" and so on. Raises ValueError for a method
     that changes no weight.
     """
+    if not isinstance(tuned, Tuned):
+        raise TypeError(f"tuned is a {type(tuned).__name__}; spectra are those of what attach returned.")
     found: dict[str, Spectrum] = {}
     with tuned.disabled():
         for path, layers in _by_path(tuned).items():
@@ -297,6 +300,9 @@ def intruders(weight: torch.Tensor, delta: torch.Tensor, k: int = 10, epsilon: f
     ε means something only where chance stays below it: a random direction has a largest |cos| with d others near
     √(2·ln d/d), which is 0.28 at d = 128 and 0.06 at d = 4096.
     """
+    if weight.shape != delta.shape:
+        raise ValueError(f"ΔW is {tuple(delta.shape)} but W is {tuple(weight.shape)}; both are (d_out, d_in).")
+    check_whole("k", k)
     base, tuned = decompose(weight), decompose(weight + delta.to(weight))
     largest = (tuned.U[:, :k].mT @ base.U).abs().amax(1)
     return torch.where(largest < epsilon)[0].tolist()

@@ -66,6 +66,9 @@ def _splits(rows, train: int, test: int, seed: int, key: str = "text") -> Datase
     """`rows(n, seed)` drawn twice; training rows whose text is also tested are dropped, so the test stays unbiased."""
     from datasets import Dataset, DatasetDict
 
+    for name, number, least in (("train", train, 0), ("test", test, 1)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
+            raise ValueError(f"{name} must be a whole number of rows of at least {least}, but is {number!r}.")
     tested = rows(test, 2 * seed + 1)
     seen = {row[key] for row in tested}
     trained = [row for row in rows(train, 2 * seed) if row[key] not in seen]
