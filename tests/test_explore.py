@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
-from tiny import small
+from tiny import llama, small
 
 import minipeft as mp
 from minipeft.explore import LoRAExplorer, Predict, SliderPlot
@@ -225,6 +225,25 @@ def test_a_setting_that_cannot_work_is_said_in_one_sentence():
     explorer = LoRAExplorer(small())
     explorer.controls["rank"].value = 64  # the small model is 32 wide
     assert "rank=64 is above" in explorer.text.value
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda base: mp.LoRAExplorer("pirate"), "a task goes by task="),
+        (lambda base: mp.AdapterExplorer(base, "nope"), "trains on 'pirate', 'flip', 'cipher'"),
+        (lambda base: mp.PromptExplorer(task=mp.world.pirate(4, 1)), "trains on 'forecast', 'flip', 'pirate'"),
+        (lambda base: mp.LoRAExplorer(mp.attach(base, mp.LoRA(rank=2))), "carries adapters"),
+        (lambda base: mp.PrefixExplorer(llama()), "does not write in the pocket model's 684 words"),
+        (lambda base: mp.LoRAExplorer(mp.load("pocket", labels=2)[0]), "does not write in"),
+        (lambda base: mp.MemoryCalculator("nope"), "knows the shapes of gpt2-xl"),
+        (lambda base: mp.RankExplorer(mp.attach(base, mp.LoRA(rank=2)), mp.world.pirate(4, 1), "nope"), "no 'nope'"),
+        (lambda base: mp.MixtureExplorer(mp.attach(base, mp.LoRA(rank=2)), {}, {"b": 1}), "gives 'b' the weight 1"),
+    ],
+)
+def test_what_an_explorer_cannot_show_is_refused_before_it_appears(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(mp.load("pocket")[0])
 
 
 def test_the_display_carries_a_picture_for_readers_without_a_kernel(monkeypatch, short):

@@ -20,6 +20,8 @@ class MemoryCalculator(SliderPlot):
     """
 
     def __init__(self, model: str = "llama-7b"):
+        if model not in MODELS:
+            raise ValueError(f"model is {str(model)[:40]!r}; the calculator knows the shapes of {', '.join(MODELS)}.")
         self.budgets: dict[tuple[str, int], Budget] = {}
         style = {"description_width": "initial"}
         controls = {

@@ -25,7 +25,13 @@ class MixtureExplorer(SliderPlot):
     apart = False  # it changes the model, which cells use too
 
     def __init__(self, tuned: Tuned, tasks: Mapping[str, Task], start: Mapping[str, float], n: int = 20):
-        self.tuned, self.tasks, self.n = tuned, tasks, n
+        for name, value in dict(start).items():
+            if name not in tuned.adapters or not -1 <= value <= 2:
+                known = list(tuned.adapters)
+                raise ValueError(
+                    f"start gives {name!r} the weight {value!r}; it takes −1 to 2 of each of {known}."
+                )
+        self.tuned, self.tasks, self.n = tuned, dict(tasks), n
         self.known: dict[tuple, dict[str, float]] = {}
         self.written: dict[tuple, str] = {}
         controls = {

@@ -34,6 +34,8 @@ class RankExplorer(SliderPlot):
         if not self.found:
             raise ValueError("The active adapter changes no matrix, so there is no rank to cut; use LoRA or Full.")
         linear = [p for p in self.found if "layers" in p] or list(self.found)
+        if path not in (None, *linear):
+            raise ValueError(f"The adapter changes no {path!r}; {linear[-1]!r} is one that it changes.")
         self.whole = evaluate(tuned, task, n=n).loss
         with tuned.disabled():
             self.before = evaluate(tuned, task, n=n).loss

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import ipywidgets
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from minipeft.attach import attach
+from minipeft.build import carries_adapters
 from minipeft.course import atlas
 from minipeft.explore.runs import Moment, beside, fresh, run
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot
@@ -45,6 +47,20 @@ def same(model, other) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(p.cpu(), theirs[name]) for name, p in mine.items())
 
 
+def check_base(model, pocket) -> None:
+    """Whether an explorer can train on this model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}; give a model, or leave it out for the pocket one; a task goes by task=….")
+    if carries_adapters(model):
+        raise ValueError("This model carries adapters; an explorer attaches its own, so call detach() first.")
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size != pocket.config.vocab_size or not hasattr(model, "tokenizer") or not hasattr(model, "generate"):
+        raise ValueError(
+            f"{type(model).__name__} does not write in the pocket model's {pocket.config.vocab_size} words, and the "
+            'explorer\'s tasks are in these; give a model that mp.load("pocket") returned, trained further or not.'
+        )
+
+
 def options(control) -> list:
     """The values that a choice or a slider can take."""
     return [pair[1] if isinstance(pair, tuple) else pair for pair in control.options]
@@ -70,6 +86,10 @@ class TrainingExplorer(SliderPlot):
 
     def __init__(self, model, task: str, knobs: dict[str, ipywidgets.ValueWidget]):
         pocket = load("pocket")[0]
+        if not isinstance(task, str) or task not in self.tasks:
+            raise ValueError(f"task is {task!r}; this explorer trains on {', '.join(map(repr, self.tasks))}.")
+        if model is not None:
+            check_base(model, pocket)
         self.model = pocket if model is None else copy.deepcopy(model)  # the lesson may use its own as it likes
         self.in_atlas = model is None or same(model, pocket)
         self.history, self.score, self.tuned = History(), None, None
