@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from worker_jobs import careless, count, echo, endless, importing, odd, silent
+from worker_jobs import careless, count, deaf, echo, endless, importing, odd, silent
 
 from minipeft.explore import worker
 from minipeft.explore.worker import Elsewhere, Failed, Stopped, Worker
@@ -58,6 +58,23 @@ def test_answers_stay_whole_when_jobs_are_cancelled_while_they_are_written(proce
         job = process.submit(endless)
         next(iter(job))
         job.cancel()
+    assert list(process.submit(count, 2)) == [0, 1]
+
+
+def test_a_job_that_misses_its_interrupt_gets_another(process):
+    job = process.submit(deaf)
+    next(iter(job))
+    job.cancel()
+    assert list(process.submit(count, 2)) == [0, 1]
+
+
+def test_a_process_that_hangs_is_ended_and_that_is_said(process, monkeypatch):
+    answers = iter(process.submit(silent))
+    os.kill(next(answers), signal.SIGSTOP)
+    monkeypatch.setattr(worker, "SILENCE", 0.2)
+    with pytest.raises(Failed, match="has ended .status -9.; move a control to start a new one"):
+        next(answers)
+    monkeypatch.undo()
     assert list(process.submit(count, 2)) == [0, 1]
 
 

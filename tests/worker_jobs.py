@@ -42,3 +42,19 @@ def odd():
 
 def echo(what):
     yield type(what).__name__
+
+
+class Last:
+    """Takes half a second to go, and what is raised meanwhile is lost: Python only prints it."""
+
+    def __del__(self):
+        for _ in range(500):
+            time.sleep(0.001)
+
+
+def deaf():
+    """Loses the interrupt that comes at once, and goes on without a word."""
+    yield "begun"
+    Last()
+    while True:
+        time.sleep(0.001)

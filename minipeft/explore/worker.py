@@ -10,6 +10,7 @@ little: what a job needs is imported when it comes, and while that lasts the pip
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -17,9 +18,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+
+SILENCE = 600.0  # seconds without a word from the process, after which it is taken for dead
+AGAIN = 1.0  # seconds after which a cancelled job that went on is interrupted once more
 
 
 class Stopped(Exception):
@@ -59,7 +65,11 @@ class Job:
 
     def __iter__(self) -> Iterator:
         while True:
-            kind, what = self.answers.get()
+            try:
+                kind, what = self.answers.get(timeout=SILENCE)
+            except queue.Empty:
+                self.worker.end_if_silent()
+                continue
             if kind == "more":
                 yield what
             elif kind == "end":
@@ -81,6 +91,7 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.jobs: dict[int, Job] = {}  # of this process
         self.number, self.spare = 0, None  # of the last job, and a job that gives way to any other
+        self.heard = time.monotonic()  # when the process last said something
         self.lock = threading.RLock()
 
     def start(self) -> None:
@@ -93,7 +104,7 @@ class Worker:
                 [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths},
             )  # fmt: skip
-            self.jobs = {}
+            self.jobs, self.heard = {}, time.monotonic()
             threading.Thread(target=self._listen, args=(self.process, self.jobs), daemon=True).start()
 
     def submit(self, function: Callable[..., Iterator], *args, spare: bool = False) -> Job:
@@ -123,10 +134,16 @@ class Worker:
             except OSError:
                 pass  # the process is dead, as the listener says
 
+    def end_if_silent(self) -> None:
+        """Ends a process that hangs; its listener says so to all who wait."""
+        if time.monotonic() - self.heard >= SILENCE:
+            self.process.kill()
+
     def _listen(self, process: subprocess.Popen, jobs: dict[int, Job]) -> None:
         try:
             while True:
                 number, kind, what = pickle.load(process.stdout)
+                self.heard = time.monotonic()
                 job = jobs.get(number) if kind == "more" else jobs.pop(number, None)
                 if job is not None:
                     job.answers.put((kind, what))
@@ -171,7 +188,7 @@ class Server:
         while True:
             try:
                 number, body = pickle.load(sys.stdin.buffer)
-            except EOFError:
+            except Exception:  # the kernel has ended, be it in the middle of a job that it sent
                 os._exit(0)
             if body is not None:
                 self.jobs.put((number, body))
@@ -183,10 +200,15 @@ class Server:
         if self.current not in self.cancelled:
             return
         if importing(frame):  # later: half a module would stay, which nobody can import again
-            threading.Timer(0.05, interrupt_main).start()
+            self.interrupt_in(0.05)
             return
-        self.current = None
+        self.interrupt_in(AGAIN)  # if this one is lost, as what is raised in a __del__ or a callback is
         raise Cancelled
+
+    def interrupt_in(self, seconds: float) -> None:
+        timer = threading.Timer(seconds, interrupt_main)
+        timer.daemon = True
+        timer.start()
 
     def answer(self, number: int, kind: str, what: object) -> None:
         blob = pickle.dumps((number, kind, what))
@@ -199,13 +221,12 @@ class Server:
 
     def serve(self) -> None:
         while True:
+            self.current = None
             number, body = self.jobs.get()
-            try:
+            with contextlib.suppress(Cancelled):
                 self.current = number
                 self.interrupted()
                 self.work(number, body)
-            except Cancelled:
-                pass
 
     def work(self, number: int, body: bytes) -> None:
         try:
@@ -221,4 +242,7 @@ class Server:
 
 
 if __name__ == "__main__":
-    Server().serve()
+    server = Server()
+    while True:
+        with contextlib.suppress(Cancelled):  # a second one, while the first was on its way out
+            server.serve()
