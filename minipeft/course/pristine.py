@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from operator import is_
 from pkgutil import iter_modules
 
 import torch
@@ -53,13 +54,51 @@ class Watch:
         names = {label: of for label, of in names.items() if label not in OTHERS | UNUSED and leaned_on(*of)}
         names |= {f"{label}.{key}": (cls, key) for label, cls in self.classes.items() for key in own(cls)}
         self.places = {label: (place, key, getattr(place, key, None)) for label, (place, key) in names.items()}
+        self.functions: dict[int, Callable] = {}  # all that `made_of` has looked into
+        self.parts: list = []  # what they consisted of then
+        self.found: dict[str, str] = {}
 
     def state(self) -> dict[str, str]:
         """{dotted name: what it is made of now}."""
-        found = {
+        self.look()
+        return self.found | self.around()
+
+    def number(self) -> str:
+        """The same as one number."""
+        self.look()
+        return f"{self.once(digest, self.found)} {digest(self.around())}"
+
+    def look(self) -> None:
+        """Writes down what is made of what; again only if an object is another than at the last look."""
+        parts = list(self.parts_now())
+        if len(parts) == len(self.parts) and all(map(is_, parts, self.parts)):
+            return
+        self.functions = {}
+        self.found = {
             label: self.made_of(getattr(place, key, None), first) for label, (place, key, first) in self.places.items()
         }
-        found |= {f"{name} as a whole": str(sys.modules.get(name) is module) for name, module in self.modules.items()}
+        self.parts = list(self.parts_now())
+
+    def parts_now(self) -> Iterator:
+        """The objects in the places, and those that their functions consist of."""
+        for place, key, _ in self.places.values():
+            value = getattr(place, key, None)
+            if type(value) is types.MethodType:  # made anew each time
+                yield value.__self__
+                value = value.__func__
+            yield value
+        for function in self.functions.values():
+            yield function.__code__
+            yield function.__defaults__
+            for name, value in (function.__kwdefaults__ or {}).items():
+                yield name
+                yield value
+            for cell in function.__closure__ or ():
+                yield cell.cell_contents if filled(cell) else None
+
+    def around(self) -> dict[str, str]:
+        """Whether modules and classes as a whole are what they were, and what looks on."""
+        found = {f"{name} as a whole": str(sys.modules.get(name) is module) for name, module in self.modules.items()}
         found |= {f"the names of {label}": " ".join(own(cls)) for label, cls in self.classes.items()}
         return found | dict(listeners())
 
@@ -72,6 +111,7 @@ class Watch:
         code = getattr(value, "__code__", None)
         if not isinstance(code, types.CodeType):
             return self.once(named, value)
+        self.functions[id(value)] = value
         held = [cell.cell_contents for cell in value.__closure__ or () if deep and filled(cell)]
         inner = [self.made_of(each, None, deep - 1) for each in held if isinstance(each, types.FunctionType)]
         after = digest(sorted(map(constant, (value.__kwdefaults__ or {}).items()))) if value.__kwdefaults__ else ""

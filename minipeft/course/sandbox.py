@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import os
 import secrets
 import shutil
@@ -150,7 +151,7 @@ class Sandbox:
     def __exit__(self, *error) -> None:
         family = []
         with contextlib.suppress(psutil.Error):
-            family = self.watched.children(recursive=True)
+            family = descendants(self.watched)
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for child in family:
@@ -192,7 +193,7 @@ class Sandbox:
             raise Stopped("The grader was stopped.")
         family, used = [self.watched], 0
         with contextlib.suppress(psutil.Error):
-            family += self.watched.children(recursive=True)
+            family += descendants(self.watched)
         for process in family[: 2 * self.limits.processes]:
             with contextlib.suppress(psutil.Error):
                 used += process.memory_info().rss
@@ -203,6 +204,21 @@ class Sandbox:
             raise Killed(f"it used more than {self.limits.memory / 2**30:.1f} GiB of memory")
         if bubblewrap() is None and folder_size(self.home) > self.limits.disk:
             raise Killed(f"it wrote more than {self.limits.disk >> 20} MiB")
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """All that came of a process. Linux keeps a list of them; psutil looks through every process of the machine."""
+    if not os.path.exists("/proc/thread-self/children"):
+        return process.children(recursive=True)
+    found, todo = [], [process.pid]
+    for pid in todo:  # which grows
+        for path in glob.glob(f"/proc/{pid}/task/*/children"):
+            with contextlib.suppress(OSError):
+                todo += map(int, Path(path).read_text().split())
+    for pid in todo[1:]:
+        with contextlib.suppress(psutil.Error):
+            found.append(psutil.Process(pid))
+    return found
 
 
 def folder_size(path: str) -> int:

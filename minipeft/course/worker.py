@@ -96,8 +96,7 @@ class Worker:
 
     def state(self, whole: bool) -> dict:
         """What the functions that measure are made of (see `pristine`): a number for all, or each by name."""
-        found = self.watch.state()
-        return {"state": found if whole else pristine.digest(found)}
+        return {"state": self.watch.state() if whole else self.watch.number()}
 
     def serve(self, read: int, write: int) -> None:
         signal.signal(signal.SIGALRM, out_of_time)

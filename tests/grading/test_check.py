@@ -9,23 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+import minipeft as mp
 from minipeft.course import assignments, check, folds, worker
 from minipeft.course.assignments import EXERCISES, ROOT, outdated, sources
 from minipeft.course.exercises import ASSIGNMENTS, exercises
+from minipeft.course.mend import exercise_of, is_test
 from minipeft.course.standing import Standing, remember, standings, table
 from minipeft.course.submission import report, seed_of
 from minipeft.course.verdict import COULD_NOT_RUN, NOT_ATTEMPTED, WRONG
+from minipeft.learn.fit import evaluate
 
 ALL = [exercise for several in exercises().values() for exercise in several.values()]
 
@@ -377,18 +382,34 @@ def test_each_exercise_has_its_parts(name):
     assert any("Find the bug" in c.source for c in cells)
 
 
+def code_of(name: str) -> Iterator[tuple[str, str, bool]]:
+    """(source, the exercise that it tests or "", whether it takes long and earns nothing) of the solution's cells."""
+    for cell in nbformat.read(sources()[name], as_version=4).cells:
+        if cell.cell_type == "code":
+            tested = exercise_of(cell) if is_test(cell) else ""
+            yield cell.source, tested, "at-home" in cell.metadata.get("tags", ())
+
+
+TEST = """check.{name}({objects})
+### BEGIN HIDDEN TESTS
+check.grade("{name}", {objects})
+### END HIDDEN TESTS"""
+
+
 @pytest.mark.parametrize("name", ASSIGNMENTS)
 def test_every_check_of_the_solution_is_right_within_two_seconds(name):
+    """At its place in the notebook, with what the cells above it define."""
     namespace: dict = {}
-    for cell in nbformat.read(sources()[name], as_version=4).cells:
-        data = cell.metadata.get("nbgrader", {})
-        if cell.cell_type == "code" and not data.get("grade") and "at-home" not in cell.metadata.get("tags", []):
-            exec(cell.source, namespace)
-    for exercise in exercises()[name].values():
-        started = time.process_time()
-        found = check.verdict(exercise.name, *(namespace[each] for each in exercise.objects))
-        assert found.outcome == "correct", found
-        assert time.process_time() - started < 2
+    for source, tested, at_home in code_of(name):
+        if tested:
+            exercise = exercises()[name][tested]
+            assert source == TEST.format(name=tested, objects=", ".join(exercise.objects))
+            started = time.process_time()
+            found = check.verdict(tested, *(namespace[each] for each in exercise.objects))
+            assert found.outcome == "correct", found
+            assert time.process_time() - started < 2
+        elif not at_home:
+            exec(source, namespace)
 
 
 SHOWN = {  # what the last cell of an assignment shows that draws no loss curve of its own
@@ -400,43 +421,50 @@ SHOWN = {  # what the last cell of an assignment shows that draws no loss curve 
 }
 
 
-FEWER_ROWS = """
-import minipeft as mp
-from minipeft.learn.fit import evaluate
-mp.evaluate = lambda model, task, split="test", n=20: evaluate(model, task, split, min(n, 20))
-"""
+@pytest.fixture
+def run_whole(tmp_path, monkeypatch):
+    """A function that runs a solution from top to bottom but for its tests and gives what an expression is then: with
+    twenty steps for sixty or forty, and scores on twenty rows, for it shall run and learn, not arrive."""
+    monkeypatch.setattr(mp, "evaluate", lambda model, task, split="test", n=20: evaluate(model, task, split, min(n, 20)))
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    monkeypatch.chdir(tmp_path)
 
+    def run(name: str, asked: str):
+        namespace: dict = {}
+        for source, tested, at_home in code_of(name):
+            if not tested:
+                exec(re.sub(r"\b[46]0\b", "20", source) if at_home else source, namespace)
+        return eval(asked, namespace)
 
-def run_whole(name: str, asked: str, folder) -> str:
-    """What the solution's notebook prints for one more cell, run from top to bottom: with twenty steps for sixty or
-    forty, and scores on twenty rows, for it shall run and learn, not arrive."""
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(sources()[name], as_version=4)
-    for cell in notebook.cells:
-        if "at-home" in cell.metadata.get("tags", ()):
-            cell.source = re.sub(r"\b[46]0\b", "20", cell.source)
-        cell.metadata.pop("tags", None)  # an error ends this run
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(FEWER_ROWS))
-    notebook.cells.append(nbformat.v4.new_code_cell(f"print({asked})"))
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    return notebook.cells[-1].outputs[0].text
+    return run
 
 
 @pytest.mark.parametrize("name", [name for name in ASSIGNMENTS if name not in SHOWN])
-def test_the_solution_trains_the_pocket_model_with_the_learners_code(name, tmp_path, monkeypatch):
-    """The whole notebook runs, and the curve that it draws falls towards the floor."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # another test runs beside this one
-    last = "history.losses" if name == "lora" else "losses"
-    said = run_whole(name, f"'FELL', {last}[0], sum({last}[-5:]) / 5, task.floor", tmp_path)
-    first, end, floor = (float(v) for v in said.split()[1:])
+def test_the_solution_trains_the_pocket_model_with_the_learners_code(name, run_whole):
+    """Every cell runs, and the curve that they draw falls towards the floor."""
+    losses, floor = run_whole(name, f"({'history.losses' if name == 'lora' else 'losses'}, task.floor)")
+    first, end = losses[0], sum(losses[-5:]) / 5
     assert floor < end < first and end - floor < 0.75 * (first - floor)
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_the_solution_shows_what_it_is_about(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert run_whole(name, f"bool({SHOWN[name]})", tmp_path).strip() == "True"
+def test_the_solution_shows_what_it_is_about(name, run_whole):
+    assert run_whole(name, SHOWN[name])
+
+
+def test_a_solution_runs_in_a_kernel_with_its_tests(tmp_path, monkeypatch):
+    """As a learner has it: the checks show verdicts, the hidden tests are silent, and no cell raises."""
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # another test runs beside this one
+    notebook = nbformat.read(sources()["capstone"], as_version=4)
+    for cell in notebook.cells:
+        cell.metadata.pop("tags", None)  # an error ends this run
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = "".join(str(cell.outputs) for cell in notebook.cells if cell.cell_type == "code")
+    for exercise in exercises()["capstone"].values():
+        assert f"✓ {exercise.name}: correct" in shown
+    assert f"{len(exercises()['capstone'])} of {len(exercises()['capstone'])}" in shown
 
 
 def test_the_classroom_extra_is_not_the_learners():
