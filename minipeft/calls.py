@@ -77,6 +77,8 @@ def _trial(model: nn.Module) -> Iterator[Run | None]:
 
     training, loud = [module for module in model.modules() if module.training], logging.get_verbosity()
     hooks = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
+    recording = "_output_capturing_hooks_installed"  # transformers' note that it has hooks in place, made in a call
+    noted = [module for module, *_ in hooks if vars(module).pop(recording, False)]
 
     def run() -> list[torch.Tensor]:
         with contextlib.suppress(Exception):  # it may want more than its main input
@@ -96,6 +98,9 @@ def _trial(model: nn.Module) -> Iterator[Run | None]:
             module.training = True
         for module, after, before in hooks:
             module._forward_hooks, module._forward_pre_hooks = after, before
+            vars(module).pop(recording, None)
+        for module in noted:
+            setattr(module, recording, True)
 
 
 def _inputs(model: nn.Module, like: torch.Tensor) -> dict[str, torch.Tensor]:

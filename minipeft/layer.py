@@ -106,6 +106,10 @@ class Layer(nn.Module):
         """The parameters that train at another learning rate than the rest, each with its factor."""
         return []
 
+    def reached(self) -> bool:
+        """Whether the gradient of the loss has come here, after a backward pass."""
+        return any(p.grad is not None for p in self.parameters())
+
     def stored(self) -> dict[str, torch.Tensor]:
         """{end of the key: numbers} in an adapter file; see `minipeft.files`."""
         raise ValueError(f"A {type(self).__name__} has no file format, so it cannot be saved.")

@@ -247,11 +247,13 @@ def _shorthand(model: nn.Module, matrices: dict[str, nn.Module], name: str) -> l
 
 
 def _gates(model: nn.Module, matrices: dict[str, nn.Module]) -> list[str]:
-    """The layers by which a mixture chooses its experts, and layers of a transformers model with a single output."""
+    """The layers by which a mixture chooses its experts, or Gemma-3n's AltUp mixes its few streams, and layers of a
+    transformers model with a single output."""
     inside = tuple(f"{path}." if path else "" for path in mixtures(model))
     chooses = re.compile(r".*(router|gate)(\.\w+)?", re.IGNORECASE)
     single = [p for p, m in matrices.items() if hasattr(model, "config") and Target(p, m, 0, 0).width == 1]
-    return [p for p in matrices if inside and p.startswith(inside) and chooses.fullmatch(p)] + single
+    mixes = tuple(f"{path}." for path, module in model.named_modules() if type(module).__name__.endswith("AltUp"))
+    return [p for p in matrices if (p.startswith(inside) and chooses.fullmatch(p)) or p.startswith(mixes)] + single
 
 
 def _parse(pattern: str) -> tuple[str, int, int]:

@@ -151,3 +151,15 @@ def test_adalora_s_schedule_goes_on_over_runs(runs):
     for step in range(1, sum(runs) + 1):
         budgets.append(method.budget(min(step, 6), layers) if step > 1 else 4 * layers)
     assert seen == budgets[: len(seen)] and seen[-1] == 2 * layers
+
+
+def test_adalora_gives_nothing_to_a_place_that_the_loss_never_reaches():
+    """Its penalty alone moves P and Q there, which is no importance; the first step says which place it is."""
+    base = mp.load("pocket")[0]
+    base.model.layers[-1].mlp.act_fn.register_forward_hook(lambda *call: call[-1].detach())  # of what gate_proj gives
+    method = mp.AdaLoRA(rank=1, initial_rank=2, steps=6, warmup=1, final=2, targets=["gate_proj"])
+    tuned = attach(base, method)
+    with pytest.warns(UserWarning, match="1 of 4 places got no gradient in the first step, '.*3.mlp.gate_proj'"):
+        mp.fit(tuned, mp.world.pirate(), steps=6, batch=2, progress=False)
+    kept = ranks(tuned)
+    assert kept["model.layers.3.mlp.gate_proj"] == 0 and sum(kept.values()) == 4

@@ -10,6 +10,7 @@ import re
 import pytest
 import tiny
 import torch
+import transformers
 from architectures import ARCHITECTURES
 
 import minipeft as mp
@@ -202,6 +203,26 @@ def test_what_is_left_out_may_be_too_small(kind):
     with tiny.untouched(model), pytest.raises(ValueError, match="rank=.*dt_proj"):
         attach(model, dataclasses.replace(method, targets=["dt_proj"]))
     assert len(attach(model, method).layers()) == 6
+
+
+def test_a_model_that_records_its_hidden_states_goes_on_doing_so():
+    """transformers puts its recorders in place in the first call, which here is the trial of `attach`."""
+    model = tiny.llama()
+    model.config.output_hidden_states = True
+    tuned = attach(model, mp.LoRA(rank=2))
+    assert len(tuned(**tiny.batch(model)).hidden_states) == 1 + model.config.num_hidden_layers
+
+
+def test_all_linear_leaves_the_mixer_of_streams_alone():
+    """Gemma-3n's AltUp reads its small matrices in ways of its own."""
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=61, vocab_size_per_layer_input=61, hidden_size=16, hidden_size_per_layer_input=8,
+        num_hidden_layers=2, intermediate_size=[24, 24], num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        laurel_rank=4, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    tuned = attach(transformers.Gemma3nForCausalLM(config), mp.LoRA(rank=2))
+    assert tuned.layers() and not [layer.path for layer in tuned.layers() if ".altup." in layer.path]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

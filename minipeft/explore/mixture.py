@@ -28,9 +28,7 @@ class MixtureExplorer(SliderPlot):
         for name, value in dict(start).items():
             if name not in tuned.adapters or not -1 <= value <= 2:
                 known = list(tuned.adapters)
-                raise ValueError(
-                    f"start gives {name!r} the weight {value!r}; it takes −1 to 2 of each of {known}."
-                )
+                raise ValueError(f"start gives {name!r} the weight {value!r}; it takes −1 to 2 of each of {known}.")
         self.tuned, self.tasks, self.n = tuned, dict(tasks), n
         self.known: dict[tuple, dict[str, float]] = {}
         self.written: dict[tuple, str] = {}

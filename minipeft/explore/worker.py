@@ -23,7 +23,6 @@ from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-
 SILENCE = 600.0  # seconds without a word from the process, after which it is taken for dead
 AGAIN = 1.0  # seconds after which a cancelled job that went on is interrupted once more
 

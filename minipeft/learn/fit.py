@@ -260,8 +260,8 @@ def _step(model, inputs, optimizer, objective: Objective = own_loss) -> float:
 
 def _warn_of_idle(layers: list[Layer]) -> None:
     """Says which layers the first step has not reached."""
-    learning = {layer.path: [p for p in layer.parameters() if p.requires_grad] for layer in layers}
-    idle = [path for path, numbers in learning.items() if numbers and all(p.grad is None for p in numbers)]
+    learning = {layer.path: layer for layer in layers if any(p.requires_grad for p in layer.parameters())}
+    idle = [path for path, layer in learning.items() if not layer.reached()]
     if idle:
         warnings.warn(
             f"{len(idle)} of {len(learning)} places got no gradient in the first step, {idle[0]!r} for one: the loss "

@@ -190,9 +190,17 @@ class AdaLoRALayer(WeightLayer):
                 spread.copy_(b2 * spread + (1 - b2) * (now - smooth).abs())
 
     def importance(self) -> torch.Tensor:
-        """S = s(λ) + mean s(column of P) + mean s(row of Q) of each triplet, (r,), with s = Ī·Ū (Eq. 7, 11)."""
+        """S = s(λ) + mean s(column of P) + mean s(row of Q) of each triplet, (r,), with s = Ī·Ū (Eq. 7, 11).
+
+        Zero where the loss has never been: there, P and Q have the penalty's gradient alone, and λ none.
+        """
+        if not self.sensitivity_lam.any():
+            return torch.zeros_like(self.lam.flatten())
         s = {n: getattr(self, f"sensitivity_{n}") * getattr(self, f"uncertainty_{n}") for n in ("P", "lam", "Q")}
         return s["lam"].flatten() + (s["Q"].mean(1) + s["P"].mean(0))
+
+    def reached(self) -> bool:
+        return self.lam.grad is not None  # the penalty's gradient comes to P and Q alone
 
     def prune(self) -> None:
         self.lam.data[~self.kept] = 0.0

@@ -425,7 +425,9 @@ SHOWN = {  # what the last cell of an assignment shows that draws no loss curve 
 def run_whole(tmp_path, monkeypatch):
     """A function that runs a solution from top to bottom but for its tests and gives what an expression is then: with
     twenty steps for sixty or forty, and scores on twenty rows, for it shall run and learn, not arrive."""
-    monkeypatch.setattr(mp, "evaluate", lambda model, task, split="test", n=20: evaluate(model, task, split, min(n, 20)))
+    monkeypatch.setattr(
+        mp, "evaluate", lambda model, task, split="test", n=20: evaluate(model, task, split, min(n, 20))
+    )
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     monkeypatch.chdir(tmp_path)
 
