@@ -125,8 +125,8 @@ def measure(tell: Callable[[str], object] = print) -> dict:
 
 
 def board() -> dict[str, dict]:
-    """{method: {"rate", "accuracy": [a seed each], "macro-F1": […], "searched": {rate: validation loss}}}; "ECE",
-    "bins" and "wrong" too, a seed each, where all runs of the method kept them."""
+    """{method: {"rate", "accuracy": [a seed each], "macro-F1", "ECE", "bins" and "wrong" as well, "searched": {rate:
+    validation loss}}}."""
     runs = json.loads(FILE.read_text(encoding="utf-8"))["runs"].values()
     found = {}
     for name in METHODS:
@@ -134,20 +134,15 @@ def board() -> dict[str, dict]:
         scored = [each for each in own if each["seed"] != SEARCH_SEED]
         found[name] = {
             "rate": scored[0]["rate"],
-            **{
-                figure: [each[figure] for each in scored]
-                for figure in ("accuracy", "macro-F1", "ECE", "bins", "wrong")
-                if all(figure in each for each in scored)
-            },
+            **{key: [each[key] for each in scored] for key in ("accuracy", "macro-F1", "ECE", "bins", "wrong")},
             "searched": {each["rate"]: each["validation loss"] for each in own if each["seed"] == SEARCH_SEED},
         }
     return found
 
 
 def hard(least: float = 0.9) -> dict[int, float]:
-    """{number of a test sentence: the share of runs that got it wrong}, the hardest first, down to `least`; every
-    method that kept what its runs got wrong counts."""
-    wrong = [run for found in board().values() for run in found.get("wrong", ())]
+    """{number of a test sentence: the share of runs that got it wrong}, the hardest first, down to `least`."""
+    wrong = [run for found in board().values() for run in found["wrong"]]
     missed = Counter(i for run in wrong for i in run)
     ranked = sorted(missed.items(), key=lambda each: (-each[1], each[0]))
     return {i: n / len(wrong) for i, n in ranked if n >= least * len(wrong)}
