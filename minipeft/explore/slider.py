@@ -89,8 +89,9 @@ class SliderPlot:
             text = self.draw(self.figure, **self.values)
             buffer = io.BytesIO()
             self.figure.savefig(buffer, format="png", dpi=self.dpi if sharp else 100)
-            self.image.value = buffer.getvalue()
-            self.image.tooltip = self._said()  # the name of the picture for whoever does not see it
+            with self.image.hold_sync():  # one message, so that a picture never has another one's name
+                self.image.value = buffer.getvalue()
+                self.image.tooltip = self._said()  # for whoever does not see it
             self.text.value = text or ""
 
     def finish(self) -> None:
