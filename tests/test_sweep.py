@@ -20,7 +20,6 @@ import pytest
 
 import minipeft as mp
 from minipeft.course import atlas
-from minipeft.learn import grid as g
 from minipeft.learn import sweep as s
 from minipeft.learn.protocol import SEARCH_SEED
 
@@ -116,7 +115,7 @@ def test_mistakes_are_said(make, message):
 
 
 def test_the_grid_has_more_than_1500_runs_and_the_explorers_own():
-    points = g.grid()
+    points = s.grid()
     assert len(points) == len(set(points)) >= 1500
     from minipeft.explore import training
 
@@ -148,7 +147,7 @@ def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():
     assert about["runs"] == len(runs) and about["seeds"] == sorted(set(runs.seed) - {SEARCH_SEED})
     assert {"date", "torch", "device", "seconds"} <= about.keys() and about["date"] in atlas.describe(runs)
     lora = partial(mp.LoRA, gamma=2.0)
-    points = g.grid()
+    points = s.grid()
     assert [tuple(row) for row in runs[list(vars(points[0]))].itertuples(index=False)] == [
         tuple(vars(p).values()) for p in points
     ], "every run of the grid, and no other"
@@ -162,7 +161,7 @@ def test_learning_rates_are_tried_until_more_or_less_brings_nothing():
     """Where validation rows choose, the best rate lies inside, and it is the one that the grid names. The older runs'
     best has tried neighbours on both sides, or the one that it has is as good, to 0.05 nats."""
     runs = atlas.load()
-    for method, settings, task, (least, best, largest) in g.searched():
+    for method, settings, task, (least, best, largest) in s.searched():
         found = atlas.all_of(runs, task, s.method_of(method, json.dumps(settings)))
         search = found[found.seed == SEARCH_SEED].set_index("lr").sort_index()
         assert (search.index[0], search.index[-1]) == (least, largest) and least < best < largest
@@ -182,7 +181,7 @@ def test_learning_rates_are_tried_until_more_or_less_brings_nothing():
 def test_an_explorer_finds_the_runs_of_every_gamma():
     found, _ = atlas.measured()
     runs = atlas.load()
-    for rank, each in g.GAMMAS.items():
+    for rank, each in s.GAMMAS.items():
         for gamma, (least, best, largest) in each.items():
             method = mp.LoRA(rank=rank, gamma=gamma)
             several = found[repr(method), "pirate", best][1]

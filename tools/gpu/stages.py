@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 
 import minipeft as mp
 from minipeft.analyze import memory as memory_of
-from minipeft.learn.grid import grid
 from minipeft.learn.rows import collate, encode
-from minipeft.learn.sweep import collect, sweep
+from minipeft.learn.sweep import collect, grid, sweep
 from minipeft.methods import METHODS
 from minipeft.world import base, tasks
 

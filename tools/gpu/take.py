@@ -13,8 +13,7 @@ import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 
 from minipeft.course import atlas  # noqa: E402
-from minipeft.learn.grid import grid  # noqa: E402
-from minipeft.learn.sweep import Point  # noqa: E402
+from minipeft.learn.sweep import Point, grid  # noqa: E402
 from minipeft.whole import write_whole  # noqa: E402
 from minipeft.world import base  # noqa: E402
 
