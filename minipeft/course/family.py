@@ -1,21 +1,27 @@
-"""The LoRA family on equal terms, measured once and shipped: `python -m minipeft.course.family`.
+"""The LoRA family on equal terms, measured once and shipped:
 
-Every method trains the pocket model on the same 60 batches of the pirate task. Its learning rate is the best of a row,
-half a decade apart, that is widened with seed 0 until the best is not at its end; seeds 1 and 2 follow at that rate.
+    python -m minipeft.course.family --folder runs
+
+Every method trains the pocket model on 60 batches of 16 texts of the pirate task. Its learning rate is the best of a
+row, half a decade apart, on validation rows and with a seed that reports nothing; the row grows until the best lies
+inside. Five other seeds report at that rate. Seed 0 runs all rates of the row besides, to be looked at: it chooses
+nothing. A finished run has a small file in the folder, so whoever kills the script starts it again and it goes on.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 from minipeft.attach import attach
+from minipeft.course.notes import Notes
 from minipeft.layer import Method
 from minipeft.learn.fit import evaluate, fit
+from minipeft.learn.protocol import SEARCH_SEED, SEEDS, best_rate
 from minipeft.methods.adalora import AdaLoRA, ranks
 from minipeft.methods.dora import DoRA
 from minipeft.methods.ia3 import IA3
@@ -23,10 +29,11 @@ from minipeft.methods.lora import LoRA
 from minipeft.methods.projected import ProjectedLoRA
 from minipeft.methods.select import BitFit, Full
 from minipeft.methods.vera import VeRA
+from minipeft.whole import write_whole
 
 FILE = Path(__file__).with_name("family.json")
-STEPS, SEEDS, ROWS = 60, (0, 1, 2), 200
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+STEPS, ROWS = 60, 200
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the picture; the search begins with the three in the middle
 METHODS: dict[str, Method] = {
     "full fine-tuning": Full(),
     "LoRA r=8": LoRA(rank=8),
@@ -48,7 +55,9 @@ BUDGETS = (1, 2, 4, 8)  # AdaLoRA's average rank in the end; it starts at half a
 
 
 def run(method: Method, lr: float, seed: int, watch: Callable | None = None) -> dict:
-    """Train once and score: {lr, seed, loss, trainable}; loss in nats a held-out token, None if it diverged."""
+    """Train once and score: {lr, seed, trainable, loss}, the loss in nats a token of 200 test texts, None if it
+    diverged. `SEARCH_SEED` is scored on 200 validation texts instead, under "valid"."""
+    from minipeft.learn.sweep import validated
     from minipeft.world import load, pirate
 
     task = pirate()
@@ -59,32 +68,29 @@ def run(method: Method, lr: float, seed: int, watch: Callable | None = None) -> 
             watch(step, tuned)
 
     history = fit(tuned, task, steps=STEPS, lr=lr, seed=seed, callback=callback, progress=False)
-    loss = evaluate(tuned, task, n=ROWS).loss if history.stopped == "finished" else None
-    return {"lr": lr, "seed": seed, "loss": loss, "trainable": tuned.count().trainable}
+    about, finished = {"lr": lr, "seed": seed, "trainable": tuned.count().trainable}, history.stopped == "finished"
+    if seed == SEARCH_SEED:
+        return about | {"valid": validated(tuned, "pirate") if finished else None}
+    return about | {"loss": evaluate(tuned, task, n=ROWS).loss if finished else None}
 
 
-def at_best_rate(method: Method) -> list[dict]:
-    """The runs of a sweep: seed 0 over the grid, widened while the best is at an end, then the other seeds."""
-    rates = list(RATES)
-    runs = {lr: run(method, lr, 0) for lr in rates}
+def at_best_rate(name: str, notes: Notes) -> list[dict]:
+    """The runs of a sweep: `SEARCH_SEED` until its best rate lies inside, seed 0 at all, the others at the best."""
 
-    def score(lr: float) -> float:
-        return float("inf") if runs[lr]["loss"] is None else runs[lr]["loss"]
+    def once(lr: float, seed: int) -> dict:
+        return notes.get(f"{name} rate {lr:g} seed {seed}", lambda: run(METHODS[name], lr, seed))
 
-    while (best := min(rates, key=score)) in (rates[0], rates[-1]) and 1e-5 < best < 10:
-        lower = best == rates[0]
-        mantissa, exponent = f"{best:.0e}".split("e")  # 1 or 3 times a power of ten: half a decade down or up
-        new = float(f"3e{int(exponent) - lower}" if mantissa == "1" else f"1e{int(exponent) + 1 - lower}")
-        rates.insert(0, new) if lower else rates.append(new)
-        runs[new] = run(method, new, 0)
-    return [runs[lr] for lr in rates] + [run(method, best, seed) for seed in SEEDS[1:]]
+    best, tried = best_rate(lambda lr: once(lr, SEARCH_SEED)["valid"], RATES[1:-1])
+    row = [once(lr, SEEDS[0]) for lr in sorted({*RATES, *tried})]
+    return [once(lr, SEARCH_SEED) for lr in tried] + row + [once(best, seed) for seed in SEEDS[1:]]
 
 
 def best_of(runs: list[dict]) -> list[dict]:
-    """The runs at the best rate, one for each seed."""
-    finished = [each for each in runs if each["loss"] is not None and each["seed"] == 0]
-    lr = min(finished, key=lambda each: each["loss"])["lr"]
-    return [each for each in runs if each["lr"] == lr]
+    """The runs that report at the best rate, in the order of their seeds."""
+    tried = {each["lr"]: each["valid"] for each in runs if each["seed"] == SEARCH_SEED and each["valid"] is not None}
+    lr = min(tried, key=tried.get)
+    reported = (each for each in runs if each["lr"] == lr and each["seed"] != SEARCH_SEED)
+    return sorted(reported, key=lambda each: each["seed"])
 
 
 def watch_ranks(budget: int, lr: float) -> dict:
@@ -99,33 +105,29 @@ def watch_ranks(budget: int, lr: float) -> dict:
     return result | {"steps": list(seen), "ranks": list(seen.values())}
 
 
-def measure(report: Callable[[str], object] = print) -> dict:
+def measure(notes: Notes) -> dict:
     import torch
 
     from minipeft.world import load, pirate
 
     torch.set_num_threads(1)
-    model, _ = load("pocket")
-    task, started, sweeps = pirate(), time.perf_counter(), {}
-    for name, method in METHODS.items():
-        sweeps[name] = at_best_rate(method)
-        best = best_of(sweeps[name])
-        report(f"{name}: lr {best[0]['lr']:g}, {[each['loss'] for each in best]}")
+    task = pirate()
+    sweeps = {name: at_best_rate(name, notes) for name in METHODS}
     lr = best_of(sweeps["AdaLoRA 12→8"])[0]["lr"]
-    layers = list(ranks(attach(load("pocket")[0], AdaLoRA(rank=1))))
+    pruned = {str(n): notes.get(f"budget {n} rate {lr:g}", lambda n=n: watch_ranks(n, lr)) for n in BUDGETS}
+    before = evaluate(load("pocket")[0], task, n=ROWS).loss
     return {
         "task": f"pirate: {STEPS} steps of 16 texts, test loss over {ROWS} texts in nats a token",
         "floor": task.floor,
-        "before": evaluate(model, task, n=ROWS).loss,
+        "before": before,
         "sweeps": sweeps,
-        "layers": layers,
-        "budgets": {str(budget): watch_ranks(budget, lr) for budget in BUDGETS},
+        "layers": list(ranks(attach(load("pocket")[0], AdaLoRA(rank=1)))),
+        "budgets": pruned,
         "measured": {
             "device": "CPU, 1 thread",
             "torch": torch.__version__,
             "python": platform.python_version(),
             "date": date.today().isoformat(),
-            "wall time in seconds": round(time.perf_counter() - started),
         },
     }
 
@@ -136,4 +138,7 @@ def measured() -> dict:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where each finished run is kept")
+    notes = Notes(parser.parse_args().folder, lambda text: print(text, flush=True))
+    write_whole(FILE, json.dumps(measure(notes), indent=1, ensure_ascii=False) + "\n")

@@ -135,6 +135,15 @@ def row_losses(model, task: tasks.Task, rows) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat(nats), torch.cat(tokens)
 
 
+def validated(model, name: str) -> float | None:
+    """The loss of a model on `validation(name)`, in nats a token, which may choose a rate; None where there is none."""
+    rows = validation(name)
+    if rows is None:
+        return None
+    nats, tokens = row_losses(model, task_of(name), rows)
+    return (nats.sum() / tokens.sum()).item()
+
+
 @cache
 def _pocket(device: str):
     return base.load("pocket")[0].to(device)
@@ -164,8 +173,7 @@ def run(point: Point, device: str = "cpu") -> dict:
             score = evaluate(tuned, task, n=None if task.bits else 100)
             nats, tokens = row_losses(tuned, task, task.data["test"].select(range(score.n)))
             _, error = base.excess(nats, tokens, torch.zeros(score.n))
-            held = validation(point.task)
-            valid = None if held is None else [part.sum() for part in row_losses(tuned, task, held)]
+            valid = validated(tuned, point.task)
             plain = evaluate(tuned, tasks.plain(), n=50)
             known = history.stopped == "finished" and all(type(la).delta is not Layer.delta for la in tuned.layers())
             found = list(spectra(tuned).values()) if known else []
@@ -182,7 +190,7 @@ def run(point: Point, device: str = "cpu") -> dict:
         "loss": score.loss,
         "loss_se": error,
         "n": score.n,
-        "valid_loss": None if valid is None else (valid[0] / valid[1]).item(),
+        "valid_loss": valid,
         "accuracy": score.accuracy,
         "plain_loss": plain.loss,
         "train_loss": statistics.fmean(history.losses[-10:]) if history.losses else None,
