@@ -3,16 +3,14 @@ file is run again; see `minipeft/learn/flower.py`."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
-import tempfile
 from importlib import util
 from pathlib import Path
 
 import pytest
 import tiny
+from processes import ended
 
 import minipeft as mp
 from minipeft.learn.federated import Client, federate
@@ -43,18 +41,7 @@ if util.find_spec("flwr") is None:
             pytest.skip("Flower is not installed: run bash tools/setup.sh flower, which needs a network once")
         command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-m", marker, __file__]
         settings = os.environ | {"PYTHONPATH": str(ROOT)}
-        with tempfile.TemporaryFile("w+") as said:  # no pipe: Ray's own processes would hold it open after the end
-            run = subprocess.Popen(
-                command, cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, stdout=said, start_new_session=True
-            )
-            try:
-                run.wait(seconds)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(run.pid, signal.SIGKILL)
-                run.wait(10)
-            said.seek(0)
-            return said.read()[-6000:]
+        return ended(command, seconds, cwd=ROOT, env=settings)[1][-6000:]
 
     @pytest.mark.slow
     def test_strategy_and_apps_in_an_environment_of_its_own():

@@ -1,0 +1,30 @@
+"""How a test runs a program that starts others: it ends in bounded time, and so does whatever it has started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+
+
+def ended(command: list, seconds: float, **how) -> tuple[int, str]:
+    """(status, what it said on both streams). Raises subprocess.TimeoutExpired with what it had said until then.
+
+    The words go into a file: a pipe would be held open by processes that live on when the program is killed.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
+        run = subprocess.Popen(command, start_new_session=True, **streams, **how)
+        try:
+            run.wait(seconds)
+        except subprocess.TimeoutExpired as late:
+            said.seek(0)
+            raise subprocess.TimeoutExpired(late.cmd, seconds, said.read()[-6000:]) from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait(10)
+        said.seek(0)
+        return run.returncode, said.read()
