@@ -1,16 +1,15 @@
-"""Run by torchrun: the training of `tools/scale/ddp.py` in each of its ways, in the same two processes."""
+"""Run by torchrun: `tools/scale/ddp.py` as often as there are ways to call it, in the same two processes."""
 
-import json
 import runpy
 import sys
 
 import torch.distributed as dist
 
-script, steps, batch, lr = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-train = runpy.run_path(script)["train"]
+_, script, ways, *options = sys.argv
 dist.init_process_group("gloo")
-for shard, accelerate in ((False, False), (True, False), (False, True)):
-    losses = train(steps, batch, lr, None, shard, accelerate)
-    if dist.get_rank() == 0:
-        print(json.dumps({"processes": dist.get_world_size(), "losses": losses}), flush=True)
-dist.destroy_process_group()
+leave = dist.destroy_process_group
+dist.init_process_group = dist.destroy_process_group = lambda *_: None  # a second group in one process may never form
+for way in ways.split(","):
+    sys.argv = [script, *options, *filter(None, [way])]
+    runpy.run_path(script, run_name="__main__")
+leave()

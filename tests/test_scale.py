@@ -33,7 +33,7 @@ def test_two_processes_learn_what_one_does():
     process holds a share of the weights only, and under accelerate."""
     import minipeft as mp
 
-    ways = printed("tests/scale_ways.py", "tools/scale/ddp.py", str(STEPS), str(BATCH), str(LR))
+    ways = printed("tests/scale_ways.py", "tools/scale/ddp.py", ",--shard,--accelerate", *OPTIONS)
     assert [count for count, _ in ways] == [2, 2, 2]
     tuned = mp.attach(mp.load("pocket")[0], mp.LoRA(rank=8))
     alone = mp.fit(tuned, mp.world.pirate(), steps=STEPS, batch=BATCH, lr=LR, progress=False)
