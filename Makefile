@@ -29,8 +29,10 @@ lab: ## open a copy of the course of your own, my/, in JupyterLab
 		--ServerApp.port_retries=0 --LabApp.default_url=/lab/tree/my/notebooks/00_start_here.ipynb \
 		$$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LABFLAGS)
 
-# Two processes, each with whole files and one thread: what takes long comes first, so that both end together.
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes, each with whole files and one thread: what takes long comes first, so that both end together. One that
+# dies is started again, but not without end.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart 2
 
 test: ## lint, tests, and every lesson executed and compared with its committed outputs
 	@bash tools/setup.sh real,test,classroom,book
