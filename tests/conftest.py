@@ -32,8 +32,8 @@ def kills(request: pytest.FixtureRequest) -> int:
 
 
 SLOW = """
-    add_a_method advice base benchmarks beyond corpus distill doctor explore export federated fit gpu_kit kills memory
-    mine notebook_tools policy real robust server stream tasks yours
+    add_a_method advice base benchmarks beyond corpus distill doctor entries explore export federated fit gpu_kit
+    kills memory mine notebook_tools policy real robust server setup stream sweep tasks worker yours
 """.split()  # test files that train, start processes or read real texts throughout
 
 
