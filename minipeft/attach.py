@@ -95,7 +95,11 @@ class Tuned(StandIn):
 
     def generate(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
         """The base's generate, with the same `adapters`: one for each prompt, however many beams or samples."""
-        with generating(self.base, self._front) if adapters is None else self._per_row(adapters, args, kwargs, copies):
+        if adapters is None:
+            chosen = generating(self.base, self._front)
+        else:
+            chosen = self._per_row(adapters, args, kwargs, copies(self.base, kwargs))
+        with chosen:
             return self.base.generate(*args, **kwargs)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
@@ -433,11 +437,11 @@ class Tuned(StandIn):
             return broken_ties(self.base, self._merged or {})
 
     @contextlib.contextmanager
-    def _per_row(self, adapters: Sequence[str | None], args: tuple, kwargs: dict, copies=lambda *_: 1):
+    def _per_row(self, adapters: Sequence[str | None], args: tuple, kwargs: dict, times: int = 1):
         self.check_open("choosing adapters per row")
         check_rows(self.base, adapters, self.adapters, args, kwargs)
         self._known([name for name in adapters if name is not None])
-        self._state.rows[threading.get_ident()] = rows_of(adapters, copies(self.base, kwargs))
+        self._state.rows[threading.get_ident()] = rows_of(adapters, times)
         self._refresh()
         try:
             yield

@@ -25,11 +25,10 @@ class Rows(NamedTuple):
 
 
 def rows_of(adapters: Sequence[str | None], copies: int = 1) -> Rows:
-    found: dict[str, list[int]] = {}
-    for i, name in enumerate(adapters):
-        found.setdefault(name, []).append(i)
-    found.pop(None, None)  # rows of the bare base
-    return Rows(len(adapters), {name: torch.tensor(own) for name, own in found.items()}, copies)
+    """The choice that a list with a name, or None for the bare base, for each row makes."""
+    names = dict.fromkeys(name for name in adapters if name is not None)
+    own = {name: torch.tensor([i for i, each in enumerate(adapters) if each == name]) for name in names}
+    return Rows(len(adapters), own, copies)
 
 
 class State:
@@ -93,7 +92,8 @@ class Seat:
             )
         times = x.shape[0] // rows.batch
         for name, own in rows.of.items():
-            own = (own[:, None] * times + torch.arange(times)).flatten().to(output.device)
+            own = own if times == 1 else (own[:, None] * times + torch.arange(times)).flatten()
+            own = own.to(output.device)
             for _, after in self.layers.get(name, ()):
                 output = output.index_copy(0, own, after(output[own], x[own], plain[own]))
         return output
@@ -243,9 +243,10 @@ def check_rows(
 
 def copies(base: nn.Module, kwargs: Mapping[str, object]) -> int:
     """How many rows `generate`, called with these arguments, makes of each prompt: its beams or samples."""
-    asked = (kwargs, vars(kwargs.get("generation_config") or object), vars(base.generation_config))
-    said = ([each[name] for each in asked if each.get(name)] for name in ("num_beams", "num_return_sequences"))
-    return max(found[0] if found else 1 for found in said)
+    given = kwargs.get("generation_config")
+    said = {} if given is None else {name: value for name, value in vars(given).items() if value is not None}
+    asked = vars(base.generation_config) | said | kwargs
+    return max(asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1)
 
 
 def forget(module: nn.Module, owners: set[int]) -> None:

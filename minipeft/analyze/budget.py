@@ -314,6 +314,11 @@ def safetensors_bytes(tensors: dict[str, tuple[int, ...]]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Multiply-adds
 # ---------------------------------------------------------------------------------------------------------------------
+def check_counts(least: int = 1, **counts: int) -> None:
+    for name, number in counts.items():
+        check_whole(name, number, least)
+
+
 def step_share(d_in: int, d_out: int, rank: float) -> float:
     """The multiply-adds of a LoRA step on one linear layer, as a share of full fine-tuning's, for each token.
 
@@ -321,8 +326,7 @@ def step_share(d_in: int, d_out: int, rank: float) -> float:
         (2·d_in·d_out + 3·r·(d_in + d_out)) / (3·d_in·d_out),   for a square layer 2/3 + 2r/N
     Attention's own products (queries with keys, weights with values) are the same for both and left out.
     """
-    for name, number in {"d_in": d_in, "d_out": d_out}.items():
-        check_whole(name, number)
+    check_counts(d_in=d_in, d_out=d_out)
     if not rank > 0:
         raise ValueError(
             f"rank={rank!r} is not a positive number; between whole ranks it says where a step breaks even."
@@ -332,8 +336,7 @@ def step_share(d_in: int, d_out: int, rank: float) -> float:
 
 def break_even_rank(d_in: int, d_out: int) -> float:
     """The rank at which a LoRA step costs as much as a full one: d_in·d_out / (3·(d_in + d_out)), N/6 for a square."""
-    for name, number in {"d_in": d_in, "d_out": d_out}.items():
-        check_whole(name, number)
+    check_counts(d_in=d_in, d_out=d_out)
     return d_in * d_out / (3 * (d_in + d_out))
 
 
@@ -365,8 +368,7 @@ def multiply_adds(model, method: Method | Sequence[Method] | None, rows: int = 1
 
     from minipeft.methods.select import Full
 
-    for name, number in {"rows": rows, "length": length}.items():
-        check_whole(name, number)
+    check_counts(rows=rows, length=length)
     module = on_meta(model)
     config = getattr(module, "config", None)
     if next(module.parameters()).is_meta and getattr(config, "_experts_implementation", None) == "grouped_mm":
@@ -411,8 +413,7 @@ def training_bytes(
     Raises ValueError for an unknown name, for counts that are none or do not go together, and for training the base's
     own numbers in 8 or 4 bits.
     """
-    for name, number in {"base": base, "trainable": trainable, "added": added}.items():
-        check_whole(name, number, least=0)
+    check_counts(0, base=base, trainable=trainable, added=added)
     if precision not in PRECISIONS or optimizer not in MOMENTS:
         raise ValueError(
             f"precision={precision!r} must be one of {', '.join(PRECISIONS)}, and optimizer={optimizer!r} one of "

@@ -18,7 +18,7 @@ from minipeft.course.verdict import CORRECT, Shown
 
 TRIES = 10
 # what a solution's cell holds beside the answer: nbgrader's marks, and behind them what ends the stub
-MARKS = r"^ *### BEGIN SOLUTION\n|^( *return\n)? *### END SOLUTION\n?( *raise NotImplementedError\(.*\)\n?)?"
+MARKS = r"^ *### BEGIN SOLUTION\n|^( *return\n)? *### END SOLUTION\n?( *raise \w+\(.*\)\n?)?"
 
 
 def folds(name: str, now: Standing) -> Shown:
