@@ -14,6 +14,7 @@ import time
 import pytest
 import tiny
 import torch
+from transformers.utils import logging
 
 from minipeft.attach import attach
 from minipeft.methods.lora import LoRA
@@ -46,6 +47,7 @@ def killed(work, seconds: float) -> None:
 
 
 def forever(work) -> None:
+    logging.disable_progress_bar()  # its lock is one for both processes, and whoever dies with it holds it for ever
     for turn in range(10**9):
         work(turn)
 
