@@ -4,7 +4,7 @@
     atlas.best(runs, "pirate", mp.LoRA(rank=8, gamma=2.0))      # at its best learning rate, over the seeds
     runs.attrs["provenance"]        # versions, device, seeds, date, wall time
 
-It was made by `python -m minipeft.learn.sweep --folder runs --out minipeft/course/atlas.parquet --workers 2`, and
+It was made by `python -m minipeft.course.grid --folder runs --out minipeft/course/atlas.parquet --workers 2`, and
 `python -m minipeft.course.atlas --rerun 20 --seed 1` runs twenty of its points again and compares.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minipeft.layer import Method
 from minipeft.learn.protocol import SEARCH_SEED
-from minipeft.learn.sweep import Point, method_of, run
+from minipeft.learn.sweep import Point, method_of, run, task_of
 
 PATH = Path(__file__).with_name("atlas.parquet")
 
@@ -38,7 +38,7 @@ def load(path: str | os.PathLike = PATH):
         provenance = json.loads(table.schema.metadata[b"provenance"])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
         raise ValueError(
-            f"{str(path)!r} is no atlas ({error}); `python -m minipeft.learn.sweep` writes one."
+            f"{str(path)!r} is no atlas ({error}); `python -m minipeft.course.grid` writes one."
         ) from error
     runs = table.to_pandas()
     names = {which: repr(method_of(*which)) for which in set(zip(runs.method, runs.settings, strict=True))}
@@ -109,6 +109,24 @@ def best(runs, task: str, method: Method, **shape):
             f"The atlas has only the run of {method!r} on {task} that chose {lr:g}, and it reports nothing."
         )
     return {"lr": lr} | means.loc[lr].to_dict() | {"chosen on": where}
+
+
+def losses(runs, task: str, method: Method, value: str = "loss", **shape) -> list[float]:
+    """The `value` of each run at the best rate, in the order of the seeds, so that two methods' can be paired."""
+    rows = of(runs, task, method, **shape)
+    return rows[rows.lr == best(runs, task, method, **shape)["lr"]].sort_values("seed")[value].tolist()
+
+
+@cache
+def source(task: str) -> float:
+    """−Σ log p / Σ tokens of what wrote a task's texts, on the 100 rows that the runs are scored on, in nats a token:
+    the least that a model can be expected to reach there. 0 for facts, which can be learnt by heart."""
+    chosen = task_of(task)
+    if chosen.bits:
+        return 0.0
+    rows = chosen.data["test"].select(range(100))
+    said = [row["completion"] if chosen.kind == "answer" else row["text"] for row in rows]
+    return -sum(rows["log_p"]) / sum(len(text.split()) + 1 for text in said)  # every text has an end
 
 
 @cache

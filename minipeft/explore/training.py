@@ -288,9 +288,11 @@ def draw_points(axes, points: dict[str, tuple[int, float]], floor: float | None,
         means = [statistics.fmean(losses) for _, losses in curve]
         spread = [[m - min(losses) for m, (_, losses) in zip(means, curve, strict=True)],
                   [max(losses) - m for m, (_, losses) in zip(means, curve, strict=True)]]  # fmt: skip
+        counts = sorted({len(losses) for _, losses in curve})
+        seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
         axes.errorbar(
             [n for n, _ in curve], means, spread, fmt="s--", color=RED, capsize=3, markersize=4,
-            label=f"atlas, {len(curve[0][1])} seeds",
+            label=f"atlas, {seeds} seeds",
         )  # fmt: skip
     *before, last = points.values() or [None]
     if before:

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 import minipeft as mp
 from minipeft.analyze import memory as memory_of
+from minipeft.course.grid import grid
 from minipeft.learn.rows import collate, encode
-from minipeft.learn.sweep import collect, grid, sweep
+from minipeft.learn.sweep import collect, sweep
 from minipeft.methods import METHODS
 from minipeft.world import base, tasks
 

@@ -13,7 +13,8 @@ import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 
 from minipeft.course import atlas  # noqa: E402
-from minipeft.learn.sweep import Point, grid  # noqa: E402
+from minipeft.course.grid import grid  # noqa: E402
+from minipeft.learn.sweep import Point  # noqa: E402
 from minipeft.whole import write_whole  # noqa: E402
 from minipeft.world import base  # noqa: E402
 
@@ -21,7 +22,7 @@ EXCESS, PARSED = "above the source, story by story, in nats a token", "sampled s
 AGAIN = {
     "pocket": [
         "python -m minipeft.world.base --measure", "python -m minipeft.course.shipped",
-        "python -m minipeft.learn.sweep --folder runs --out minipeft/course/atlas.parquet --workers 2",
+        "python -m minipeft.course.grid --folder runs --out minipeft/course/atlas.parquet --workers 2",
         "python -m minipeft.course.claims --write", "make notebooks", "make test",
     ],
     "desk": ["make test"],

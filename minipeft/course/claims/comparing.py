@@ -59,10 +59,9 @@ def start(task: str) -> dict[str, float]:
     return {"base": evaluate(model, chosen, n=n).loss, "counting": -odds[scored].mean().item()}
 
 
-def losses(task: str, method: Method, value: str = "loss") -> list[float]:
+def losses(task: str, method: Method) -> list[float]:
     """Of a method at its best rate on a task, one a seed, in the order of the seeds."""
-    rows = atlas.of(_runs(), task, method)
-    return rows[rows.lr == atlas.best(_runs(), task, method)["lr"]].sort_values("seed")[value].tolist()
+    return atlas.losses(_runs(), task, method)
 
 
 def rounded(found: Interval) -> list[float]:
@@ -73,7 +72,7 @@ def above(task: str, method: Method, share: float = 0.9) -> list[float]:
     """How far the method's gain lies above `share` of full fine-tuning's: interval over paired seeds, in nats a token.
     A gain is counted from the better of the untrained base and counting words."""
     least = min(start(task).values())
-    pairs = list(zip(losses(task, method), losses(task, Full()), strict=False))
+    pairs = zip(losses(task, method), losses(task, Full()), strict=True)
     return rounded(interval([(least - ours) - share * (least - full) for ours, full in pairs]))
 
 
