@@ -140,7 +140,7 @@ def _one_bit(f: dict) -> str:
 @claim("C17", "One parameter is about one bit", "E §2", "atlas", _one_bit)
 def _() -> dict:
     """Bits a number. As stored, by definition: 32 in float32, 4.127 in NF4. As learnt by heart by LoRA r=1 in the MLPs'
-    last layers, from n facts seen 500 times each (mean of two seeds): a lower bound of what a number can hold. About
+    last layers, from n facts seen 500 times each (mean of five seeds): a lower bound of what a number can hold. About
     one bit means 0.5 to 2; below 0.5 a lower bound decides nothing."""
     from minipeft.methods import nf4
 
