@@ -59,9 +59,7 @@ def lesson(tmp_path):
         nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), path)
         return path
 
-    def lacks(
-        old: str = "", new: str = "", hide: bool = True, back: str = "../../notebooks/02_two.ipynb", more: int = 0
-    ):
+    def lacks(old="", new="", hide=True, back="../../notebooks/02_two.ipynb", more=0, folded=0):
         def text(source: str):
             return nbformat.v4.new_markdown_cell(source.replace(old, new) if old else source)
 
@@ -74,6 +72,7 @@ def lesson(tmp_path):
         for other in ("01_one", "03_three"):
             write(f"notebooks/{other}.ipynb", nbformat.v4.new_markdown_cell(f"# {other}"))
         looked = [*cells[:2], text("## The mechanism"), *cells[2:], *(text("More.") for _ in range(more))]
+        looked += [text("## Going further")] * bool(folded) + [text("### And further") for _ in range(folded)]
         path = write("notebooks/02_two.ipynb", text(OPENING), *looked, text(CLOSING))
         return form.missing(form.Lesson.read(path))
 
@@ -103,6 +102,15 @@ def test_answers_exercises_and_length_are_looked_at(lesson):
     assert lesson(back="../../notebooks/01_one.ipynb") == ["exercise"]
     assert lesson("../exercises/two/two.ipynb", "../notebooks/01_one.ipynb") == ["exercise"]
     assert lesson(more=form.MOST_CELLS - 6) == ["cells"]
+    assert lesson(more=form.MOST_CELLS - 8, folded=50) == []
+    assert lesson(more=form.MOST_CELLS - 7, folded=50) == ["cells"], "the heading itself is seen"
+
+
+def test_what_is_said_to_make_no_sense_is_not_there():
+    for (stem, name), why in form.NOT_HERE.items():
+        lesson = form.Lesson.read(ROOT / "notebooks" / f"{stem}.ipynb")
+        assert why and not form.ELEMENTS[name][1](lesson), (stem, name)
+        assert name not in form.missing(lesson)
 
 
 def test_it_prints_a_row_for_each_lesson_and_says_who_lacks_what(lesson, tmp_path, capsys):
@@ -111,6 +119,21 @@ def test_it_prints_a_row_for_each_lesson_and_says_who_lacks_what(lesson, tmp_pat
     said = capsys.readouterr().out
     assert re.search(r"^02_two +✓.*–.*✓ *$", said, re.MULTILINE)
     assert "three sentences to remember. Missing in 02." in said and "0 of 1 lessons" in said
+
+
+# What lessons lack.
+LACKING = {
+    "01_why_peft": {"source", "cells"},
+    "03_adapters": {"cells"},
+    "06_lora": {"goals", "remember", "cells"},
+    "07_rank_and_svd": {"cells"},
+    "10_lora_vs_full": {"source", "exercise", "cells"},
+}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_no_lesson_lacks_more_than_is_known(path):
+    assert set(form.missing(form.Lesson.read(path))) <= LACKING.get(path.stem, set())
 
 
 LONG = "This " + "very " * 20 + "long sentence ends."

@@ -90,6 +90,26 @@ def test_outputs_are_hidden_from_a_prediction_to_the_next_heading():
     assert notebook.cells[1].metadata.tags == [lessons.WHERE] and notebook.cells[-1].metadata.tags == [lessons.NEXT]
 
 
+def test_going_further_is_folded_to_the_next_section_and_takes_no_minutes():
+    new = nbformat.v4.new_markdown_cell
+    texts = ["# 00 · Start", "## Going further", "### More\n\n" + "word " * 5000, "More.", "## Remember", "That."]
+    notebook = nbformat.v4.new_notebook(cells=[new(each) for each in texts])
+    lessons.signpost(notebook, lessons.LESSONS[0])
+    assert [cell.source for cell in notebook.cells if cell.metadata.get(lessons.FOLDED)] == ["## Going further"]
+    shown = [cell.source for cell in lessons.unfolded(notebook.cells)]
+    assert [each for each in texts if each in shown] == [*texts[:2], *texts[4:]]
+    assert lessons.minutes(notebook.cells) == 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_run_below_what_is_folded(name):
+    """So a learner who leaves it folded misses no name."""
+    cells = read(name).cells
+    shown = {cell.id for cell in lessons.unfolded(cells)}
+    last = max((i for i, cell in enumerate(cells) if cell.id not in shown), default=len(cells))
+    assert not [cell.id for cell in cells[last + 1 :] if cell.cell_type == "code"]
+
+
 def glossary() -> list[list[str]]:
     lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]

@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from minipeft.course.notebooks import WIDGET, execute, normalise
+from minipeft.course.notebooks import WIDGET, execute, normalise, twice
 
 
 def notebook(*sources):
@@ -30,6 +30,17 @@ def test_a_lesson_that_fails_is_left_as_it_was(tmp_path):
     with pytest.raises(CellExecutionError):
         execute(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_every_cell_runs_two_times_over_and_nothing_is_written(tmp_path):
+    path = tmp_path / "lesson.ipynb"
+    nbformat.write(notebook("x = 1", "x += 1", "assert x == 3, x"), path)
+    before = path.read_bytes()
+    twice(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    nbformat.write(notebook("made = []", "assert not made\nmade.append(1)"), path)
+    with pytest.raises(CellExecutionError, match="assert not made"):
+        twice(path)
 
 
 def test_views_and_progress_bars_go_and_pictures_stay():

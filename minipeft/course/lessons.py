@@ -13,6 +13,7 @@ from pathlib import Path
 from minipeft.whole import write_whole
 
 WHERE, NEXT, MAP = "where-you-are", "where-next", "map"  # the tags of the cells that are written from here
+FURTHER, FOLDED = "## Going further", "jp-MarkdownHeadingCollapsed"  # a heading, and what makes JupyterLab fold it
 WEEKEND = ("00", "01", "06", "10", "16", "18")  # the short way through
 WORDS, LINES, KNOB = 130, 12, 3  # read in a minute, of text and of code; minutes that a slider or a prediction takes
 
@@ -121,10 +122,23 @@ LESSONS = (
 KNOBS = re.compile(r"mp\.\w*Explorer\(|mp\.Predict\(|MemoryCalculator\(|mp\.Preferences\(")
 
 
-def minutes(cells) -> int:
-    """How long a lesson takes, to five minutes, by one rule: words, lines of code, sliders and predictions."""
-    total = 0.0
+def unfolded(cells) -> list:
+    """The cells that JupyterLab shows of an opened lesson: all but those between FURTHER and the next `##`."""
+    shown, folded = [], False
     for cell in cells:
+        heading = re.search(r"^##? .*", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
+        starts = heading is not None and heading[0].startswith(FURTHER)
+        folded = folded and heading is None
+        if not folded:
+            shown.append(cell)
+        folded |= starts
+    return shown
+
+
+def minutes(cells) -> int:
+    """How long a lesson takes without what is folded, to five minutes: words, lines of code, sliders, predictions."""
+    total = 0.0
+    for cell in unfolded(cells):
         if set(cell.metadata.get("tags", ())) & {WHERE, NEXT, MAP}:
             continue
         if cell.cell_type == "markdown":
@@ -171,9 +185,9 @@ def of(path: Path) -> Lesson | None:
 
 
 def signpost(notebook, lesson: Lesson) -> None:
-    """Writes both cells of the notebook, and hides what a prediction would have to be made without: the outputs from a
-    `Predict` to the end of its section or, where that has none, of the first with a picture or a table. They come back
-    when their cells are run."""
+    """Writes both cells of the notebook, folds FURTHER, and hides what a prediction would have to be made without: the
+    outputs from a `Predict` to the end of its section or, where that has none, of the first with a picture or a table.
+    They come back when their cells are run."""
     import nbformat
 
     cells = [cell for cell in notebook.cells if not set(cell.metadata.get("tags", ())) & {WHERE, NEXT}]
@@ -185,7 +199,10 @@ def signpost(notebook, lesson: Lesson) -> None:
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
         cell.metadata.pop("jupyter", None)
+        cell.metadata.pop(FOLDED, None)
         if cell.cell_type == "markdown":
+            if cell.source.startswith(FURTHER):
+                cell.metadata[FOLDED] = True
             if re.search(r"^#", cell.source, re.MULTILINE):
                 asked, here = asked and not answered, False
         elif "mp.Predict(" in cell.source:

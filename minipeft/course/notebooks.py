@@ -1,5 +1,7 @@
 """Run every lesson from top to bottom and keep what it shows: `python -m minipeft.course.notebooks [lesson …]`.
 
+`--twice` runs each cell two times over instead, as a learner may, and writes nothing.
+
 The committed lesson is the only source. It is run in a fresh kernel and normalised, so that running it twice gives the
 same file wherever its figures reproduce: cell ids by number, no widget state, no progress bars, no version of Python.
 """
@@ -57,12 +59,9 @@ def execute(path: Path, timeout: int = 600) -> float:
     Raises `nbclient.exceptions.CellExecutionError` when a cell fails; the file is then as it was.
     """
     import nbformat
-    from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    started = time.perf_counter()
-    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
-    seconds = time.perf_counter() - started
+    seconds = _run(notebook, path.parent, timeout)
     normalise(notebook)
     if (lesson := lessons.of(path)) is not None:
         lessons.signpost(notebook, lesson)
@@ -70,17 +69,39 @@ def execute(path: Path, timeout: int = 600) -> float:
     return seconds
 
 
+def twice(path: Path, timeout: int = 600) -> float:
+    """Run each cell of one lesson two times over and write nothing; returns the seconds that it took.
+
+    Raises `nbclient.exceptions.CellExecutionError` when a cell fails, the first time or the second.
+    """
+    import nbformat
+
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = [nbformat.v4.new_code_cell(cell.source) for cell in code for _ in range(2)]
+    return _run(nbformat.v4.new_notebook(cells=cells), path.parent, timeout)
+
+
+def _run(notebook, folder: Path, timeout: int) -> float:
+    from nbclient import NotebookClient
+
+    started = time.perf_counter()
+    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(folder)}}).execute()
+    return time.perf_counter() - started
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "paths", metavar="lesson", nargs="*", type=Path, help="notebook files; all in notebooks/ if none is named"
     )
-    paths = parser.parse_args().paths or sorted(Path("notebooks").glob("*.ipynb"))
+    parser.add_argument("--twice", action="store_true", help="run each cell two times over, and write nothing")
+    options = parser.parse_args()
+    paths = options.paths or sorted(Path("notebooks").glob("*.ipynb"))
     if not paths:
         print("There is no notebook in ./notebooks: run this from the project's root, or name the files.")
         return 1
     for path in paths:
-        print(f"{path}: {execute(path):.0f} s", flush=True)
+        print(f"{path}: {(twice if options.twice else execute)(path):.0f} s", flush=True)
     return 0
 
 
