@@ -87,4 +87,4 @@ def test_the_cell_of_settings_is_the_only_one_to_change(tmp_path, capsys):
     assert "it scores the same: True" in said and "less than 0.0001: True" in said
     card = (scope["adapter"] / "README.md").read_text()
     assert "model-index" in card and f"{scope['after'].loss:.3f}" in card and "no model at all" in card
-    assert json.loads((scope["folder"] / "merged" / "config.json").read_text())["model_type"] == "llama"
+    assert json.loads((scope["adapter"].parent / "merged" / "config.json").read_text())["model_type"] == "llama"

@@ -184,3 +184,20 @@ def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, 
     page.screenshot(path=tmp_path / "restarted.png")
     with capsys.disabled():
         print(f"\nfrom a move to the picture: {', '.join(f'{t:.2f}' for t in waited)} s; pictures in {tmp_path}")
+
+
+def test_going_further_opens_folded_and_unfolds(lab, page):
+    page.goto(f"{lab}/lab/tree/notebooks/11_distillation.ipynb?reset")
+    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for()
+    more = page.locator(".jp-showHiddenCellsButton")
+    for _ in range(200):  # cells far below are made only when they are scrolled to
+        if not more.count():
+            page.locator(".jp-WindowedPanel-outer").evaluate("e => e.scrollBy(0, 500)")
+            page.wait_for_timeout(100)
+    more.scroll_into_view_if_needed()
+    inside = page.get_by_role("heading", name="Small changes that should not matter")
+    page.get_by_text("4 cells hidden").wait_for()
+    assert not inside.is_visible()
+    assert page.get_by_role("heading", name="Now write it").is_visible(), "the next section is seen"
+    more.click()
+    inside.wait_for()
