@@ -124,7 +124,6 @@ def test_it_prints_a_row_for_each_lesson_and_says_who_lacks_what(lesson, tmp_pat
 # What lessons lack.
 LACKING = {
     "01_why_peft": {"source", "cells"},
-    "07_rank_and_svd": {"cells"},
     "10_lora_vs_full": {"source", "exercise", "cells"},
 }
 
