@@ -121,17 +121,9 @@ def test_it_prints_a_row_for_each_lesson_and_says_who_lacks_what(lesson, tmp_pat
     assert "three sentences to remember. Missing in 02." in said and "0 of 1 lessons" in said
 
 
-# What lessons lack.
-LACKING = {
-    "03_adapters": {"cells"},
-    "06_lora": {"goals", "remember", "cells"},
-    "07_rank_and_svd": {"cells"},
-}
-
-
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
-def test_no_lesson_lacks_more_than_is_known(path):
-    assert set(form.missing(form.Lesson.read(path))) <= LACKING.get(path.stem, set())
+def test_no_lesson_lacks_anything(path):
+    assert form.missing(form.Lesson.read(path)) == []
 
 
 LONG = "This " + "very " * 20 + "long sentence ends."
