@@ -1,7 +1,8 @@
 """Which modules a call of the model calls. An adapter acts on a module's output, so on one that is never called it does
 nothing, and where the model reads its weight all the same (Mamba's `dt_proj`), merging changes what the model computes.
 
-A transformers model is tried once, on a few tokens, or on a picture or a sound; of others nothing is known beforehand.
+A transformers model is tried once, on a few tokens, or on a picture, a film or a sound; of others nothing is known
+beforehand.
 """
 
 from __future__ import annotations
@@ -43,6 +44,16 @@ def unheard(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
             if other := next((other for other in sharing[id(weights[path])] if other in called), None):
                 found[path] = f"the model calls {other!r} instead, which shares its weight"
         return found
+
+
+def calls(model: nn.Module) -> list[str]:
+    """The paths of the modules in the order in which a call of the model is through with them; [] where it cannot be
+    tried."""
+    ends: list[str] = []
+    with _trial(model) as run:
+        for path, module in model.named_modules() if run else ():
+            module.register_forward_hook(lambda *_, at=path: ends.append(at))
+        return list(dict.fromkeys(ends)) if run and run() else []
 
 
 def _read(model: nn.Module, paths: Sequence[str], run: Run, before: list[torch.Tensor]) -> list[str]:
@@ -109,8 +120,10 @@ def _inputs(model: nn.Module, like: torch.Tensor) -> dict[str, torch.Tensor]:
         ids = torch.full((1, 6), placeholder(model), device=like.device)
         return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if is_pair(model) else {})
     if name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
-        shape = (1, getattr(config, "num_channels", 3), *size)
+        size = getattr(config, "image_size", 64)  # some take pictures of any size
+        size = size if isinstance(size, list | tuple) else (size, size)
+        film = (config.num_frames,) if hasattr(config, "num_frames") else ()
+        shape = (1, *film, getattr(config, "num_channels", 3), *size)
     elif hasattr(config, "max_source_positions"):  # the bands of a sound's spectrum, over time
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
     else:  # a second of sound

@@ -44,6 +44,7 @@ PER_TOKEN = {"labels": IGNORE, "token_type_ids": 0, "global_attention_mask": 0, 
 )
 # Outputs with one entry a token.
 OUTPUTS = ("logits", "prediction_logits", "start_logits", "end_logits", "last_hidden_state", "hidden_states")
+OUTPUTS += ("language_output",)
 # Arguments that hold places among the tokens.
 PLACES = ("start_positions", "end_positions", "lengths", "entity_position_ids", "entity_start_positions")
 PLACES += ("entity_end_positions", "logits_to_keep")

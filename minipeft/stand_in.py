@@ -101,13 +101,21 @@ class StandIn(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> StandIn:
-        """Training or not; the base's batch norms keep the statistics that they have, for the base is frozen."""
+        """Training or not; what collects statistics in the base keeps those that it has, for the base is frozen."""
         super().train(mode)
         listen(self)  # a copy, too
-        for module in self.base.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-                module.eval()
+        for module in filter(collects, self.base.modules()):
+            module.eval()
         return self
+
+
+def collects(module: nn.Module) -> bool:
+    """Whether it changes its own buffers in training: a batch norm, and what has numbers in the state dict and trains
+    none, as the ranges of a quantiser (I-BERT's) or the vectors of a spectral norm."""
+    kept = module._buffers.keys() - module._non_persistent_buffers_set
+    numbers = [module._buffers[name] for name in kept if module._buffers[name] is not None]
+    alone = isinstance(module, nn.modules.batchnorm._NormBase) or not (module._parameters or module._modules)
+    return alone and any(value.is_floating_point() for value in numbers)
 
 
 def without_base(tuned: StandIn, keys: NamedTuple) -> None:

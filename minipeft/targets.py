@@ -77,17 +77,37 @@ def head(model: nn.Module) -> list[str]:
     """The paths of the modules that make up the output layer, as far as the model says which they are.
 
     A transformers language model names it (`get_output_embeddings`); a transformers model with a task head keeps it
-    beside its `base_model`, or has a part that names one (BLIP). A plain `nn.Module` says nothing: [].
+    beside its `base_model`, behind other parts that are models themselves (SigLIP's eye), or has a part that names one
+    (BLIP). A plain `nn.Module` says nothing, and a bare model has none: [].
     """
-    output, inner = _output(model), getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-    if output is None and inner is None:
+    output, beside = _output(model), _beside_base(model)
+    if output is None and beside is None:
         output = next((found for part in model.modules() if (found := _output(part)) is not None), None)
     if output is not None:
         return [path for path, module in model.named_modules() if module is output]
-    if inner is None:
-        return []
-    outside = [name for name, child in model.named_children() if child is not inner]
+    outside = _behind_parts(model) if beside is None else beside
     return [path for path, module in model.named_modules() if path.split(".")[0] in outside and module._parameters]
+
+
+def _beside_base(model: nn.Module) -> list[str] | None:
+    """The names of what stands beside the `base_model`; None without one. An encoder is none: DINOv3 calls it so."""
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if inner is None:
+        return None
+    if type(inner).__name__.endswith("Encoder"):
+        return []
+    return [name for name, child in model.named_children() if child is not inner]
+
+
+def _behind_parts(model: nn.Module) -> list[str]:
+    """The names of what stands behind the last part that is a transformers model itself, unless it holds embeddings or
+    a stack of layers; [] for a bare model, which transformers calls "…Model"."""
+    parts = [hasattr(child, "base_model_prefix") for child in model.children()]
+    if not any(parts) or not hasattr(model, "base_model_prefix") or type(model).__name__.endswith("Model"):
+        return []
+    behind = list(model.named_children())[len(parts) - parts[::-1].index(True) :]
+    more = any(isinstance(m, nn.ModuleList | nn.Embedding) for _, child in behind for m in child.modules())
+    return [] if more else [name for name, _ in behind]
 
 
 def _output(model: nn.Module) -> nn.Module | None:

@@ -1,4 +1,5 @@
-"""How a test runs a program that starts others: it ends in bounded time, and so does whatever it has started."""
+"""How a test runs a program that starts others, and waits for what it does: both end in bounded time, and so does
+whatever was started."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
 
 
 def ended(command: list, seconds: float, **how) -> tuple[int, str]:
@@ -28,3 +31,12 @@ def ended(command: list, seconds: float, **how) -> tuple[int, str]:
             run.wait(10)
         said.seek(0)
         return run.returncode, said.read()
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 120, pause: float = 0.01) -> object:
+    """What `condition` gives when it is true at last; a hang fails, and says `what` did not happen."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"In {seconds} seconds, {what} did not happen."
+        time.sleep(pause)
+    return found

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
+from processes import until
 from tiny import llama, small
 
 import minipeft as mp
@@ -142,6 +143,7 @@ def test_on_a_page_another_process_trains_what_the_kernel_would_have_and_fills_t
     while explorer.score is None:
         time.sleep(0.001)
         free += 1
+        assert free < 300_000, "In five minutes, the run elsewhere came to no score."
     assert free > 2 and torch.equal(before, torch.random.get_rng_state())
     ended(explorer)
     here.finish()
@@ -168,18 +170,18 @@ def test_a_second_move_cancels_the_run_and_so_does_the_button(page):
     explorer = LoRAExplorer(small())
     explorer.controls["rank"].value = 2
     first = explorer.running
-    while len(explorer.history.losses) < 3:
-        time.sleep(0.001)
+    until(lambda: len(explorer.history.losses) >= 3, "the first three steps", pause=0.001)
     assert explorer.bar.value < 1 and not explorer.stop.disabled
     explorer.controls["rank"].value = 16
     second = explorer.running
     first.join(60)
     assert not first.is_alive()
-    rank = 2
-    while rank != 16 or not explorer.history.losses:
-        time.sleep(0.001)
+
+    def moved() -> bool:
         with explorer.drawing:
-            rank = explorer.tuned.methods["default"][0].rank
+            return explorer.tuned.methods["default"][0].rank == 16 and bool(explorer.history.losses)
+
+    until(moved, "a first step at the other rank", pause=0.001)
     assert len(list(seats(explorer.model))) == 14, "the first adapter is gone"
     explorer.stop.click()
     second.join(60)

@@ -130,8 +130,9 @@ def test_two_processes_that_save_to_one_place(tmp_path):
     processes = [fork.Process(target=lambda k=k: [every[k].save(path) for _ in range(25)]) for k in (1, 2, 3)]
     for process in processes:
         process.start()
-    seen = set()
+    seen, end = set(), time.monotonic() + 120
     while any(process.is_alive() for process in processes):
+        assert time.monotonic() < end, "In two minutes, three processes did not save 25 times each."
         if path.exists():
             seen.add(which(path))  # whoever reads meanwhile sees one piece as well
     for process in processes:

@@ -52,7 +52,7 @@ NO_KEYS = {  # one layer gives more than keys and values, or none does
 }  # fmt: skip
 REFUSED = {("BitFit", name): "has no biases in linear and norm layers" for name in NO_BIASES}
 REFUSED |= {("IA3", name): f"no layer matches 'k_proj' .*{there}" for name, there in NO_KEYS.items()}
-REFUSED["parallel Adapter", "Swin"] = "as wide as its output, but .* reads 8 numbers and .* gives 16"
+REFUSED["parallel Adapter", "MobileBERT"] = "as wide as its output, but .* reads 8 numbers and .* gives 16"
 REFUSED["IA3", "WavLM, classifier"] = "k_proj' would have no effect, because the model reads its weight"
 # What gets no gradient: the outputs of two rows of text need no global attention, entities, pooler.
 RESTS = {

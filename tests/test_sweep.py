@@ -18,6 +18,7 @@ from functools import partial
 import pyarrow.parquet as pq
 import pytest
 import torch
+from processes import until
 
 import minipeft as mp
 from minipeft.course import atlas, grid
@@ -53,9 +54,12 @@ def test_a_sweep_killed_at_random_and_restarted_gives_the_same_table(whole, tmp_
         f"s.sweep([s.Point(*p) for p in {[tuple(vars(p).values()) for p in POINTS]!r}], {str(tmp_path / 'runs')!r})"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "runs").glob("*.json")):  # let it finish a run, then kill it in the next
+
+    def wrote() -> bool:
         assert child.poll() is None
-        time.sleep(0.02)
+        return any((tmp_path / "runs").glob("*.json"))
+
+    until(wrote, "a first run of the sweep")  # then it is killed in the next
     time.sleep(random.Random(os.getpid()).random() * 0.3)
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -131,12 +135,16 @@ def test_a_sweep_that_is_killed_leaves_no_worker_behind(tmp_path):
 
     command = [sys.executable, "-m", "minipeft.course.grid", "--folder", str(tmp_path), "--workers", "2"]
     parent = psutil.Popen(command, stderr=subprocess.DEVNULL)
-    while len(workers := [p for p in parent.children(recursive=True) if "--multiprocessing-fork" in p.cmdline()]) < 2:
+
+    def workers() -> list[psutil.Process]:
         assert parent.poll() is None
-        time.sleep(0.1)
+        found = [p for p in parent.children(recursive=True) if "--multiprocessing-fork" in p.cmdline()]
+        return found if len(found) >= 2 else []
+
+    started = until(workers, "the start of two workers", pause=0.1)
     parent.kill()
     parent.wait()
-    assert not psutil.wait_procs(workers, timeout=120)[1], "they end, be it before their first run"
+    assert not psutil.wait_procs(started, timeout=120)[1], "they end, be it before their first run"
 
 
 def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():

@@ -294,7 +294,7 @@ def test_hot_swap_while_batches_run(bank):
                 wrong.append(rows)
 
     threads = [
-        threading.Thread(target=ask, args=args)
+        threading.Thread(target=ask, args=args, daemon=True)
         for args in ((["hot", "hot"], wanted), (["one", None], [steady]), (["dora", "ia3"], [other]))
     ]
     for thread in threads:
@@ -303,7 +303,8 @@ def test_hot_swap_while_batches_run(bank):
         bank.add("hot", versions[i % 3][0])
     done.set()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive(), "In a minute, a thread did not come back from a call of the bank."
     assert not wrong
     assert (bank(IDS, adapters=["hot", "hot"]).logits - wanted[29 % 3]).abs().max() < 1e-5
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minipeft.calls import calls
 from minipeft.files import OURS, SettingsLayout, register
 from minipeft.layer import After, Layer, Method
 from minipeft.methods.common import check_choice, check_whole, like
@@ -119,11 +120,16 @@ class AdapterLayer(Layer):
 
     def after(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         h, self.heard = output if self.heard is None else self.heard, None
-        return (output + self(h)).to(output.dtype)
+        return self.over(output, h, plain)
 
     def over(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         """Where one module is the whole feed-forward part, a parallel adapter reads what it reads."""
-        return (output + self(x)).to(output.dtype)
+        if x.numel() != output.numel():
+            raise ValueError(
+                f"The parallel adapter at {self.sites[0].path!r} reads {tuple(x.shape)} and would be added to "
+                f"{tuple(output.shape)}, for other tokens stand there; use another placement."
+            )
+        return (output + self(x).view_as(output)).to(output.dtype)  # a mixture may lay its tokens in one row
 
 
 @register
@@ -152,8 +158,10 @@ def check_placement(placement: str | Sequence[str], top: int | None) -> str | tu
 def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = None) -> list[Site]:
     """The places of a placement, in the model's order.
 
-    A block is a numbered part of the model ("layers.3"). Its attention is what lies under "attn" or "attention", its
-    feed-forward part the other linear layers; both end with their last linear layer, or with a mixture of experts.
+    A block is a numbered part of the model ("layers.3"), the innermost that has attention and other layers. Attention
+    is what lies under "attn" or "attention", or what mixes a sequence otherwise (Mamba's convolution); the feed-forward
+    part is the linear layers called after it, or all others. Both end with the linear layer or mixture of experts that
+    is called last. Where the model cannot be tried, the order in which they stand is taken for that of the calls.
     """
     if not isinstance(placement, str):
         chosen = resolve(model, placement, unread=True)
@@ -163,26 +171,24 @@ def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = No
     outputs = set(head(model))
     # PyTorch's attention reads the linear layer that it holds and does not call it
     whole = mixtures(model) + [path for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    parts: dict[tuple[str, str], list[tuple[str, nn.Module]]] = {}  # (block, part) -> its linear layers and the whole
-    for path, module in model.named_modules():
-        block = re.match(r"(?:.*?\.)?\d+(?=\.)", path)
-        plain = is_matrix(module) and not isinstance(module, nn.Embedding) and path not in outputs
-        if block and (plain or path in whole) and not path.startswith(tuple(f"{each}." for each in whole)):
-            attention = re.match(r".*?(?:attn|attention)[^.]*", path, re.IGNORECASE)
-            parts.setdefault((block[0], attention[0] if attention else ""), []).append((path, module))
+    inside = tuple(f"{each}." for each in whole)
+    plain = (p for p, m in model.named_modules() if is_matrix(m) and not isinstance(m, nn.Embedding))
+    layers = (set(plain) - outputs) | set(whole)
+    parts = in_parts(model, [p for p, _ in model.named_modules() if p in layers and not p.startswith(inside)])
     stacks: dict[str, list[str]] = {}
     for block, _ in parts:
         stack = stacks.setdefault(block.rsplit(".", 1)[0], [])
         stack += [] if block in stack else [block]
     kept = [block for stack in stacks.values() for block in stack[-(top or len(stack)) :]]
     found = []
-    for (block, part), layers in parts.items():
-        if block in kept and (placement == "houlsby" or not part):
-            path, last = layers[-1]
-            source = layers[0][0] if placement == "parallel" else None
+    for (block, mixer), paths in parts.items():
+        if block in kept and (placement == "houlsby" or not mixer):
+            path, last = paths[-1], model.get_submodule(paths[-1])
+            source = paths[0] if placement == "parallel" else None
             d = last.embed_dim if isinstance(last, nn.MultiheadAttention) else None
             d = d or (Target(path, last, 0, 0).width if is_matrix(last) else model.config.hidden_size)
-            if source and is_matrix(layers[0][1]) and (read := Target(*layers[0], 0, 0).d_in) != d:
+            first = model.get_submodule(paths[0])
+            if source and is_matrix(first) and (read := Target(source, first, 0, 0).d_in) != d:
                 raise ValueError(
                     f"A parallel adapter's input is as wide as its output, but {source!r} reads {read} numbers and "
                     f"{path!r} gives {d}; use another placement."
@@ -194,3 +200,37 @@ def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = No
         advice = "use at most that many" if found else 'name the layers to sit after, as in placement=["fc1"]'
         raise ValueError(f"{type(model).__name__} has {what}; {advice}.")
     return found
+
+
+def in_parts(model: nn.Module, paths: list[str]) -> dict[tuple[str, str], list[str]]:
+    """{(block, its attention, or "" for its feed-forward part): the paths of the layers, in the order of the calls}."""
+    convolving = tuple(f"{path}." for path, module in model.named_modules() if mixes(module))
+    attention = {p: found[0] if (found := re.match(r".*?(?:attn|attention)[^.]*", p, re.I)) else "" for p in paths}
+    mixer = {p: name or next((each for each in convolving if p.startswith(each)), "") for p, name in attention.items()}
+    numbered = {p: [p[: found.end()] for found in re.finditer(r"(?:^|\.)\d+(?=\.)", p)] for p in paths}
+    holds: dict[str, set[bool]] = {}  # whether there is attention, whether there is something else
+    for path in paths:
+        for block in numbered[path]:
+            holds.setdefault(block, set()).add(bool(mixer[path]))
+    both = [block for block, kinds in holds.items() if len(kinds) == 2]
+    blocks = [block for block in both if not any(other.startswith(f"{block}.") for other in both)]
+    when = {path: i for i, path in enumerate(calls(model))}
+    parts: dict[tuple[str, str], list[str]] = {}
+    for path in (path for path in paths if numbered[path]):
+        outermost, block = numbered[path][0], next((each for each in numbered[path] if each in blocks), None)
+        if block or not any(each.startswith(f"{outermost}.") for each in blocks):  # else it stands between blocks
+            name = mixer[path] if block else attention[path]  # with nothing else, Mamba is the feed-forward part
+            parts.setdefault((block or outermost, name), []).append(path)
+    for part, own in parts.items():
+        parts[part] = sorted((path for path in own if path in when), key=when.__getitem__) or own
+    for (block, name), own in parts.items():
+        ends = [when[p] for (at, other), more in parts.items() if at == block and other for p in more if p in when]
+        after = [path for path in own if ends and when.get(path, -1) > max(ends)]
+        parts[block, name] = own if name else after or own
+    return parts
+
+
+def mixes(module: nn.Module) -> bool:
+    """Whether it mixes a sequence by a convolution between linear layers, as Mamba does in attention's place."""
+    children = list(module.children())
+    return any(isinstance(each, nn.Conv1d) for each in children) and any(map(is_matrix, children))

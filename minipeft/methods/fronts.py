@@ -73,11 +73,13 @@ def keys_and_values(
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        asked(**call)
+        answer = asked(**call)
         found = [(layer.keys, layer.values) for layer in own.layers]
         if again:
             place = {"position_ids": torch.arange(len(ids), 2 * len(ids), device=model.device)[None]}
-            asked(**call, **(place if "position_ids" in arguments(asked) else {}))
+            behind = asked(**call, **(place if "position_ids" in arguments(asked) else {}))
+            if behind[0].shape != answer[0].shape:
+                raise ValueError(f"behind {len(ids)} tokens it answers in {tuple(behind[0].shape)}")
     except Exception as error:  # whatever an architecture says to a cache that it does not know
         said = str(error).strip() if not isinstance(error, TypeError | AttributeError) else ""
         reason = f" ({said.splitlines()[0]})" if said else ""

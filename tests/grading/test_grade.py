@@ -16,6 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 from hostile import FIRST, cell_named
+from processes import until
 
 from minipeft.course.assignments import EXERCISES, ROOT, sources
 from minipeft.course.grade import discover, grade
@@ -184,8 +185,7 @@ def test_a_dask_cluster_whose_worker_is_killed_half_way_loses_nothing(tmp_path):
             with concurrent.futures.ThreadPoolExecutor(1) as aside:
                 going = aside.submit(grade, tmp_path / "in", tmp_path / "out", "lora", executor, progress=False)
                 reports = tmp_path / "out" / "reports" / "lora"
-                while not (reports.is_dir() and list(reports.glob("*.json"))):
-                    time.sleep(0.05)
+                until(lambda: any(reports.glob("*.json")), "a first report", 300, pause=0.05)
                 os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
                 table = going.result(300)
     assert table.score.tolist() == [TOTAL if i % 2 else TOTAL - 1 for i in range(4)]
