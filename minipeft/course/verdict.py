@@ -74,6 +74,7 @@ class Exercise:
 
     `reference` are right objects in the place of the learner's, which `lenses` compares with, and `edges(rng)` yields
     (claim, arguments) or (claim, arguments, keywords) where answers break. `without`: {lens or promise: why it is off}.
+    `constants` are arguments that nobody trains, so that their gradient is left open.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Exercise:
     reference: tuple = ()
     edges: Callable[[random.Random], Iterator[tuple]] = lambda rng: iter(())
     without: Mapping[str, str] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
 
     def promises(self) -> tuple[str, ...]:
         return tuple(each for each in ("modes", "again", "memory") if each not in self.without)
@@ -295,7 +297,10 @@ def differ(got, want, exact: bool = False, at: str = "") -> tuple[str, ...]:
             return (f"Expected the number {want:g}{place}, got {short(got)}.",)
         close = got == want if exact or isinstance(want, int) else math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-12)
         both_nan = got != got and want != want
-        return () if close or both_nan else (f"Expected {written(want)}{place}, got {written(got)}.",)
+        if close or both_nan:
+            return ()
+        rounded = isinstance(want, float) and math.isclose(got, want, rel_tol=1e-3)
+        return (f"Expected {written(want)}{place}, got {written(got)}.", *["Is it rounded?"] * rounded)
     if isinstance(want, dict):
         if not isinstance(got, dict) or set(got) != set(want):
             keys = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else short(got)
@@ -341,7 +346,22 @@ def _differ_tensors(got, want: torch.Tensor, exact: bool, place: str) -> tuple[s
         f"Shapes agree{place}: {tuple(want.shape)}. Equal {kind}: no; roughly (1e-3): {'yes' if loose else 'no'}; "
         f"largest difference {largest:.3g}; {first(got, want, ~(difference <= bound))}.",
         *["NaN comes of 0/0, 0·∞ or ∞ − ∞."] * bool(got.isnan().any() and not want.isnan().any()),
+        *alike(got.double(), want.double(), bound),
     )
+
+
+def alike(got: torch.Tensor, want: torch.Tensor, bound: float) -> Iterator[str]:
+    """What two tensors of one shape have in common, though they differ."""
+    size = (want * want).sum()
+    if not (size > 0 and got.isfinite().all()):
+        return
+    factor = ((got * want).sum() / size).item()
+    if want.numel() > 2 and 1e-6 < abs(factor - 1) and bool(((got - factor * want).abs() <= max(bound, 1e-12)).all()):
+        yield f"Every number is {factor:.4g} times what it should be." if factor else "Every number is 0."
+    elif got.ndim == 2 and got.shape[0] == got.shape[1] > 1 and bool(((got.T - want).abs() <= bound).all()):
+        yield "It is transposed, which a square shape hides."
+    elif bound and bool(((got - want).abs() <= 1e-6 * want.abs().max()).all()):
+        yield "Six digits are right: was something float32 on the way, or a small number added?"
 
 
 def first(got: torch.Tensor, want: torch.Tensor, wrong: torch.Tensor) -> str:

@@ -39,11 +39,12 @@ def list_shapes(function, layers: list, targets: list) -> object:
 
 def holding(parameters: list, ties: list, buffers: list) -> nn.Module:
     """A model of `parameters` (name, shape, type, part), `ties` (a second name, of what) and `buffers` (name, shape,
-    type, whether it is saved). The part that a parameter plays is "frozen", "trains", or "idle": it could train."""
+    type, whether it is saved). The part that a parameter plays is "frozen", "trains", "still", where it trains and its
+    gradient is 0, or "idle", where it could train."""
     model = nn.Module()
     for name, shape, dtype, part in parameters:
         module, last = owner(model, name)
-        value = torch.ones(shape, dtype=getattr(torch, dtype))
+        value = torch.full(shape, float(part != "still"), dtype=getattr(torch, dtype))
         module.register_parameter(last, nn.Parameter(value, requires_grad=part != "frozen"))
     for name, other in ties:
         module, last = owner(model, name)

@@ -11,7 +11,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from minipeft.course.drives.promises import listed, same, weights
+from minipeft.course.drives.promises import OVERWRITTEN, SHARED, NotKept, listed, overlap, same, weights
 
 
 def call(function, *args, **keywords):
@@ -91,12 +91,16 @@ def draws(function: Callable, sizes: tuple, seed: int) -> dict:
         "used": generator(seed, 3),
     }
     seen: dict = {}
+    every: list[torch.Tensor] = []
     for name, each in plans.items():
         made = listed(function(*sizes, each))
         made = [made] if isinstance(made, torch.Tensor) else made
         seen[name] = [tensor.detach().clone() for tensor in made]
-        crowded = any(step == 0 and size > 1 for t in made for step, size in zip(t.stride(), t.shape, strict=True))
-        seen["own memory"] = seen.get("own memory", True) and not crowded
+        if overlap(made):
+            raise NotKept(SHARED)
+        every += made
+    if overlap(every):
+        raise NotKept(OVERWRITTEN)
     return seen | {"global": torch.equal(before, torch.random.get_rng_state())}
 
 
@@ -108,14 +112,16 @@ def life(
     `parts`: {attribute: the value that it gets}; `drawn` is the one that starts at random.
     """
     with seeded(seed):
-        made, second = make(), make()
+        made, second, third = make(), make(), make()
     own = {name: attrgetter(name)(made) for name in parts}
     base = {name: p for name, p in linear.named_parameters() if p is not None}
     kept = {name: p.detach().clone() for name, p in base.items()}
     seen: dict = {"at first": made(x).detach().clone()}
     start = own[drawn].detach()
     seen[f"{drawn} starts at random: its rows and columns differ"] = bool(start.unique().numel() > 0.9 * start.numel())
-    seen[f"{drawn} of a second layer starts with other numbers"] = not same(start, attrgetter(drawn)(second).detach())
+    for one, other in ((made, second), (second, third)):
+        if same(*(attrgetter(drawn)(each).detach() for each in (one, other))):
+            raise NotKept(f"{drawn} of two layers starts with the same numbers: a layer sets no seed of its own.")
     seen["two layers share no parameter"] = not {id(p) for p in own.values()} & {id(p) for p in second.parameters()}
     stored = list(made.state_dict().values())
     for name, p in own.items():
@@ -137,6 +143,9 @@ def life(
     if y.requires_grad:
         made(x).square().sum().backward()
     descend(made, 0.1)
+    seen["after a step of training eval() gives what train() gives, and nothing of an earlier call"] = same(
+        made.eval()(x).detach(), made.train()(x).detach()
+    )
     for name, p in base.items():
         seen[f"the base's {name} stays as it is through a step of training"] = torch.equal(p.detach(), kept[name])
     return seen

@@ -74,6 +74,8 @@ def shake(function, table, head, ids, labels, epsilon: float, earlier: float) ->
     owner = model.embed.weight
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, earlier) if earlier else None
+    before, mode = model(ids).detach(), earlier > 0
+    model.train(mode)
     function(model, ids, labels, epsilon)
     kept = model.embed.weight.detach()
     return {
@@ -82,5 +84,9 @@ def shake(function, table, head, ids, labels, epsilon: float, earlier: float) ->
         "the table is what it was, bit for bit": torch.equal(kept.view(torch.uint8), table.view(torch.uint8)),
         "the table is the same parameter": model.embed.weight is owner,
         "the head keeps its weight": torch.equal(model.head.weight.detach(), head),
+        "the model gives the logits that it gave": torch.equal(model(ids).detach(), before),
+        "the mode (train or eval) is what it was": {each.training for each in model.modules()} == {mode},
+        "the model has the same parameters": [n for n, _ in model.named_parameters()]
+        == ["embed.weight", "head.weight"],
         "both still train": all(p.requires_grad for p in model.parameters()),
     }

@@ -14,7 +14,8 @@ def initialise(function, d_out: int, d_in: int, rank: int, seed: int) -> dict:
 
 def merge(function, weight, bias, A, B, gamma: float, conv1d: bool) -> dict:
     linear = layer(weight, bias, conv1d)
-    old, kept = linear.weight, linear.bias
+    old, kept, mode = linear.weight, linear.bias, len(weight) % 2 == 0
+    linear.train(mode)
     function(linear, A, B, gamma)
     return {
         "merged": linear.weight.detach().clone(),
@@ -22,7 +23,9 @@ def merge(function, weight, bias, A, B, gamma: float, conv1d: bool) -> dict:
         "the bias stays as it was": linear.bias is kept and torch.equal(kept.detach(), bias),
         "the new weight is an nn.Parameter of its own": isinstance(linear.weight, nn.Parameter)
         and linear.weight is not old,
-        "the layer has the same parameters": {name for name, _ in linear.named_parameters()} == {"weight", "bias"},
+        "the layer has the same parameters and buffers": set(linear.state_dict()) == {"weight", "bias"},
+        "the bias trains as before": linear.bias.requires_grad,
+        "the layer's mode (train or eval) is what it was": linear.training == mode,
     }
 
 
@@ -48,6 +51,9 @@ def unmerge(merge, unmerge, weight, bias, A, B, gamma: float, conv1d: bool) -> d
     seen["a weight that trained before trains again, and a frozen one stays frozen"] = (
         linear.weight.requires_grad and not frozen.weight.requires_grad
     )
+    seen["a bias that trained trains, and a frozen one stays frozen"] = (
+        linear.bias.requires_grad and not frozen.bias.requires_grad
+    )
     seen["the weight is an nn.Parameter again"] = isinstance(linear.weight, nn.Parameter)
     seen["the bias stays as it was"] = linear.bias is not None and torch.equal(linear.bias.detach(), bias)
     return seen
@@ -72,12 +78,14 @@ def freeze(function, names: list[str], trainable: list[bool]) -> dict:
     for parameter, flag in zip(model.parameters(), trainable, strict=True):
         parameter.requires_grad_(flag)
     before = {name: id(p) for name, p in model.named_parameters()}
+    model.train(trainable[0])
     returned = function(model)
     return {
-        "returned": returned,
         "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "returned": returned,
         "values kept": all(bool((p == p.detach().flatten()[0]).all()) for p in model.parameters()),
         "the parameters are the same objects": {name: id(p) for name, p in model.named_parameters()} == before,
+        "the mode (train or eval) is what it was": {each.training for each in model.modules()} == {trainable[0]},
     }
 
 

@@ -75,7 +75,8 @@ class Decoder(nn.Module):
 def read_behind_prefix(function, embed, places, maps, head_dim: int, prefix, ids, mask, positions, weights) -> dict:
     """The logits of real tokens, and the gradient that reaches the prefix from Σ weights · logits."""
     prefix = leaf(prefix)
-    logits = keeping(function, Decoder(embed, places, maps, head_dim), prefix, ids, mask, positions)
+    model = Decoder(embed, places, maps, head_dim).train(len(prefix) % 2 == 0)
+    logits = keeping(function, model, prefix, ids, mask, positions)
     found = {"logits": logits, "gradient": None}
     if logits.shape == weights.shape:
         logits = logits.masked_fill(~mask.bool()[..., None], 0.0)

@@ -2,16 +2,18 @@
 
 "again"     a second call with the same arguments gives the same
 "modes"     the grad mode, the default type and the seed stay as they were (a new layer may draw from it)
-"memory"    no number of the result lies in an argument's memory, or stands for several
+"memory"    no number of the result lies in an argument's memory, or stands for several; a second call writes elsewhere
 "gradient"  what comes out is the gradient that reaches each tensor, instead of the result
-"strided"   the tensors are not contiguous
+"strided"   the tensors are slices of larger ones, which are not contiguous
+
+Whatever is promised, an argument's `requires_grad` stays as it was.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -31,22 +33,27 @@ def look(act: Callable, objects: tuple, asked: list[str], given: tuple, keywords
     if "gradient" in asked:
         return slopes(act, objects, given)
     fresh = copy.deepcopy((given, keywords))
-    modes = state_of_torch()
+    modes, flags = state_of_torch(), [t.requires_grad for t in tensors(given)]
     value = plain(listed(act(*objects, *given, **keywords)))
     if "modes" in asked:
         for what, before, after in zip(MODES, modes, state_of_torch(), strict=True):
             if not same(before, after):
                 restore(modes)
                 raise NotKept(f"It leaves {what} changed: put it back, or do not touch it.")
+    if flags != [t.requires_grad for t in tensors(given)]:
+        raise NotKept("It changes requires_grad of an argument: take `detach()` of it, and change that.")
     if "memory" in asked:
         owned(value, given)
     if "again" in asked:
         kept = replaced(value, lambda tensor: tensor.detach().clone())
-        if not same(plain(listed(act(*objects, *fresh[0], **fresh[1]))), kept):
+        second = plain(listed(act(*objects, *fresh[0], **fresh[1])))
+        if not same(second, kept):
             raise NotKept(
                 "A second call with the same arguments gives something else: does it remember the first, or draw "
                 "random numbers that the arguments do not decide?"
             )
+        if "memory" in asked and overlap([*tensors(value), *tensors(second)]):
+            raise NotKept(OVERWRITTEN)
         return kept
     return value
 
@@ -96,10 +103,26 @@ def owned(value, given: tuple) -> None:
             continue
         if each.untyped_storage().data_ptr() in theirs:
             raise NotKept("The result is a view into an argument's memory, so changing one changes the other: copy it.")
-        if any(step == 0 and size > 1 for step, size in zip(each.stride(), each.shape, strict=True)):
-            raise NotKept(
-                "Several numbers of the result share one place in memory (expand): make them numbers of their own."
-            )
+    if overlap(tensors(value)):
+        raise NotKept(SHARED)
+
+
+SHARED = "Several numbers of the result share one place in memory (expand, views): make them numbers of their own."
+OVERWRITTEN = "A second call returns tensors in the memory of the first's: make new ones in each call."
+
+
+def overlap(several: Iterable[torch.Tensor]) -> bool:
+    """Whether any place in memory stands for two numbers of these tensors, within one or in two of them."""
+    taken: dict[int, list[torch.Tensor]] = {}
+    for each in several:
+        if each.layout is torch.strided and each.numel():
+            places = torch.zeros(1, dtype=torch.long)
+            for size, step in zip(each.shape, each.stride(), strict=True):
+                places = (places[:, None] + step * torch.arange(size)).flatten()
+            start = each.data_ptr() - each.untyped_storage().data_ptr()
+            taken.setdefault(each.untyped_storage().data_ptr(), []).append(start + each.element_size() * places)
+    together = (torch.cat(several) for several in taken.values())
+    return any(len(places.unique()) < len(places) for places in together)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,25 +162,27 @@ def weights(tensor: torch.Tensor) -> torch.Tensor:
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
 def replaced(value, change: Callable[[torch.Tensor], torch.Tensor]):
-    """The same lists, tuples and dictionaries with other tensors in them."""
+    """The same lists, tuples and dictionaries with other tensors in them, and with texts and numbers made anew."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {k: replaced(v, change) for k, v in value.items()}
+        return {replaced(k, change): replaced(v, change) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return (list if isinstance(value, list) else tuple)(replaced(v, change) for v in value)
+    if type(value) in (str, int, float):
+        return "".join(list(value)) if isinstance(value, str) else type(value)(repr(value))
     if type(value).__module__ == "numpy" and getattr(value, "ndim", 0):
         return value.copy()
     return value
 
 
 def scattered(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, with a gap after each in memory."""
+    """The same numbers as a slice of a larger tensor: with a gap after each, each row, each table of rows, …"""
     if not tensor.ndim:
         return tensor
-    wide = tensor.new_zeros(*tensor.shape, 2)
-    wide[..., 0] = tensor
-    return wide[..., 0]
+    wide = tensor.new_zeros(*(size + 1 for size in tensor.shape), 2)[..., 0]
+    slice_ = wide[tuple(slice(size) for size in tensor.shape)]
+    return slice_.copy_(tensor)
 
 
 def same(a, b) -> bool:

@@ -60,5 +60,6 @@ class Reader(nn.Module):
 
 def read_with_prompt(function, table, places, prompt, embeds, mask, positions, labels) -> dict:
     prompt = leaf(prompt)
-    logits, loss = keeping(function, Reader(table, places), prompt, embeds, mask, positions, labels)
+    model = Reader(table, places).train(len(prompt) % 2 == 0)
+    logits, loss = keeping(function, model, prompt, embeds, mask, positions, labels)
     return {"logits": logits, "loss": loss, "gradient": gradient(loss, prompt)}

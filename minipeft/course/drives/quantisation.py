@@ -59,9 +59,9 @@ def quantised_layer(cls, weight, bias, code, block: int, x, g) -> dict:
     """A quantised layer: what it holds, its output, and the gradient of x when that of the output is g."""
     linear = layer(weight, bias)
     made = cls(linear, code, block)
-    seen = {"bytes": held_bytes(made)}
     x = leaf(x)
+    bytes_before = held_bytes(made)
     y = made(x)
-    seen["output"] = y
+    seen = {"bytes": max(bytes_before, held_bytes(made)), "output": y}
     slope = torch.autograd.grad(y, x, g, allow_unused=True, retain_graph=True)[0] if y.requires_grad else None
     return seen | {"gradient": slope, "a second call gives the same": torch.equal(made(x), y)}

@@ -20,6 +20,10 @@ class RMSNorm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
 
 
+class NormedScale(RMSNorm):
+    """A norm by the name of its class, though that does not end in Norm."""
+
+
 class Gate(nn.Module):
     """Neither linear nor a norm, but it has a parameter called bias, and perhaps one called weight."""
 
@@ -28,6 +32,10 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         if weight:
             self.weight = nn.Parameter(torch.ones(width))
+
+
+class Denormalised(Gate):
+    """No norm: capitals count."""
 
 
 def network(kind: str, width: int, seed: int) -> nn.Module:
@@ -40,7 +48,8 @@ def network(kind: str, width: int, seed: int) -> nn.Module:
             block.bias_proj = nn.Linear(width, 2 * width, bias=rng.random() < 0.5)
             block.c_fc = flipped_layer(width, 3)
             block.norm, block.end_norm = nn.LayerNorm(width), RMSNorm(width, bias=True)
-            block.gate, block.scale, block.patch = Gate(width), Gate(width, True), nn.Conv1d(width, 2, 1)
+            block.ln_1, block.tidy = NormedScale(width, bias=True), Denormalised(width, True)
+            block.norm_gate, block.scale, block.patch = Gate(width), Gate(width, True), nn.Conv1d(width, 2, 1)
             block.relative_attention_bias = nn.Embedding(4, width)
         else:
             block.proj = nn.Linear(width, width, bias=False)
@@ -75,7 +84,7 @@ def tune_softmax(function, table, head, ids, seed: int, frozen: bool = False) ->
         model = LanguageModel(table, head)
     model.requires_grad_(not frozen)
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    before = model(ids).detach().clone()
+    before = model.train(frozen)(ids).detach().clone()
     added = function(model)
     after = model(ids)
     seen = {"added": added, "trainable": sorted(n for n, p in model.named_parameters() if p.requires_grad)}
@@ -88,6 +97,8 @@ def tune_softmax(function, table, head, ids, seed: int, frozen: bool = False) ->
         nn.functional.cross_entropy(after, ids).backward()
     descend(model, 1.0)
     seen["embedding kept"] = torch.equal(model.embed.weight.detach(), table)
+    modes = {each.training for name, each in model.named_modules() if name != "head"}  # which may be a new layer
+    seen["the mode (train or eval) is what it was"] = modes == {frozen}
     seen["body kept"] = torch.equal(model.body.weight.detach(), body)
     seen["head moved"] = not torch.equal(model.head.weight.detach(), start)
     return seen
@@ -102,7 +113,7 @@ def classifier(weights: list[torch.Tensor]) -> nn.Module:
 
 def importance(function, weights: list, inputs, labels) -> dict:
     """With gradients of an earlier batch on the parameters, which must not count."""
-    model = classifier(weights)
+    model = classifier(weights).train(len(inputs) % 2 == 0)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     found = dict(keeping(function, model, inputs, labels, gradients=False))

@@ -33,8 +33,6 @@ def uniform(name: str, bound: float, seen: dict) -> str | None:
     largest, spread, wanted = A.abs().max().item(), A.std(correction=0).item(), bound / math.sqrt(3)
     if other := {str(t.dtype) for t in seen["first"]} - {"torch.float32"}:
         return f"The numbers are {', '.join(sorted(other))}; they should be torch.float32."
-    if not seen["own memory"]:
-        return "Several numbers share one place in memory (expand), so they cannot be trained apart."
     if A.any() and A.unique().numel() < 0.99 * A.numel():
         different = f"{A.unique().numel()} different ones of {A.numel()}"
         return f"Numbers of {name} repeat, {different}: rows that are equal stay equal."

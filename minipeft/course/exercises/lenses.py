@@ -7,6 +7,7 @@ comes out of the exercise's reference. An exercise does without a lens only with
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -23,6 +24,8 @@ LENSES = {
     "strided": "work on tensors that are not contiguous in memory",
     "types": "keep the type of its arguments, from float64 to bfloat16",
     "defaults": "take the default arguments of the stub, and its arguments by name",
+    "others": "give what these tensors ask for, and not what others of the same sizes gave",
+    "zeros": "take 0 for a number like any other (`x or …` is not `x is None`)",
     "order": "follow the order of what it is given",
     "edges": "hold at the edges: sizes of 1 and 0, ties, boundaries, odd names and texts",
     "memory": "return numbers that lie in memory of their own",
@@ -75,7 +78,8 @@ def gradient(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
         floats = [t for t in tensors(case.args) if t.is_floating_point()]
         if not floats or not all(t.numel() for t in floats):
             continue
-        wanted = right(exercise, case.args, promises=("gradient",))
+        args = replaced(case.args, lambda t: t.double() if t.dtype == torch.float32 else t)  # a slope of 0 is 0 there
+        wanted = right(exercise, args, promises=("gradient",))
         if not all(each.isfinite().all() for each in wanted.values()):
             continue
         labels = [name for name, arg in zip(names_of(exercise), case.args, strict=False)
@@ -83,7 +87,7 @@ def gradient(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
 
         def judge(got, wanted=wanted, labels=labels):
             for want, have, label in zip(wanted.values(), got.values(), labels, strict=False):
-                if lines := differ(have, want):
+                if label not in exercise.constants and (lines := differ(have, want)):
                     if want.any() and not have.any():
                         cut = "`no_grad`, `detach`, `.data`, `.item()` and numpy cut it off"
                         return f"No gradient reaches {label}: {cut}."
@@ -93,7 +97,7 @@ def gradient(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
 
         yield Case(
             f"{LENSES['gradient']} (its tensors require a gradient here)",
-            case.args,
+            args,
             judge=judge,
             promises=("gradient",),
         )
@@ -170,4 +174,32 @@ def backwards(value):
     return value
 
 
-CASES = {"defaults": defaults, "order": order, "gradient": gradient, "strided": strided, "types": types}
+def others(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
+    for case in known[:2]:
+        args = tuple(replaced(case.args, turned))
+        if case.judge is None and differ(args, case.args, exact=True):
+            yield Case(LENSES["others"], args, right(exercise, args, case.keywords), keywords=case.keywords)
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flip(0) if tensor.ndim > 1 else tensor
+
+
+def zeros(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
+    """0 for each float in turn; where the formula has no value, and where a rule chooses by it, nothing is asked."""
+    for case in known[:1]:
+        for i, given in enumerate(case.args):
+            several = isinstance(given, list) and given and all(type(each) is float for each in given)
+            if case.judge is None and (several or type(given) is float):
+                args = (*case.args[:i], [0.0, *given[1:]] if several else 0.0, *case.args[i + 1 :])
+                wanted = right(exercise, args, case.keywords)
+                found = [wanted] if isinstance(wanted, float) else list(tensors(wanted))
+                if found and all(map(math.isfinite, (t for each in found for t in torch.as_tensor(each).flatten()))):
+                    name = names_of(exercise)[i]
+                    yield Case(f"{LENSES['zeros']}, here in {name}", args, wanted, keywords=case.keywords)
+
+
+CASES = {
+    "defaults": defaults, "order": order, "others": others, "zeros": zeros, "gradient": gradient,
+    "strided": strided, "types": types,
+}  # fmt: skip

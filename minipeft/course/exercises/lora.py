@@ -165,6 +165,7 @@ def places(rng: Random):
         (torch.float32, True, "square"),
         (torch.float16, True, "rank 1"),
         (torch.float64, False, "rank 1"),
+        (torch.float32, False, "γ = 0"),
     ):
         d_out, d_in, rank = sizes(rng)
         d_in, rank = d_out if form == "square" else d_in, 1 if form == "rank 1" else rank
@@ -173,7 +174,8 @@ def places(rng: Random):
         A, B = normal(rng, rank, d_in, dtype=wide), normal(rng, d_out, rank, dtype=wide)
         # the sum in at least float32, rounded once
         change = B @ A
-        yield dtype, conv1d, (W, normal(rng, d_out, dtype=dtype), A, B, round(rng.uniform(0.2, 3.0), 3), conv1d), change
+        gamma = 0.0 if form == "γ = 0" else round(rng.uniform(0.2, 3.0), 3)
+        yield dtype, conv1d, (W, normal(rng, d_out, dtype=dtype), A, B, gamma, conv1d), change
 
 
 def merged(args: tuple, change: torch.Tensor, gamma: float | None = None, turn: bool = True) -> torch.Tensor:

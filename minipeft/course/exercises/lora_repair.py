@@ -30,17 +30,20 @@ def repair_cases(rng: Random):
                 found, right = (seen["shape of A"], seen["shape of B"]), (tuple(A.shape), tuple(B.shape))
                 return f"A and B have the shapes {found[0]} and {found[1]} instead of {right[0]} and {right[1]}."
 
-        def use(seen, base=base, x=x, A=A, B=B, g=alpha / rank, alpha=alpha):
-            right = base + g * (x @ A.T) @ B.T
+        def use(seen, base=base, change=x @ A.T @ B.T, alpha=alpha, rank=rank):
+            right = base + alpha / rank * change
             if not torch.allclose(seen["in use"], right, rtol=1e-4, atol=1e-4):
-                plain = base + alpha * (x @ A.T) @ B.T
-                why = (
-                    "α scales it instead of α/r. "
-                    if torch.allclose(seen["in use"], plain, rtol=1e-3, atol=1e-3)
-                    else ""
-                )
+                known = {
+                    "α scales it": alpha, "α/√r scales it": alpha / rank**0.5, "`//` drops a part": alpha // rank,
+                    "B·A·x is not scaled": 1.0, "B·A·x is left out": 0.0,
+                }  # fmt: skip
+                near = [
+                    why for why, g in known.items()
+                    if torch.allclose(seen["in use"], base + g * change, rtol=1e-3, atol=1e-3)
+                ]  # fmt: skip
                 largest = (seen["in use"] - right).abs().max().item()
-                return f"{why}The largest difference from W·x + b + (α/r)·B·A·x is {largest:.3g}."
+                said = f"The largest difference from W·x + b + (α/r)·B·A·x is {largest:.3g}."
+                return f"{near[0]}, instead of α/r. {said}" if near else said
 
         def train(seen, rank=rank, size=d_out + d_in):
             if not seen["A and B train"] or seen["numbers trained"] != rank * size:

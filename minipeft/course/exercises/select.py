@@ -16,9 +16,11 @@ def bitfit_cases(rng: Random):
     for kind in ("biases", "frozen", "biases", "biases"):
         width, seed = rng.randint(3, 6), rng.randrange(10**6)
         modules = dict(network("biases", width, seed).named_modules())
-        suits = [p for p, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D", "LayerNorm", "RMSNorm")]
+        norms = [p for p, m in modules.items() if type(m).__name__ in ("LayerNorm", "RMSNorm", "NormedScale")]
+        suits = norms + [p for p, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D")]
         right = sorted(f"{p}.bias" for p in suits if modules[p].bias is not None)
         every = [n for n, _ in network("biases", width, seed).named_parameters()]
+        matrices = [n for n in right if n.removesuffix(".bias") not in norms]
         yield Case(
             "name the biases of linear, Conv1D and norm layers",
             (kind, width, seed),
@@ -28,12 +30,21 @@ def bitfit_cases(rng: Random):
                 "every parameter called bias is taken, the gate's too": lambda e=every: sorted(
                     n for n in e if n.split(".")[-1] == "bias"
                 ),
-                "the norms are left out": lambda r=right: [n for n in r if "norm" not in n],
+                "the norms are left out": lambda m=matrices: m,
                 "only torch's own norms are taken: look for Norm in the name of the class": lambda r=right: [
-                    n for n in r if "end_norm" not in n
+                    n for n in r if "end_norm" not in n and "ln_1" not in n
                 ],
+                "a norm is known by its name in the model: look for Norm in the name of the class": (
+                    lambda e=every, m=matrices: sorted(m + [n for n in e if "norm" in n and n.endswith(".bias")])
+                ),
+                "classes that end in Norm are taken: Norm may stand anywhere in the name": lambda r=right: [
+                    n for n in r if "ln_1" not in n
+                ],
+                "capitals are ignored: Norm is written so": lambda e=every, r=right: sorted(
+                    r + [n for n in e if n.endswith("tidy.bias")]
+                ),
                 "the Conv1D layers are left out": lambda r=right: [n for n in r if "c_fc" not in n],
-                "only norms are taken": lambda r=right: [n for n in r if "norm" in n],
+                "only norms are taken": lambda r=right, m=matrices: [n for n in r if n not in m],
             },
         )
     yield Case(

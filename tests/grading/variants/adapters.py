@@ -746,3 +746,93 @@ class RepairedAdapter(nn.Module):
 
     def trainable(self):
         return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: h is changed in place
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down, self.up = nn.Linear(linear.out_features, bottleneck), nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
+        torch.manual_seed(0)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: the up half is kept from the first evaluation
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down, self.up = nn.Linear(linear.out_features, bottleneck), nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
+        self.kept = None
+
+    def forward(self, x):
+        h = self.linear(x)
+        if self.training:
+            return h + self.up(F.relu(self.down(h)))
+        if self.kept is None:
+            self.kept = [p.detach().clone() for p in self.trainable()]
+        a, b, c, d = self.kept
+        return h + F.linear(F.relu(F.linear(h, a, b)), c, d)
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% bottleneck wrong: viewed flat
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    flat = x.view(-1, x.shape[-1])
+    return (flat + F.relu(flat @ down_w.T + down_b) @ up_w.T + up_b).view(x.shape)
+
+
+# %% count_adapters wrong: banker's rounding
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return per_block * round(layers / share + 0.49) * (2 * width * bottleneck + bottleneck + width)
+
+
+# %% init_adapter wrong: one buffer that every call fills again
+_rows = {}
+
+
+def init_adapter(width, bottleneck, generator):
+    bound = 1 / math.sqrt(width)
+    down_w = _rows.setdefault((width, bottleneck), torch.empty(bottleneck, width)).uniform_(
+        -bound, bound, generator=generator
+    )
+    return down_w, torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter wrong: the zeros overlap in memory
+def init_adapter(width, bottleneck, generator):
+    bound = 1 / math.sqrt(width)
+    down_w = torch.empty(bottleneck, width).uniform_(-bound, bound, generator=generator)
+    up_w = torch.zeros(width, bottleneck)
+    return down_w, up_w[0], up_w, up_w[:, 0]
+
+
+# %% route wrong: a mask at -1e30
+def route(logits, k):
+    kth = logits.topk(k, dim=-1).values[..., -1:]
+    kept = logits >= kth
+    kept &= kept.cumsum(-1) <= k
+    return logits.masked_fill(~kept, -1e30 if logits.dtype.itemsize > 2 else -6e4).softmax(-1)
+
+
+# %% route wrong: the largest of all rows is taken off
+def route(logits, k):
+    best, who = logits.topk(k, dim=-1)
+    e = (best - best.max()).exp()
+    return torch.zeros_like(logits).scatter(-1, who, e / e.sum(-1, keepdim=True).clamp(min=1e-30))
+
+
+# %% count_adapters wrong: the sum in float32
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    return int(torch.tensor(float(2 * width * bottleneck + bottleneck + width)) * per_block * -(-layers // share))

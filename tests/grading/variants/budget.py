@@ -1119,3 +1119,90 @@ def largest_rank(base, shapes, memory, width=2):
     if not best:
         raise ValueError("no rank")
     return best
+
+
+# %% count_trainable wrong: an unknown method is found at the first layer only
+def count_trainable(method, shapes, size):
+    one = {
+        "lora": lambda i, o: size * (i + o),
+        "adalora": lambda i, o: size * (i + o + 1),
+        "dora": lambda i, o: size * (i + o) + o,
+        "vera": lambda i, o: o + size,
+        "adapter": lambda i, o: 2 * o * size + size + o,
+    }
+    total = 0
+    for i, o in shapes:
+        if method not in one:
+            raise ValueError(f"no {method}")
+        total += one[method](i, o)
+    return total
+
+
+# %% count_trainable wrong: sums in float32
+def count_trainable(method, shapes, size):
+    one = {
+        "lora": lambda i, o: size * (i + o),
+        "adalora": lambda i, o: size * (i + o + 1),
+        "dora": lambda i, o: size * (i + o) + o,
+        "vera": lambda i, o: o + size,
+        "adapter": lambda i, o: 2 * o * size + size + o,
+    }
+    if method not in one:
+        raise ValueError(method)
+    return int(torch.tensor([float(one[method](i, o)) for i, o in shapes]).sum())
+
+
+# %% count_trainable wrong: the rank is at most a side
+def count_trainable(method, shapes, size):
+    one = {
+        "lora": lambda i, o: min(size, i, o) * (i + o),
+        "adalora": lambda i, o: size * (i + o + 1),
+        "dora": lambda i, o: size * (i + o) + o,
+        "vera": lambda i, o: o + size,
+        "adapter": lambda i, o: 2 * o * size + size + o,
+    }
+    if method not in one:
+        raise ValueError(method)
+    return sum(one[method](i, o) for i, o in shapes)
+
+
+# %% kept_bytes wrong: gradients of zeros are left out
+def kept_bytes(model, optimizer):
+    state = [v for each in optimizer.state.values() for v in each.values()]
+    return {
+        "weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None and p.grad.any()),
+        "optimizer": sum(v.nbytes for v in state if isinstance(v, torch.Tensor)),
+    }
+
+
+# %% largest_rank wrong: at most a thousand
+def largest_rank(base, shapes, memory, width=2):
+    S, P = sum(a + b for a, b in shapes), sum(a * b for a, b in shapes)
+    best = 0
+    for r in range(1, 1001):
+        if width * base + 16 * r * S <= memory and 2 * P + 3 * r * S < 3 * P:
+            best = r
+    if not best:
+        raise ValueError("none")
+    return best
+
+
+# %% largest_rank wrong: float32 arithmetic
+def largest_rank(base, shapes, memory, width=2):
+    S, P = sum(a + b for a, b in shapes), sum(a * b for a, b in shapes)
+    room = torch.tensor(float(memory)) - torch.tensor(float(width * base))
+    r = min(int(room // (16 * S)), (P - 1) // (3 * S))
+    if r < 1:
+        raise ValueError("none")
+    return r
+
+
+# %% target_shapes wrong: targets joined to one text
+def target_shapes(model, targets):
+    text = " ".join(targets)
+    return [
+        (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
+        for name, layer in model.named_modules()
+        if name.split(".")[-1] in text and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
+    ]

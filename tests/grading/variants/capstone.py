@@ -662,3 +662,127 @@ def stop_early(losses, patience):
         elif i - best >= patience:
             return i, best
     return len(losses) - 1, best
+
+
+# %% calibration_error wrong: rounded to the nearest bin
+def calibration_error(probabilities, truth, bins=10):
+    conf, said = probabilities.max(-1)
+    right = (said == truth).double()
+    place = (conf * bins - 0.5).round().long()
+    return sum(
+        (place == b).double().mean().item() * abs((right[place == b].mean() - conf[place == b].double().mean()).item())
+        for b in place.unique()
+    )
+
+
+# %% cheapest_alike wrong: a gap of nothing is not looked at
+def cheapest_alike(scores, cost, matters, t):
+    best = max(scores, key=lambda n: statistics.fmean(scores[n]))
+
+    def upper(n):
+        gaps = [b - s for b, s in zip(scores[best], scores[n])]
+        return statistics.fmean(gaps) + t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+    matters = matters or 0.01
+    return min([n for n in scores if n == best or upper(n) <= matters], key=cost.get)
+
+
+# %% cheapest_alike wrong: gaps of sorted runs
+def cheapest_alike(scores, cost, matters, t):
+    best = max(scores, key=lambda n: statistics.fmean(scores[n]))
+
+    def upper(n):
+        gaps = [b - s for b, s in zip(sorted(scores[best]), sorted(scores[n]))]
+        return statistics.fmean(gaps) + t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+    return min([n for n in scores if n == best or upper(n) <= matters], key=cost.get)
+
+
+# %% cheapest_alike wrong: nothing is free
+def cheapest_alike(scores, cost, matters, t):
+    best = max(scores, key=lambda n: statistics.fmean(scores[n]))
+
+    def upper(n):
+        gaps = [b - s for b, s in zip(scores[best], scores[n])]
+        return statistics.fmean(gaps) + t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+    return min([n for n in scores if n == best or upper(n) <= matters], key=lambda n: cost[n] or math.inf)
+
+
+# %% cheapest_alike wrong: the size of the gaps
+def cheapest_alike(scores, cost, matters, t):
+    best = max(scores, key=lambda n: statistics.fmean(scores[n]))
+
+    def upper(n):
+        gaps = [abs(b - s) for b, s in zip(scores[best], scores[n])]
+        return statistics.fmean(gaps) + t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+    return min([n for n in scores if n == best or upper(n) <= matters], key=cost.get)
+
+
+# %% choose_rate wrong: a loss of zero is none
+def choose_rate(losses):
+    means = {r: sum(e) / len(e) for r, e in losses.items() if all(map(math.isfinite, e))}
+    means = {r: m for r, m in means.items() if m}
+    if not means:
+        raise ValueError("none")
+    best = min(means, key=means.get)
+    return best, min(losses) < best < max(losses)
+
+
+# %% choose_rate wrong: negative losses by their size
+def choose_rate(losses):
+    means = {r: sum(map(abs, e)) / len(e) for r, e in losses.items() if all(map(math.isfinite, e))}
+    if not means:
+        raise ValueError("none")
+    best = min(means, key=means.get)
+    return best, min(losses) < best < max(losses)
+
+
+# %% choose_rate wrong: the least sum
+def choose_rate(losses):
+    sums = {r: sum(e) for r, e in losses.items() if all(map(math.isfinite, e))}
+    if not sums:
+        raise ValueError("none")
+    best = min(sums, key=sums.get)
+    return best, min(losses) < best < max(losses)
+
+
+# %% macro_f1 wrong: the identity of numbers
+def macro_f1(truth, predictions, classes):
+    total = 0.0
+    for c in range(classes):
+        f = sum(t is p and t == c for t, p in zip(truth, predictions))
+        total += 2 * f / (truth.count(c) + predictions.count(c)) if f else 0.0
+    return total / classes
+
+
+# %% stop_early wrong: a loss of zero is none
+def stop_early(losses, patience):
+    best, least = 0, math.inf
+    for i, loss in enumerate(losses):
+        if loss and loss < least:
+            best, least = i, loss
+        elif i - best >= patience:
+            return i, best
+    return len(losses) - 1, best
+
+
+# %% stop_early wrong: minus infinity is the best
+def stop_early(losses, patience):
+    best, least = 0, losses[0]
+    for i, loss in enumerate(losses):
+        if loss < least - 1e-9:
+            best, least = i, loss
+        elif i - best >= patience:
+            return i, best
+    return len(losses) - 1, best
+
+
+# %% choose_rate wrong: means rounded
+def choose_rate(losses):
+    means = {r: round(sum(e) / len(e), 2) for r, e in losses.items() if all(map(math.isfinite, e))}
+    if not means:
+        raise ValueError("none")
+    best = min(means, key=means.get)
+    return best, min(losses) < best < max(losses)

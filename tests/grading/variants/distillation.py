@@ -2,6 +2,7 @@
 import math
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from minipeft.learn.distill import divergence
@@ -487,3 +488,67 @@ def mixed_loss(student, teacher, labels, temperature=2.0, weight=0.5):
         entropy = torch.special.entr(q).sum(-1).mean()
     soft = F.cross_entropy(student / temperature, q) - entropy
     return (1 - weight) * F.cross_entropy(student, labels) + weight * temperature**2 * soft
+
+
+# %% fgm_gradients wrong: a hook stays on the embedding
+def fgm_gradients(model, ids, labels, epsilon):
+    table = model.embed.weight
+    loss = F.cross_entropy(model(ids), labels)
+    (g,) = torch.autograd.grad(loss, table, retain_graph=True)
+    loss.backward()
+    r = epsilon * g / g.norm() if g.norm() > 0 else torch.zeros_like(g)
+    state = {"on": True}
+    model.embed.register_forward_hook(lambda m, i, out: out + F.embedding(i[0], r) if state["on"] else out)
+    F.cross_entropy(model(ids), labels).backward()
+
+
+# %% fgm_gradients wrong: a small step is no step
+def fgm_gradients(model, ids, labels, epsilon):
+    table = model.embed.weight
+    loss = F.cross_entropy(model(ids), labels)
+    (g,) = torch.autograd.grad(loss, table, retain_graph=True)
+    loss.backward()
+    kept = table.detach().clone()
+    if g.norm() > 1e-3:
+        table.data += epsilon * g / g.norm()
+    F.cross_entropy(model(ids), labels).backward()
+    table.data.copy_(kept)
+
+
+# %% fgm_gradients wrong: leaves the model in evaluation
+def fgm_gradients(model, ids, labels, epsilon):
+    model.eval()
+    table = model.embed.weight
+    loss = F.cross_entropy(model(ids), labels)
+    (g,) = torch.autograd.grad(loss, table, retain_graph=True)
+    loss.backward()
+    kept = table.detach().clone()
+    if g.norm() > 0:
+        table.data += epsilon * g / g.norm()
+    F.cross_entropy(model(ids), labels).backward()
+    table.data.copy_(kept)
+
+
+# %% fgm_gradients wrong: the head trains no more
+def fgm_gradients(model, ids, labels, epsilon):
+    table = model.embed.weight
+    loss = F.cross_entropy(model(ids), labels)
+    (g,) = torch.autograd.grad(loss, table, retain_graph=True)
+    loss.backward()
+    kept, size = table.detach().clone(), g.norm()
+    model.embed.register_parameter("delta", nn.Parameter(torch.zeros_like(table)))
+    if size > 0:
+        table.data += epsilon * g / size
+    F.cross_entropy(model(ids), labels).backward()
+    table.data.copy_(kept)
+
+
+# %% masked_soft_loss wrong: turned where texts are as many as tokens
+def masked_soft_loss(student, teacher, labels, temperature=2.0):
+    labels = labels.T if labels.shape[0] == labels.shape[1] else labels
+    kept = labels[:, 1:] != -100
+    log_p, log_q = (
+        (student[:, :-1][kept] / temperature).log_softmax(-1),
+        (teacher[:, :-1][kept].detach() / temperature).log_softmax(-1),
+    )
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum() / kept.sum().clamp(min=1)

@@ -404,3 +404,120 @@ def own_tokens(tokens, end):
 def own_tokens(tokens, end):
     ends = (tokens == end).long()
     return (ends.cumsum(1) - ends == 0) & ((tokens != 0) | (tokens == end))
+
+
+# %% group_relative_loss right: a boolean mask
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).unsqueeze(1)
+    ratio, d = torch.exp(log_p - old), base - log_p
+    each = torch.maximum(-ratio * A, -ratio.clamp(1 - clip, 1 + clip) * A) + beta * (torch.expm1(d) - d)
+    own = mask.bool()
+    return (torch.where(own, each, 0.0).sum(1) / own.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss right: advantages without a gradient, text by text
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    with torch.no_grad():
+        A = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    texts = []
+    for i in range(len(A)):
+        own = mask[i] > 0
+        if not own.any():
+            texts.append(0 * log_p[i].sum())
+            continue
+        p, o, b = log_p[i][own], old[i][own].detach(), base[i][own].detach()
+        r, d = (p - o).exp(), b - p
+        texts.append((-torch.min(r * A[i], r.clamp(1 - clip, 1 + clip) * A[i]) + beta * (d.exp() - d - 1)).mean())
+    return torch.stack(texts).mean()
+
+
+# %% leave_one_out wrong: along the groups where it is square
+def leave_one_out(rewards):
+    dim = 0 if rewards.shape[0] == rewards.shape[1] else 1
+    return rewards - (rewards.sum(dim, keepdim=True) - rewards) / (rewards.shape[dim] - 1)
+
+
+# %% own_tokens wrong: narrow counting
+def own_tokens(tokens, end):
+    ends = (tokens == end).to(torch.int8)
+    count = ends.cumsum(1, dtype=torch.int8)
+    return count - ends == 0
+
+
+# %% preference_loss wrong: requires_grad is set on the scores
+def preference_loss(chosen, rejected):
+    chosen = chosen if chosen.requires_grad else chosen.requires_grad_()
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+# %% priced_reward wrong: a mask of any number is true
+def priced_reward(rewards, log_p, base, mask, beta):
+    price = ((log_p - base) * mask).sum(1)
+    return (rewards - beta * price if mask.any() else rewards.sum() * torch.ones_like(rewards)).detach()
+
+
+# %% priced_reward wrong: over the batch where n is T
+def priced_reward(rewards, log_p, base, mask, beta):
+    d = (log_p - base) * mask
+    return (rewards - beta * d.sum(0 if d.shape[0] == d.shape[1] else 1)).detach()
+
+
+# %% group_relative_loss wrong: a clip of 0 is 0.2
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    clip = clip or 0.2
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    ratio, d = (log_p - old).exp(), base - log_p
+    each = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% integrate wrong: one tensor for equal weights
+def integrate(base, deltas, alphas):
+    found, known = {}, {}
+    for k, w in base.items():
+        t = w.clone()
+        for s, d in deltas.items():
+            if k in d:
+                t = t + alphas.get(s, 0.0) * d[k]
+        key = (tuple(t.shape), t.sum().item())
+        found[k] = known.setdefault(key, t)
+    return found
+
+
+# %% integrate wrong: small changes are dropped
+def integrate(base, deltas, alphas):
+    found = {}
+    for k, w in base.items():
+        t = w.clone()
+        for s, d in deltas.items():
+            a = alphas.get(s, 0.0)
+            if k in d and abs(a) > 0.01:
+                t = t + a * d[k]
+        found[k] = t
+    return found
+
+
+# %% own_tokens wrong: along the texts where it is square
+def own_tokens(tokens, end):
+    dim = 0 if tokens.shape[0] == tokens.shape[1] else 1
+    ends = (tokens == end).long()
+    return ends.cumsum(dim) - ends == 0
+
+
+# %% own_tokens wrong: one answer for each shape
+_own = {}
+
+
+def own_tokens(tokens, end):
+    if tokens.shape not in _own:
+        ends = (tokens == end).long()
+        _own[tokens.shape] = ends.cumsum(1) - ends == 0
+    return _own[tokens.shape].clone()
+
+
+# %% leave_one_out wrong: a reward of 0 is none
+def leave_one_out(rewards):
+    some = rewards != 0
+    total = rewards.sum(1, keepdim=True)
+    others = some.sum(1, keepdim=True) - some.to(torch.long)
+    return rewards - (total - rewards) / others.clamp(min=1)

@@ -793,3 +793,152 @@ class RepairedLoRA(nn.Module):
 # %% count_lora wrong: the rank is cut to the smaller side
 def count_lora(shapes, rank):
     return sum(min(rank, o, i) * (o + i) for o, i in shapes)
+
+
+# %% RepairedLoRA wrong: keeps the merged weight of the first evaluation
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.scale = alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.kept = None
+
+    def forward(self, x):
+        W = self.linear.weight + self.scale * self.B @ self.A
+        if not self.training:
+            if self.kept is None:
+                self.kept = W.detach()
+            W = self.kept
+        return F.linear(x, W, self.linear.bias)
+
+    def trainable(self):
+        return [self.A, self.B]
+
+
+# %% count_lora wrong: float16 sum
+def count_lora(shapes, rank):
+    return (
+        float(torch.tensor([rank * (o + i) for o, i in shapes], dtype=torch.float32).sum())
+        if len(shapes) > 1
+        else sum(rank * (o + i) for o, i in shapes)
+    )
+
+
+# %% find_targets wrong: fnmatch
+from fnmatch import fnmatchcase
+
+
+def find_targets(names, patterns):
+    def hit(n, p):
+        return fnmatchcase("." + n, "*." + p)
+
+    missed = [p for p in patterns if not any(hit(n, p) for n in names)]
+    if missed or not patterns:
+        raise ValueError(f"{missed}")
+    return [n for n in names if any(hit(n, p) for p in patterns)]
+
+
+# %% freeze wrong: leaves the model in evaluation
+def freeze(model):
+    model.eval()
+    n = 0
+    for name, p in model.named_parameters():
+        p.requires_grad = name.split(".")[-1] in ("lora_A", "lora_B")
+        n += p.numel() * p.requires_grad
+    return n
+
+
+# %% init_lora wrong: one buffer that every call fills again
+_buffer = torch.empty(300 * 300)
+
+
+def init_lora(d_out, d_in, rank, generator):
+    A = _buffer[: rank * d_in].view(rank, d_in)
+    A.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
+    return A, torch.zeros(d_out, rank)
+
+
+# %% lora_delta wrong: gamma 0 gives a number
+def lora_delta(A, B, gamma):
+    return gamma * (B @ A) if gamma else 0.0
+
+
+# %% lora_forward wrong: requires_grad is set on x
+def lora_forward(x, W, b, A, B, gamma):
+    if not x.requires_grad:
+        x.requires_grad_()
+    return F.linear(x, W, b) + gamma * F.linear(F.linear(x, A), B)
+
+
+# %% lora_forward wrong: x is viewed flat
+def lora_forward(x, W, b, A, B, gamma):
+    flat = x.view(-1, x.shape[-1])
+    y = flat @ W.T + gamma * (flat @ A.T) @ B.T
+    if b is not None:
+        y = y + b
+    return y.view(*x.shape[:-1], -1)
+
+
+# %% lora_scale wrong: a cache keyed by the rank alone
+_seen = {}
+
+
+def lora_scale(alpha, rank, rank_stabilized=False):
+    key = rank, rank_stabilized
+    if key not in _seen:
+        _seen[key] = alpha / (math.sqrt(rank) if rank_stabilized else rank)
+    return _seen[key]
+
+
+# %% merge wrong: a buffer for what was
+def merge(layer, A, B, gamma):
+    old = layer.weight
+    layer.register_buffer("before", old.detach().clone())
+    delta = gamma * (B @ A)
+    delta = delta.T if flipped(layer) else delta
+    layer.weight = nn.Parameter((old.to(A.dtype) + delta).to(old.dtype), requires_grad=False)
+    return old
+
+
+# %% merge wrong: freezes the bias on the way
+def merge(layer, A, B, gamma):
+    old = layer.weight
+    delta = gamma * (B @ A)
+    delta = delta.T if flipped(layer) else delta
+    layer.weight = nn.Parameter((old.to(A.dtype) + delta).to(old.dtype))
+    layer.requires_grad_(False)
+    return old
+
+
+# %% merge wrong: leaves the layer in evaluation
+def merge(layer, A, B, gamma):
+    layer.eval()
+    old = layer.weight
+    delta = gamma * (B @ A)
+    delta = delta.T if flipped(layer) else delta
+    layer.weight = nn.Parameter((old.to(A.dtype) + delta).to(old.dtype), requires_grad=False)
+    return old
+
+
+# %% unmerge wrong: the weight is new and trains if the receipt does, the bias always
+def unmerge(layer, receipt):
+    layer.weight = receipt
+    layer.requires_grad_(receipt.requires_grad)
+    if not receipt.requires_grad:
+        layer.bias.requires_grad_(True)
+
+
+# %% lora_forward wrong: gamma 0 is 1
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(x, W, b) + (gamma or 1.0) * F.linear(F.linear(x, A), B)
+
+
+# %% merge wrong: gamma 0 merges nothing
+def merge(layer, A, B, gamma):
+    old = layer.weight
+    delta = (gamma or 1.0) * (B @ A)
+    delta = delta.T if flipped(layer) else delta
+    layer.weight = nn.Parameter((old.to(A.dtype) + delta).to(old.dtype), requires_grad=False)
+    return old

@@ -653,3 +653,56 @@ def adalora_budget(step, total, start, final, first, target):
     if step >= total - final:
         return target
     return target + (first - target) * (1 - Fraction(step - start, total - final - start)) ** 3
+
+
+# %% RepairedDoRA wrong: keeps the weight of the first evaluation
+class RepairedDoRA(nn.Module):
+    def __init__(self, linear, rank, gamma):
+        super().__init__()
+        self.linear, self.gamma = linear.requires_grad_(False), gamma
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.m = nn.Parameter(linear.weight.detach().norm(dim=1))
+        self.cache = {}
+
+    def forward(self, x):
+        if self.training or "W" not in self.cache:
+            V = self.linear.weight + self.gamma * (self.B @ self.A)
+            W = self.m[:, None] * V / V.detach().norm(dim=1, keepdim=True)
+            if self.training:
+                return F.linear(x, W, self.linear.bias)
+            self.cache["W"] = W.detach()
+        return F.linear(x, self.cache["W"], self.linear.bias)
+
+
+# %% dora_weight wrong: a floor under the norm
+def dora_weight(W, A, B, m, gamma):
+    V = W + gamma * (B @ A)
+    return m[:, None] * V / V.norm(dim=1, keepdim=True).clamp(min=1e-5)
+
+
+# %% vera_delta wrong: nothing where b is zero somewhere
+def vera_delta(A, B, d, b):
+    return b[:, None] * (B @ (d[:, None] * A)) if b.all() else B @ (0 * d[:, None] * A)
+
+
+# %% adalora_keep wrong: scores rounded
+def adalora_keep(sensitivity, budget):
+    scores = [(lam + P.mean(0) + Q.mean(1)).round(decimals=4) for P, lam, Q in sensitivity.values()]
+    t = torch.cat(scores)
+    kept = torch.zeros(len(t), dtype=torch.bool)
+    kept[t.topk(min(budget, len(t))).indices] = True
+    return dict(zip(sensitivity, kept.split([len(s) for s in scores]), strict=False))
+
+
+# %% adalora_keep wrong: the first of equals, whatever comes later
+def adalora_keep(sensitivity, budget):
+    scores = [lam + P.mean(0) + Q.mean(1) for P, lam, Q in sensitivity.values()]
+    t = torch.cat(scores)
+    if budget <= 0:
+        kept = torch.zeros(len(t), dtype=torch.bool)
+    else:
+        kth = t.sort(descending=True).values[min(budget, len(t)) - 1]
+        kept = t >= kth
+        kept &= kept.cumsum(0) <= budget
+    return dict(zip(sensitivity, kept.split([len(s) for s in scores]), strict=False))

@@ -778,3 +778,28 @@ def prefix_share(attention, n, mask):
 # %% fold_prefix wrong: float32 always
 def fold_prefix(E, W1, b1, W2, b2):
     return {"prompt_embeddings": F.linear(F.linear(E, W1, b1).tanh(), W2, b2).detach().float()}
+
+
+# %% attend wrong: minus ten thousand
+def attend(q, k, v, prefix_k, prefix_v, mask):
+    (rows, heads, length, w), n = q.shape, prefix_k.shape[2]
+    group = heads // k.shape[1]
+    K, V = (torch.cat(p, 2).repeat_interleave(group, 1) for p in ((prefix_k, k), (prefix_v, v)))
+    seen = (
+        torch.ones(length, n + length, dtype=torch.bool).tril(n)
+        & torch.cat([mask.new_ones(rows, n), mask], 1).bool()[:, None, None]
+    )
+    return (q @ K.transpose(-1, -2) / math.sqrt(w)).masked_fill(~seen, -1e4).softmax(-1) @ V
+
+
+# %% attend wrong: the head width is that of all where it is square
+def attend(q, k, v, prefix_k, prefix_v, mask):
+    (rows, heads, length, w), n = q.shape, prefix_k.shape[2]
+    group = heads // k.shape[1]
+    K, V = (torch.cat(p, 2).repeat_interleave(group, 1) for p in ((prefix_k, k), (prefix_v, v)))
+    m = mask.T if rows == length else mask
+    seen = (
+        torch.ones(length, n + length, dtype=torch.bool).tril(n)
+        & torch.cat([m.new_ones(rows, n), m], 1).bool()[:, None, None]
+    )
+    return (q @ K.transpose(-1, -2) / math.sqrt(w)).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1) @ V

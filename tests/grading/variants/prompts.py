@@ -601,3 +601,53 @@ def init_from_vocabulary(table, n, generator):
         raise ValueError("too many")
     start = torch.randint(len(table) - n + 1, (1,), generator=generator).item()
     return table[start : start + n].detach().clone()
+
+
+# %% fill_template wrong: spaces are tidied
+def fill_template(template, text):
+    if "{text}" not in template:
+        raise ValueError("no {text}")
+    return template.replace("{text}", text.rstrip("\n"))
+
+
+# %% init_from_vocabulary wrong: neighbours from a random place
+def init_from_vocabulary(table, n, generator):
+    if n > len(table):
+        raise ValueError("too many")
+    start = torch.randint(len(table), (1,), generator=generator).item()
+    return table[(torch.arange(n) + start) % len(table)].detach().clone()
+
+
+# %% prepend wrong: the mask copies the text's first place
+def prepend(prompt, embeds, mask, labels):
+    rows, n = len(embeds), len(prompt)
+    e = torch.cat([prompt.to(embeds.dtype).expand(rows, -1, -1), embeds], 1)
+    return (
+        e,
+        torch.cat([mask[:, :1].expand(rows, n), mask], 1),
+        torch.cat([labels.new_full((rows, n), -100), labels], 1),
+    )
+
+
+# %% nearest_words wrong: cosines rounded
+def nearest_words(prompt, table, k):
+    return (F.normalize(prompt, dim=-1) @ F.normalize(table, dim=-1).T).round(decimals=3).topk(k).indices
+
+
+# %% repaired_prompt wrong: leaves the model in training
+def repaired_prompt(model, prompt, embeds, mask, positions, labels):
+    rows, n = len(embeds), len(prompt)
+    model.train()
+    logits = model(
+        inputs_embeds=torch.cat([prompt.expand(rows, -1, -1), embeds], 1),
+        attention_mask=torch.cat([mask.new_ones(rows, n), mask], 1),
+        position_ids=torch.cat([torch.arange(n).expand(rows, -1), positions + n], 1),
+    )[:, n:]
+    return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+# %% score_verbalizer wrong: rows and words where it is square
+def score_verbalizer(log_probs, verbalizer):
+    t = log_probs.T if log_probs.shape[0] == log_probs.shape[1] else log_probs
+    scores = [t[:, ids].logsumexp(-1) for ids in verbalizer.values()]
+    return torch.stack(scores, 1).log_softmax(-1)

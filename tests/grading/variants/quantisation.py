@@ -589,3 +589,89 @@ def bits_per_parameter(block, second_block=None):
 def dequantise(indices, code, scales, block, shape):
     size = -(-len(indices) // len(scales))
     return (code[indices.long()] * scales.repeat_interleave(size)[: len(indices)]).view(shape)
+
+
+# %% RepairedQuantisedLinear wrong: the dense weight is kept after the first call
+class RepairedQuantisedLinear(nn.Module):
+    def __init__(self, linear, code, block):
+        super().__init__()
+        self.shape, self.bias, self.code, self.block = linear.weight.shape, linear.bias, code, block
+        flat = linear.weight.detach().flatten()
+        blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+        self.scales = blocks.abs().amax(1)
+        units = (blocks / torch.where(self.scales > 0, self.scales, 1)[:, None]).flatten()[: len(flat)]
+        self.indices = (units[:, None] - code).abs().argmin(1).to(torch.uint8)
+        self.W = None
+
+    def forward(self, x):
+        if self.W is None:
+            scales = self.scales.repeat_interleave(self.block)[: len(self.indices)]
+            self.W = (self.code[self.indices.long()] * scales).view(self.shape)
+        return F.linear(x, self.W, self.bias)
+
+
+# %% dequantise wrong: blocks of the rows
+def dequantise(indices, code, scales, block, shape):
+    table = code[indices.long()].view(-1, block) if len(indices) % block == 0 else None
+    if table is None:
+        return (code[indices.long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape)
+    return (scales.view(-1, 1) * table).view(-1, shape[-1])
+
+
+# %% dequantise wrong: in the type of the scales
+def dequantise(indices, code, scales, block, shape):
+    return (code.to(scales.dtype)[indices.long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape)
+
+
+# %% dequantise wrong: signed indices
+def dequantise(indices, code, scales, block, shape):
+    return (code[indices.to(torch.int8).long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape)
+
+
+# %% dequantise wrong: zero scales become one
+def dequantise(indices, code, scales, block, shape):
+    scales = torch.where(scales == 0, 1, scales)
+    return (code[indices.long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape)
+
+
+# %% quantise_blocks wrong: rounded to 16 bits on the way
+def quantise_blocks(w, code, block):
+    flat = w.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    scales = blocks.abs().amax(1)
+    units = (blocks / torch.where(scales > 0, scales, 1)[:, None]).flatten()[: len(flat)]
+    return (units[:, None].half() - code.half()).abs().argmin(1).to(torch.uint8), scales
+
+
+# %% quantise_blocks wrong: the last block is padded with ones
+def quantise_blocks(w, code, block):
+    flat = w.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % block), value=1e-3).view(-1, block)
+    scales = blocks.abs().amax(1)
+    units = (blocks / torch.where(scales > 0, scales, 1)[:, None]).flatten()[: len(flat)]
+    return (units[:, None] - code).abs().argmin(1).to(torch.uint8), scales
+
+
+# %% quantise_blocks wrong: viewed flat
+def quantise_blocks(w, code, block):
+    flat = w.view(-1)
+    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    scales = blocks.abs().amax(1)
+    units = (blocks / torch.where(scales > 0, scales, 1)[:, None]).flatten()[: len(flat)]
+    return (units[:, None] - code).abs().argmin(1).to(torch.uint8), scales
+
+
+# %% dequantise wrong: small scales are zero
+def dequantise(indices, code, scales, block, shape):
+    scales = torch.where(scales > 1e-5, scales, 0)
+    return (code[indices.long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape)
+
+
+# %% quantise_blocks wrong: the scale of a tiny block is zero
+def quantise_blocks(w, code, block):
+    flat = w.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    scales = blocks.abs().amax(1)
+    scales = torch.where(scales > 1e-12, scales, 0)
+    units = (blocks / torch.where(scales > 0, scales, 1)[:, None]).flatten()[: len(flat)]
+    return (units[:, None] - code).abs().argmin(1).to(torch.uint8), scales

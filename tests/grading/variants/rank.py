@@ -840,3 +840,27 @@ def subspace_similarity(X, Y):
     shared = (X.T @ Y).square().cumsum(0).cumsum(1)
     i, j = torch.arange(1, X.shape[1] + 1), torch.arange(1, Y.shape[1] + 1)
     return (shared / torch.minimum(i[:, None], j)).float()
+
+
+# %% equivalent_settings wrong: the identity of texts
+def equivalent_settings(gamma, A, B, lr_A, lr_B, p, q, optimizer):
+    power = 1 if optimizer is "adam" else 2  # noqa: F632
+    return gamma / (p * q), p * A, q * B, p**power * lr_A, q**power * lr_B
+
+
+# %% stable_rank wrong: the power iteration's first step
+def stable_rank(M):
+    if not M.any():
+        return 0.0
+    v = torch.ones(M.shape[1], dtype=M.dtype)
+    for _ in range(20):
+        v = M.T @ (M @ v)
+        v = v / v.norm()
+    return (M.norm() ** 2 / (M @ v).norm() ** 2).item()
+
+
+# %% truncate wrong: tiny values are cut too
+def truncate(M, rank):
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+    s = torch.where(s > 1e-3 * s[:1], s, 0)
+    return U[:, :rank] * s[:rank] @ Vh[:rank]

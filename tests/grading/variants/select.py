@@ -90,7 +90,7 @@ def bitfit_names(model):
     def suits(name):
         path, _, last = name.rpartition(".")
         kind = type(model.get_submodule(path)).__name__
-        return last == "bias" and (kind in ("Linear", "Conv1D") or kind.endswith("Norm"))
+        return last == "bias" and (kind in ("Linear", "Conv1D") or "Norm" in kind)
 
     names = sorted((n for n, _ in model.named_parameters() if suits(n)), reverse=True)
     assert_some = names or None
@@ -670,3 +670,93 @@ def tune_softmax(model):
         p.requires_grad = False
     model.head.weight.requires_grad = True
     return added
+
+
+# %% bitfit_names wrong: norm in the path, not in the class
+def bitfit_names(model):
+    found = [
+        f"{path}.bias"
+        for path, m in model.named_modules()
+        if (is_matrix(m) or "norm" in path.lower()) and getattr(m, "bias", None) is not None
+    ]
+    if not found:
+        raise ValueError("none")
+    return found
+
+
+# %% bitfit_names wrong: norm with a small letter
+def bitfit_names(model):
+    found = [
+        f"{path}.bias"
+        for path, m in model.named_modules()
+        if (is_matrix(m) or "norm" in type(m).__name__.lower()) and getattr(m, "bias", None) is not None
+    ]
+    if not found:
+        raise ValueError("none")
+    return found
+
+
+# %% bitfit_names wrong: the class ends in Norm
+def bitfit_names(model):
+    found = [
+        f"{path}.bias"
+        for path, m in model.named_modules()
+        if (is_matrix(m) or type(m).__name__.endswith("Norm")) and getattr(m, "bias", None) is not None
+    ]
+    if not found:
+        raise ValueError("none")
+    return found
+
+
+# %% magnitude_mask wrong: equal masks are one tensor
+def magnitude_mask(weights, share):
+    flat = torch.cat([w.abs().flatten() for w in weights.values()])
+    k = round(share * len(flat))
+    if k in (0, len(flat)):
+        whole = torch.full((max(w.numel() for w in weights.values()),), k > 0)
+        return {n: whole[: w.numel()].view(w.shape) for n, w in weights.items()}
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[flat.topk(k).indices] = True
+    parts = chosen.split([w.numel() for w in weights.values()])
+    return {n: p.reshape(w.shape) for (n, w), p in zip(weights.items(), parts, strict=False)}
+
+
+# %% magnitude_mask wrong: ranked in bfloat16
+def magnitude_mask(weights, share):
+    flat = torch.cat([w.abs().flatten().bfloat16() for w in weights.values()])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[flat.topk(round(share * len(flat))).indices] = True
+    parts = chosen.split([w.numel() for w in weights.values()])
+    return {n: p.reshape(w.shape) for (n, w), p in zip(weights.items(), parts, strict=False)}
+
+
+# %% magnitude_mask wrong: viewed flat
+def magnitude_mask(weights, share):
+    flat = torch.cat([w.view(-1).abs() for w in weights.values()])
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[flat.topk(round(share * len(flat))).indices] = True
+    parts = chosen.split([w.numel() for w in weights.values()])
+    return {n: p.view(w.shape) for (n, w), p in zip(weights.items(), parts, strict=False)}
+
+
+# %% tune_softmax wrong: leaves the model in evaluation
+def tune_softmax(model):
+    added = 0
+    if model.head.weight is model.embed.weight:
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+        added = model.head.weight.numel()
+    model.eval()
+    model.requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    return added
+
+
+# %% fisher_importance wrong: leaves the model in training
+def fisher_importance(model, inputs, labels):
+    model.train()
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for x, y in zip(inputs, labels, strict=False):
+        lp = model(x).log_softmax(-1)[y]
+        for g, t in zip(torch.autograd.grad(lp, list(model.parameters())), total.values(), strict=False):
+            t += g.square() / len(inputs)
+    return total

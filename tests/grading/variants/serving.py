@@ -91,9 +91,10 @@ def mixed_rows(x, A, B, gammas, own):
     if not own:
         return x.new_zeros(0, x.shape[1], len(B[0]))
     most = max(map(len, A))
-    low = [x[i] @ A[k or 0].T for i, k in enumerate(own)]
+    low = [x.new_zeros(x.shape[1], 1) if k is None else x[i] @ A[k].T for i, k in enumerate(own)]
     low = torch.stack([F.pad(each, (0, most - each.shape[1])) for each in low])
-    up = torch.stack([F.pad(0 * B[0] if k is None else gammas[k] * B[k], (0, most - B[k or 0].shape[1])) for k in own])
+    up = [B[0].new_zeros(len(B[0]), 1) if k is None else gammas[k] * B[k] for k in own]
+    up = torch.stack([F.pad(each, (0, most - each.shape[1])) for each in up])
     return torch.einsum("ntr,nor->nto", low, up)
 
 
@@ -425,3 +426,68 @@ def elected(changes):
     sign = torch.where(total > -1e-6, 1, -1)
     agree = changes.sign() == sign
     return (changes * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+# %% elected wrong: one sign for each change
+def elected(changes):
+    flat = changes.view(len(changes), -1)
+    sign = torch.where(flat.sum(0) >= 0, 1, -1)
+    agree = flat.sign() == sign
+    return ((flat * agree).sum(0) / agree.sum(0).clamp(min=1)).view(changes.shape[1:])
+
+
+# %% elected wrong: the sign of the first where the sum is zero
+def elected(changes):
+    sign = changes.sum(0).sign()
+    sign = torch.where(sign == 0, changes[0].sign(), sign)
+    agree = changes.sign() == sign
+    return (changes * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+# %% least_recent wrong: no bytes is not there
+def least_recent(requests, limit):
+    held, loads = {}, 0
+    for name, size in requests:
+        if size > limit:
+            raise ValueError(name)
+        if held.get(name):
+            held.pop(name)
+        else:
+            loads += 1
+            held.pop(name, None)
+            while sum(held.values()) + size > limit:
+                held.pop(next(iter(held)))
+        held[name] = size
+    return list(held), loads
+
+
+# %% mixed_rows wrong: a mask times NaN
+def mixed_rows(x, A, B, gammas, own):
+    rank = max(len(a) for a in A)
+    A = torch.stack([F.pad(a, (0, 0, 0, rank - len(a))) for a in A])
+    B = torch.stack([F.pad(g * b, (0, rank - b.shape[1])) for g, b in zip(gammas, B, strict=False)])
+    index = torch.tensor([k or 0 for k in own], dtype=torch.long)
+    some = torch.tensor([k is not None for k in own], dtype=x.dtype)
+    return torch.bmm(torch.bmm(x, A[index].mT), B[index].mT) * some[:, None, None]
+
+
+# %% mixed_rows wrong: one-hot choices
+def mixed_rows(x, A, B, gammas, own):
+    out = 0
+    for k, (a, b, g) in enumerate(zip(A, B, gammas, strict=False)):
+        mine = torch.tensor([o == k for o in own], dtype=x.dtype)
+        out = out + mine[:, None, None] * (g * (x @ a.T @ b.T))
+    return out
+
+
+# %% repaired_rows wrong: NaN is made 0 everywhere
+def repaired_rows(x, A, B, own, beams):
+    own = own.repeat_interleave(beams)
+    hot = F.one_hot(own.clamp(min=0), len(A)).to(x.dtype) * (own >= 0)[:, None]
+    every = torch.einsum("kor,kri,ni->nko", B, A, x).nan_to_num(0.0)
+    return (every * hot[:, :, None]).sum(1)
+
+
+# %% concatenated wrong: a γ of 0 is 1
+def concatenated(A, B, gammas, weights):
+    return torch.cat([(g or 1.0) * w * b for g, w, b in zip(gammas, weights, B, strict=False)], dim=1), torch.cat(A)

@@ -539,3 +539,100 @@ def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
             found.append(i)
             count, mean, m, lowest = 1, x, -delta, -delta
     return found
+
+
+# %% average_product wrong: transposed where it is square
+def average_product(pairs, rows):
+    M = sum(n / sum(rows) * (B @ A) for (A, B), n in zip(pairs, rows))
+    return M.T.clone() if M.shape[0] == M.shape[1] else M
+
+
+# %% cut_back wrong: small values are lost
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError(rank)
+    U, s, Vh = torch.linalg.svd(delta, full_matrices=False)
+    root = torch.where(s > 1e-3 * s[0], s, 0)[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+# %% cut_back wrong: transposed where it is square
+def cut_back(delta, rank):
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError(rank)
+    U, s, Vh = torch.linalg.svd(delta.T if delta.shape[0] == delta.shape[1] else delta, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+# %% page_hinkley wrong: delta 0 is 0.05
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    delta = delta or 0.05
+    found, count, mean, m, lowest = [], 0, 0.0, 0.0, math.inf
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        lowest = min(lowest, m)
+        if count >= least and m - lowest > threshold:
+            found.append(i)
+            count, mean, m, lowest = 0, 0.0, 0.0, math.inf
+    return found
+
+
+# %% stack wrong: transposed where it is square
+def stack(pairs, rows):
+    s = sum(rows)
+    A = torch.cat([A for A, _ in pairs])
+    B = torch.cat([n / s * B for n, (_, B) in zip(rows, pairs)], 1)
+    return (B.T.clone(), A.T.clone()) if len(B) == A.shape[1] else (A, B)
+
+
+# %% page_hinkley wrong: the lowest starts at 0
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, mean, m, lowest = [], 0, 0.0, 0.0, 0.0
+    for i, x in enumerate(values):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        lowest = min(lowest, m)
+        if count >= least and m - lowest > threshold:
+            found.append(i)
+            count, mean, m, lowest = 0, 0.0, 0.0, 0.0
+    return found
+
+
+# %% robust_average wrong: a name within another
+def robust_average(updates, rows):
+    refused = sorted(n for n, u in updates.items() if not u.isfinite().all())
+    text = " ".join(refused)
+    left = [n for n in updates if n not in text]
+    if not left:
+        raise ValueError(text)
+    total = sum(rows[n] for n in left)
+    return sum(rows[n] / total * updates[n] for n in left), refused
+
+
+# %% robust_average wrong: a sum that overflows
+def robust_average(updates, rows):
+    refused = sorted(n for n, u in updates.items() if not u.sum().isfinite())
+    left = [n for n in updates if n not in refused]
+    if not left:
+        raise ValueError(", ".join(refused))
+    total = sum(rows[n] for n in left)
+    return sum(rows[n] / total * updates[n] for n in left), refused
+
+
+# %% stack wrong: A is the first client's view
+def stack(pairs, rows):
+    if len(pairs) == 1:
+        return pairs[0]
+    s = sum(rows)
+    return torch.cat([A for A, _ in pairs]), torch.cat([n / s * B for n, (_, B) in zip(rows, pairs)], 1)
+
+
+# %% average_factors wrong: A and B turned where it is square
+def average_factors(pairs, rows):
+    s = sum(rows)
+    A, B = sum(n / s * A for n, (A, _) in zip(rows, pairs)), sum(n / s * B for n, (_, B) in zip(rows, pairs))
+    return (A.T.clone(), B) if A.shape[0] == A.shape[1] else (A, B)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from minipeft.course.exercises.draw import normal
 from minipeft.course.exercises.edges.lora import DRAWN, LAYER, layer_inputs
+from minipeft.course.verdict import Case
 
 
 def bottleneck(x, down_w, down_b, up_w, up_b):
@@ -39,7 +40,16 @@ def count_adapters(layers, width, bottleneck, per_block, share=1):
 
 
 def count_edges(rng: Random):
-    for args in ((1, 5, 1, 1, 1), (3, 1, 1, 2, 3), (3, 8, 2, 1, 5), (4, 8, 2, 2, 4), (6, 8, 2, 1, 6), (9, 7, 3, 2, 2)):
+    for args in (
+        (201, 5, 1, 1, 200),
+        (95, 12287, 12286, 1, 1),
+        (1, 5, 1, 1, 1),
+        (3, 1, 1, 2, 3),
+        (3, 8, 2, 1, 5),
+        (4, 8, 2, 2, 4),
+        (6, 8, 2, 1, 6),
+        (9, 7, 3, 2, 2),
+    ):
         layers, width, m, per_block, share = args
         yield f"count for {layers} blocks, {per_block} places each, shared by {share}, d = {width} and m = {m}", args
 
@@ -63,6 +73,18 @@ def route_edges(rng: Random):
     far = 40.0 * torch.tensor([[4.0, -3.0, 0.0, 2.0, -5.0, 1.0]])
     for shift in (-(10.0**5), -300.0, 10.0**5):
         yield f"hold where logits are about {shift:g} and far apart", (far + shift, 2)
+    apart = torch.tensor([[1.0, 2.0, 0.0], [3e3, 2e3, 3e3 + 1], [-5e3, -5e3 - 1, -6e3]])
+    yield "take each row by itself, however far rows are apart", (apart, 2)
+    yield "choose what is larger before the first of equals", (torch.tensor([[1.0, 1.0, 5.0, 1.0, 4.0]]), 2)
+    for at, k in (([1.0, 1.0, 5.0], 1), ([1.0, 2.0, 5.0, 1.0], 2)):
+        yield f"choose the {k} largest of {at}, where smaller ones are equal", (torch.tensor([at, at[::-1]]), k)
+    tied = torch.tensor([[1.0, 1.0, 5.0], [2.0, 2.0, 2.0]])
+
+    def judge(got):
+        if got.shape != tied.shape or got.count_nonzero(-1).tolist() != [2, 2] or not got[0, 2] > 0.98:
+            return f"The gates of {tied.tolist()} are {got.tolist()}: expected are the 5 and one 1, and two of the 2s."
+
+    yield Case("choose exactly 2 where the second place is shared", (tied, 2), judge=judge, lenses=False)
     for dtype in (torch.float16, torch.bfloat16):
         yield f"keep {dtype} for a single choice", (torch.tensor([[3.0, 1.0, -2.0], [0.0, 8.0, 4.0]], dtype=dtype), 1)
 

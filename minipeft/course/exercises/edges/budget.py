@@ -25,6 +25,8 @@ def shape_edges(rng: Random):
     yield "list nothing where no name fits", (layers, ["k"])
     yield "list nothing for no target at all", (layers, [])
     yield "take capitals as they are", (layers, ["q"])
+    parts = [("a.q_proj", "linear", 3, 5), ("a.proj", "linear", 2, 6), ("b.q", "Conv1D", 4, 7)]
+    yield "take whole names, not parts of them", (parts, ["q_proj", "k"])
     yield "list layers of one input or one output", ([("x.q", "linear", 1, 5), ("y.q", "Conv1D", 5, 1)], ["q"])
     yield "list a layer of the model's own", ([("q", "linear", 3, 4), ("q.q", "linear", 4, 2)], ["q"])
 
@@ -47,6 +49,10 @@ def count_edges(rng: Random):
         yield f"be 0 where {method!r} has no layer", (method, [], 4)
         yield f"count {method!r} of size 1 on a layer of one input and one of one output", (method, [(1, 6), (6, 1)], 1)
         yield f"count {method!r} on equal and on square layers", (method, [(5, 5), (5, 5), (3, 4), (3, 4)], 2)
+        yield f"count {method!r} of a size above the sides, as the table says", (method, [(2, 3), (4, 1)], 9)
+        yield f"count {method!r} in a large model to the last number", (method, [(12288, 49151)] * 97, 1001)
+    yield Case("raise a ValueError for a method that is unknown, though there is no layer", ("ia3", [], 2),
+               Raises("ValueError", ("ia3",)))  # fmt: skip
     for method in ("LoRA", "", "lora "):
         yield Case(
             f"raise a ValueError for the method {method!r}", (method, [(3, 4)], 2), Raises("ValueError", (method,))
@@ -110,6 +116,11 @@ def rank_edges(rng: Random):
     yield "take layers of which rank 1 saves a single multiply-add", (10, [(5, 8)], 10**6, 2)
     yield "take layers of which rank 1 costs the same", (10, [(6, 6)], 10**6, 2)
     yield "look beyond the smallest side, for a larger layer pays for it", (10, [(2, 3), (300, 300)], 10**7, 2)
+    yield "find a rank of some thousands", (10, [(20_000, 20_000)], 10**10, 2)
+    large = [(4096, 4096), (4096, 11_008)] * 32
+    room = 2 * 6_738_415_616 + 16 * 37 * sum(map(sum, large))
+    yield "take exactly rank 37 over LLaMA-7B", (6_738_415_616, large, room, 2)
+    yield "take almost rank 37 over LLaMA-7B", (6_738_415_616, large, room - 1, 2)
     yield "take a base of no number", (0, shapes, 16 * S * 2, 2)
     yield "raise a ValueError where memory is 0", (1000, shapes, 0, 2)
 
@@ -129,6 +140,7 @@ def small(base: str, adapter: str, tied: bool) -> tuple[list, list, list]:
         ("up.weight", (4, 3), base, "trains"),
         ("up.A", (2, 3), adapter, "trains"),
         ("scale", (1,), base, "trains"),
+        ("gate", (6,), base, "still"),
     ]
     return parameters, [("head.weight", "embed.weight")] if tied else [], [("table", (5,), base, tied)]
 

@@ -26,6 +26,7 @@ def f1_edges(rng: Random):
     yield "be 1 where every answer is right", ([2, 0, 1], [2, 0, 1], 3)
     yield "hold where only one class is ever named", ([0, 0, 0, 1], [0, 0, 0, 0], 2)
     yield "hold for one row", ([1], [1], 2)
+    yield "hold for a thousand classes", ([999, 700, 5, 999], [999, 700, 700, 5], 1000)
 
 
 def calibration_error(probabilities, truth, bins=10):
@@ -43,6 +44,7 @@ def calibration_edges(rng: Random):
     half = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [0.0, 0.25, 0.75]], dtype=torch.float64)
     yield "put a confidence of 1/2 into the lower of two bins", (half, torch.tensor([0, 2, 0]), 2)
     yield "put 1/2 and 3/4 into bins 2 and 3 of four", (half, torch.tensor([1, 2, 1]), 4)
+    yield "keep 1/2 and 3/4 apart in four bins", (half, torch.tensor([0, 2, 1]), 4)
     P = normal(rng, 30, 3, dtype=torch.float64).softmax(-1)
     truth = torch.tensor([rng.randrange(3) for _ in range(30)])
     yield "use ten bins where nothing is said", (P, truth)
@@ -70,6 +72,9 @@ def stop_edges(rng: Random):
     yield "stop at the very last look", ([1.0, 2.0, 2.0], 2)
     yield "name the very last look where patience was not used up", ([3.0, 1.0, 2.0], 2)
     yield "count a loss that is less by very little", ([1.0, 0.99999, 0.99998, 0.99997], 2)
+    yield "count a loss that is less in the last digit alone", ([1.0, 1.0 - 1e-15, 1.0 - 2e-15, 1.0 - 3e-15], 2)
+    yield "take a loss of 0 for a loss", ([2.0, 0.0, 1.0, 0.0, 0.5], 3)
+    yield "take negative losses", ([2.0, -1.0, -3.0, -2.0, -3.0], 2)
     yield "count a look that is NaN as one that was not better", ([2.0, math.nan, 3.0, 1.0], 2)
     yield "let an infinite loss pass", ([5.0, math.inf, 4.0, 3.0], 2)
 
@@ -90,6 +95,10 @@ def rate_edges(rng: Random):
     yield "count rates that diverged on both sides as tried", ({1.0: [math.inf], 0.1: [2.0], 0.01: [math.nan]},)
     yield "raise a ValueError where the only rate diverged", ({0.1: [math.nan]},)
     yield "take the mean over the seeds, not the median", ({0.1: [1.0, 1.0, 4.0], 0.01: [1.5, 1.5, 1.5]},)
+    yield "take a loss of 0 for a loss", ({0.1: [0.0, 0.0], 0.01: [1.0, 1.0], 1.0: [0.5, 0.5]},)
+    yield "take what is less by a thousandth", ({0.01: [1.0015], 0.1: [1.0012], 1.0: [1.0011], 10.0: [1.0013]},)
+    yield "take negative losses", ({0.1: [-3.0, -1.0], 0.01: [-1.0, -1.5], 1.0: [2.0, -4.0]},)
+    yield "take the mean where rates have unequally many seeds", ({0.1: [1.0], 0.01: [0.5, 0.9], 1.0: [2.0, 2.0, 2.0]},)
     yield "go by size, not by the order of the rates", ({0.03: [1.0], 0.1: [2.0], 0.01: [2.0]},)
 
 
@@ -119,6 +128,13 @@ def choice_edges(rng: Random):
     yield "keep the best where nothing else is sure", (loose, {"best": 9.0, "loose": 1.0}, 0.1, 4.303)
     unsteady, dear = {"best": [1.0, 0.5, 1.0], "steady": [0.75] * 3}, {"best": 9.0, "steady": 1.0}
     yield "take the largest mean for the best, however its seeds scatter", (unsteady, dear, 0.1, 4.303)
+    swinging = {"best": [0.9, 0.5, 0.7], "cheap": [0.5, 0.7, 0.875]}
+    yield "pair the runs by their seeds", (swinging, {"best": 2.0, "cheap": 1.0}, 0.1, 4.303)
+    even = {"best": [0.75, 0.5, 0.625], "cheap": [0.75, 0.75, 0.375]}
+    yield "let a run that is better make up for one that is worse", (even, {"best": 2.0, "cheap": 1.0}, 0.2, 1.0)
+    yield "take a method that costs nothing", (even, {"best": 1.0, "cheap": 0.0}, 0.2, 1.0)
+    behind = {"best": [0.75, 0.5], "cheap": [0.7421875, 0.4921875]}
+    yield "allow no loss where nothing matters less", (behind, {"best": 2.0, "cheap": 1.0}, 0.0, 12.706)
     steady = {"best": [0.75, 0.5, 1.0], "near": [0.5, 0.25, 0.75], "far": [0.0, 0.0, 0.0]}
     yield "take one whose loss is exactly what matters", (steady, {"best": 3.0, "near": 2.0, "far": 1.0}, 0.25, 4.303)
 

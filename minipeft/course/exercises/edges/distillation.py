@@ -40,6 +40,8 @@ def masked_edges(rng: Random):
     yield "hold for one text of two tokens", (*drawn(1, 2), torch.tensor([[3, 2]]), 2.0)
     none = torch.full((2, 4), -100)
     yield "be 0 where no place has a label", (*drawn(2, 4), none, 2.0)
+    square = torch.tensor([[1, 2, -100], [-100, -100, 3], [0, -100, -100]])
+    yield "hold for as many texts as tokens", (*drawn(3, 3), square, 2.0)
     first = torch.tensor([[1, -100, -100], [2, 0, -100]])
     yield "leave a text out whose only label is the first token's", (*drawn(2, 3), first, 2.0)
 
@@ -73,6 +75,7 @@ def shake_edges(rng: Random):
     yield "hold for one text with a repeated token", (table, head, ids, labels, 0.7, 0.0)
     still = torch.zeros_like(head)
     yield "stand still where the gradient is 0: 0/0 is no number", (table, still, ids, labels, 0.7, 0.0)
+    yield "take the whole step where the gradient is tiny", (table, 1e-7 * head, ids, labels, 0.7, 0.0)
     yield "hold for a text of one token", (table, head, ids[:, :1], labels, 0.7, 1.0)
 
 

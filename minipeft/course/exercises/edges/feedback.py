@@ -28,6 +28,9 @@ def leave_one_out(rewards):
 def baseline_edges(rng: Random):
     yield "hold for one group of two", (normal(rng, 1, 2),)
     yield "hold for many groups of two", (normal(rng, 5, 2),)
+    yield "hold for as many groups as texts", (normal(rng, 4, 4),)
+    yield "take a reward of 0 for a reward", (torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]]),)
+    yield "take equal rewards for texts of their own", (torch.tensor([[1.0, 1.0, 4.0], [2.0, 5.0, 5.0]]),)
     yield "give zeros where all rewards are equal", (torch.full((2, 4), 3.0),)
 
 
@@ -40,6 +43,9 @@ def price_edges(rng: Random):
     yield "hold for one text of one token", (*one, torch.ones(1, 1), 0.5)
     yield "cost nothing for a text without tokens of its own", (*one, torch.zeros(1, 1), 0.5)
     many = (normal(rng, 3), normal(rng, 3, 4), normal(rng, 3, 4))
+    square = (normal(rng, 4), normal(rng, 4, 4), normal(rng, 4, 4))
+    yield "hold for as many texts as tokens", (*square, (normal(rng, 4, 4) > 0).float(), 0.5)
+    yield "cost nothing where no text has tokens of its own", (*square, torch.zeros(4, 4), 0.5)
     yield "be the reward where β is 0", (*many, torch.ones(3, 4), 0.0)
     yield "cost nothing where the policy is the base", (many[0], many[1], many[1].clone(), torch.ones(3, 4), 2.0)
 
@@ -82,6 +88,9 @@ def sum_edges(rng: Random):
     yield "be θ_old, bit for bit, without subtasks", (base, {}, {})
     yield "be θ_old, bit for bit, where every α is 0", (base, {"z": change, "a": {}}, {"z": 0.0, "a": 0.0})
     yield "be θ_old, bit for bit, where no α is given", (base, {"z": change}, {})
+    yield "take a small α", (base, {"z": change}, {"z": 1e-3})
+    bare = {"a.bias": torch.zeros(4), "b.bias": torch.zeros(4)}
+    yield "give weights that are equal tensors of their own", (bare, {"z": {"a.bias": torch.zeros(4)}}, {"z": 1.0})
     yield "take a negative α, which unlearns", (base, {"z": change}, {"z": -2.0})
     yield "pass over an α without a subtask", (base, {"z": change}, {"z": 1.0, "gone": 3.0})
     yield "take a subtask that changes nothing", (base, {"z": {}, "a": change}, {"z": 1.0, "a": 1.0})
@@ -98,6 +107,8 @@ def token_edges(rng: Random):
     yield "mark all of a text that was cut off", (torch.tensor([[5, 4, 3]]), 2)
     yield "mark one token where a text ends at once and padding is the end mark", (torch.tensor([[2, 2, 2, 2]]), 2)
     yield "take token 0 for a token like any other", (torch.tensor([[0, 5, 0, 2, 7], [0, 0, 0, 0, 0]]), 2)
+    yield "go along the texts, as many as they are long", (torch.tensor([[5, 2, 7], [4, 4, 2], [2, 6, 5]]), 2)
+    yield "mark one token of a long text of end marks", (torch.full((2, 700), 2), 2)
     yield "mark up to the end mark where it comes last", (torch.tensor([[5, 6, 2], [2, 5, 2]]), 2)
 
 
@@ -106,7 +117,11 @@ EDGES = {
     "preference_loss": {"reference": (preference_loss,), "edges": preference_edges},
     "leave_one_out": {"reference": (leave_one_out,), "edges": baseline_edges},
     "priced_reward": {"reference": (priced_reward,), "edges": price_edges},
-    "group_relative_loss": {"reference": (group_relative_loss,), "edges": clip_edges},
+    "group_relative_loss": {
+        "reference": (group_relative_loss,),
+        "edges": clip_edges,
+        "constants": ("old", "base", "mask", "rewards"),
+    },
     "integrate": {"reference": (integrate,), "edges": sum_edges},
     "own_tokens": {
         "reference": (own_tokens,),

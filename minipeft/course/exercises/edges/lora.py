@@ -21,6 +21,7 @@ def scale_edges(rng: Random):
     for alpha, rank in ((1, 1), (1, 3), (0.25, 64), (7, 2)):
         for stable in (False, True):
             yield f"give the scale of α = {alpha} at rank {rank}", (alpha, rank, stable)
+    yield "give the scale of α = 5 at a rank that came before", (5, 64, False)
 
 
 def init_lora(d_out, d_in, rank, generator):
@@ -59,6 +60,7 @@ def delta_edges(rng: Random):
             f"hold for a {d_out}×{d_in} weight at rank {rank}",
             (normal(rng, rank, d_in), normal(rng, d_out, rank), -0.5),
         )
+    yield "be a matrix of zeros where γ is 0", (normal(rng, 2, 7), normal(rng, 5, 2), 0.0)
 
 
 def count_lora(shapes, rank):
@@ -70,6 +72,7 @@ def count_edges(rng: Random):
     yield "count matrices that are alike each by itself", ([(3, 5), (3, 5), (5, 3)], 1)
     yield "hold for a rank above the smaller side, as the formula says", ([(2, 9)], 4)
     yield "hold for one row and one column", ([(1, 9), (9, 1), (1, 1)], 1)
+    yield "count to the last number in a large model", ([(12288, 49152)] * 96 + [(50257, 12288)], 3)
 
 
 def merge(layer, A, B, gamma):
@@ -114,10 +117,11 @@ def target_edges(rng: Random):
     yield "take a dot for a dot", (["a.q_proj", "a.b.q_proj", "a.bxq_proj"], ["b.q_proj"])
     yield (
         "take characters as they are, not as a regular expression",
-        (["x.w+q", "x.wwq", "y.(0)", "y.0"], ["w+q", "(0)"]),
+        (["x.w+q", "x.wwq", "y.(0)", "y.0", "z.[0]", "z.k?", "z.kv"], ["w+q", "(0)", "[0]", "k?"]),
     )
     yield "list a name once that two patterns match", (["z.q", "a.q", "m.k"], ["q", "a.q", "k"])
     yield "take capitals as they are", (["z.Q", "a.q"], ["q"])
+    yield "let two patterns match the same name, and nothing else", (["b.a.q", "k"], ["q", "a.q", "b.a.q"])
     for names, patterns, missed in (
         (["a.q_proj"], ["qxproj"], ("qxproj",)),
         (["a.qxproj"], ["q.proj"], ("q.proj",)),

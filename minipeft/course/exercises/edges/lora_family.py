@@ -25,6 +25,9 @@ def dora_edges(rng: Random):
         W, A, B, m = (normal(rng, *s) for s in ((d_out, d_in), (rank, d_in), (d_out, rank), (d_out,)))
         yield f"hold for a {d_out}×{d_in} weight at rank {rank}, for every sign of m", (W + 0.5, A, B, m, -0.5)
     yield "give zeros where m is zero", (W + 1, A, B, 0 * m, 0.5)
+    W, A, B, m = (normal(rng, *s) for s in ((5, 7), (2, 7), (5, 2), (5,)))
+    tiny = (1e-6 * W, A, 1e-6 * B, m, 0.5)  # no lenses: gradients are a million times as large as their rounding
+    yield Case("give rows their length where W and the change are tiny", tiny, dora_weight(*tiny), lenses=False)
     yield "be m ⊙ W/‖W‖ where γ is 0", (normal(rng, 3, 4), normal(rng, 2, 4), normal(rng, 3, 2), normal(rng, 3), 0.0)
 
 
@@ -36,6 +39,8 @@ def vera_edges(rng: Random):
     for d_out, d_in, rank in SIZES:
         A, B, d, b = (normal(rng, *s) for s in ((rank, d_in), (d_out, rank), (rank,), (d_out,)))
         yield f"hold for a {d_out}×{d_in} change at rank {rank}", (A, B, d, b)
+    some = torch.tensor([1.0, 0.0, -2.0])
+    yield "take vectors in which some numbers are 0", (normal(rng, 3, 4), normal(rng, 3, 3), some.flip(0), some)
 
 
 def adalora_budget(step, total, start, final, first, target):
@@ -77,9 +82,12 @@ def keep_edges(rng: Random):
     for budget in (0, 1, 4, 8, 9, 50):
         yield f"keep {budget} of 9 triplets of layers whose names are in no order", (layers, budget)
     yield "keep the only triplet of the only layer", ({"x": layer(3, 4, 1)}, 1)
+    flat = torch.zeros(2, 4, dtype=torch.float64)
+    later = torch.tensor([1.0, 1.0, 1.0, 1.0 + 1e-6], dtype=torch.float64)
+    yield "keep what is larger by very little, wherever it stands", ({"b": (flat, later, flat.T)}, 1)
     zero, one = (torch.full((4,), value, dtype=torch.float64) for value in (0.0, 1.0))
     flat = torch.zeros(3, 4, dtype=torch.float64)
-    equal = {"b": (flat, one, flat.T), "a": (flat, torch.cat([one[:2], zero[:2]]), flat.T)}
+    equal = {"b": (flat, one, flat.T), "a": (flat, torch.cat([2 * one[:2], zero[:2]]), flat.T)}
     for budget in (1, 3, 5, 7):
 
         def judge(masks, budget=budget):

@@ -16,7 +16,14 @@ def count_prefix(n, layers, width, heads, kv_heads):
 
 
 def count_edges(rng: Random):
-    for args in ((1, 1, 8, 1, 1), (1, 3, 6, 6, 1), (5, 1, 6, 2, 2), (0, 3, 8, 2, 1), (3, 2, 12, 4, 2)):
+    for args in (
+        (1, 1, 8, 1, 1),
+        (1, 3, 6, 6, 1),
+        (5, 1, 6, 2, 2),
+        (0, 3, 8, 2, 1),
+        (3, 2, 12, 4, 2),
+        (999, 97, 12288, 96, 32),
+    ):
         yield "count for (n, layers, width, heads, kv_heads) = " + str(args), args
 
 
@@ -57,6 +64,7 @@ def attend_edges(rng: Random):
         ("one text, and one head", 1, 1, 1, 2, 3, 3, 1),
         ("heads of one number", 2, 2, 1, 2, 3, 1, 0),
         ("as many of everything", 3, 3, 3, 3, 3, 3, 0),
+        ("as many texts as tokens, padded on the left", 3, 2, 1, 2, 3, 4, 2),
     ):
         mask = torch.ones(rows, length, dtype=torch.int64)
         mask[0, :padded] = 0
@@ -65,6 +73,11 @@ def attend_edges(rng: Random):
             k, v, prefix_k, prefix_v = (normal(rng, rows, kv_heads, m, w) for m in (length, length, n, n))
             args = q, k, v, prefix_k, prefix_v, mask.to(kind), whole(rng, *q.shape)
             yield f"hold for {what}, with a mask in {kind}", args
+    q, k, v = (normal(rng, 2, 1, 3, 4, dtype=torch.float64) for _ in range(3))
+    k, mask = k.abs() + 1, torch.tensor([[0, 1, 1], [1, 1, 0]])
+    prefix = (k[:, :, :1] + 1, v[:, :, :1].clone())
+    args = (-6e3 * (q.abs() + 1), k, v, *prefix, mask, whole(rng, *q.shape))
+    yield "hide padding where every score is far below −10,000", args
 
 
 def prefix_share(attention, n, mask):

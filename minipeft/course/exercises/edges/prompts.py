@@ -8,7 +8,7 @@ from random import Random
 import torch
 from torch.nn import functional as F
 
-from minipeft.course.exercises.draw import normal
+from minipeft.course.exercises.draw import normal, whole
 
 
 def fill_template(template, text):
@@ -27,6 +27,7 @@ TEXTS = (
     "größer – 好 é",
     "{0} {mask} {}",
     "a\nb",
+    " \ta\u00a0 \n",
     "X",
     "\0",
 )
@@ -55,6 +56,7 @@ def verbalizer_edges(rng: Random):
     yield "follow the order of the classes, not of their names", (z, {"z": [1, 5], "a": [3], "m": [0, 2, 8]})
     yield "give log 1 to the only class", (z, {"only": [4, 7]})
     yield "take one row", (z[:1], {"b": [1], "a": [2]})
+    yield "take as many rows as words", (normal(rng, 5, 5).log_softmax(-1), {"b": [1, 4], "a": [2]})
     yield "take the first and the last word", (z, {"b": [0], "a": [8]})
     low = z.clone()
     low[:, 2] = -math.inf
@@ -83,6 +85,9 @@ def prepend_edges(rng: Random):
             weights = normal(rng, rows, n + length, d, dtype=torch.float64).round()
             args = normal(rng, n, d), normal(rng, rows, length, d), mask, labels, weights
             yield f"hold for {what}, with labels and mask in {dtype}", args
+    mask = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    args = normal(rng, 2, 4), normal(rng, 2, 3, 4), mask, torch.tensor([[7, 2**40, 1], [5, 6, 2**40 + 1]])
+    yield "hold for padding on the left, and for labels of any size", (*args, whole(rng, 2, 5, 4))
 
 
 def init_from_vocabulary(table, n, generator):
@@ -107,6 +112,9 @@ def nearest_edges(rng: Random):
         yield f"take a prompt that is {scale:g} times as long", (scale * spread(3, 4), spread(9, 4), 3)
     away = torch.cat([-spread(8, 4).abs(), torch.zeros(1, 4, dtype=torch.float64)])
     yield "name a word of zeros first where every other points away", (spread(3, 4).abs(), away, 2)
+    turn = torch.tensor([0.3, -0.2, 0.05, 0.0, 0.1, -0.4], dtype=torch.float64) / 100
+    fan = torch.stack([turn.cos(), turn.sin(), 0 * turn], 1)
+    yield "tell words apart whose directions are nearly the same", (torch.eye(3, dtype=torch.float64)[:1], fan, 4)
     yield "name the single nearest word", (spread(3, 4), spread(9, 4), 1)
     yield "put all words in order", (spread(3, 4), spread(9, 4), 9)
     yield "take a single vector", (spread(1, 4), spread(9, 4), 2)

@@ -46,6 +46,7 @@ def quantise_edges(rng: Random):
     yield "take blocks of a single number", (w(3, 3), code, 1)
     yield "take a square weight, in blocks as long as a row", (w(4, 4), code, 4)
     yield "take tiny numbers", (w(3, 4, scale=1e-9), code, 4)
+    yield "take the tiniest numbers", (w(3, 4, scale=1e-30), code, 4)
     yield "take large numbers", (w(3, 4, scale=1e9), code, 4)
     yield "take a code of 256 values", (w(3, 8), spread_code(256), 4)
     yield "take a code whose values are not in order", (w(3, 8), code[[3, 0, 6, 1, 5, 2, 4]], 4)
@@ -55,6 +56,9 @@ def quantise_edges(rng: Random):
     )  # fmt: skip
     yield "take a block of zeros beside others", (torch.cat([w(4), 0 * w(4), w(3)]), code, 4)
     yield "take a code of one value", (w(5), code[-1:], 2)
+    near = torch.tensor([1.0, 0.08501, 0.08499, -0.15499, -0.15501, 0.34501, 0.34499], dtype=torch.float64)
+    yield "choose the nearest where two are almost as near", (near, code, 7)
+    yield "take a last block that is short, of tiny numbers", (w(9, scale=1e-7), code, 4)
 
 
 def pack_nibbles(indices):
@@ -104,8 +108,15 @@ def dequantise_edges(rng: Random):
         "a code of 256 values": args((5, 8), 4, 256),
         "a square shape": args((4, 4), 4),
         "a shape of dimensions of 1": args((1, 5, 1), 2),
+        "a code of 200 values": args((9, 8), 4, 200),
+        "three dimensions in whole blocks": args((2, 3, 4), 4),
+        "a vector in whole blocks": args((8,), 4),
     }.items():
         yield f"give back {what}", each
+    indices, code, scales, *rest = args((3, 5), 4)
+    yield "give zeros where the scale of a block is 0, whatever its indices", (indices, code, 0 * scales, *rest)
+    yield "take tiny scales", (indices, code, 1e-6 * scales, *rest)
+    yield "have the type of the code, where scales are stored in less", (indices, code, scales.float(), *rest)
 
 
 class RepairedQuantisedLinear(nn.Module):

@@ -6,7 +6,7 @@ from random import Random
 
 import torch
 
-from minipeft.course.exercises.draw import falling, normal, orthonormal
+from minipeft.course.exercises.draw import assemble, falling, normal, orthonormal
 
 
 def truncate(M, rank):
@@ -23,6 +23,10 @@ def truncate_edges(rng: Random):
     yield "give back a matrix of rank 1 at rank 3", (thin, 3)
     yield "give back zeros", (torch.zeros(3, 4, dtype=torch.float64), 2)
     yield "hold for tiny numbers", (1e-9 * thin, 1)
+    U, V = orthonormal(rng, 5, 3), orthonormal(rng, 4, 3)
+    steep = assemble(U, torch.tensor([1.0, 1e-4, 1e-7], dtype=torch.float64), V)
+    for rank in (2, 3):
+        yield f"keep what is weak among the {rank} strongest", (steep, rank)
 
 
 def effective_rank(sigma):
@@ -38,6 +42,7 @@ def effective_edges(rng: Random):
     yield "take values in any order", (values[[2, 0, 3, 1]],)
     yield "take float32", (values.float(),)
     yield "ignore zeros among them", (torch.tensor([3.0, 0.0, 1.0, 0.0]),)
+    yield "take a zero in front of others", (torch.tensor([0.0, 3.0, 1.0]),)
     yield "be 0 for a single zero", (torch.zeros(1),)
 
 
@@ -54,6 +59,7 @@ def stable_edges(rng: Random):
     yield "be 1 for a single column", (M[:, :1],)
     yield "be 1 for a single number", (M[:1, :1],)
     yield "take a square matrix", (M[:, :4],)
+    yield "find the strongest direction wherever it points", (torch.tensor([[1.0, -1.0], [0.1, 0.1]]).double(),)
     yield "be the size of an identity", (torch.eye(5),)
     yield "take float32", (M.float(),)
     yield "be 0 for a single zero", (torch.zeros(1, 1),)

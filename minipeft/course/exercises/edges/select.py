@@ -51,6 +51,10 @@ def mask_edges(rng: Random):
             total = sum(torch.Size(s).numel() for s in shapes)
             which = f"{round(share * total)} entries of tensors {', '.join(map(str, shapes))}"
             yield f"mark round({share}·{total}) = {which}", (drawn(*shapes), share)
+    step = 1 + 1e-4 * torch.arange(8.0)
+    close = {"z": step[[3, 6, 0, 5]].view(2, 2), "a": -step[[7, 1, 4, 2]]}
+    yield "tell |w| apart that differ by a ten thousandth", (close, 0.375)
+    yield "tell the smallest |w| apart too", ({name: 1e-9 * each for name, each in close.items()}, 0.625)
     equal = {"b": torch.tensor([[1.0, -2.0, 2.0, 2.0]]), "a": torch.tensor([2.0, -1.0, 0.0, -2.0])}
     for share, count in ((0.25, 2), (0.375, 3), (0.75, 6), (0.875, 7)):
 

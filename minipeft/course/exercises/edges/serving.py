@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 import torch
 from torch.nn import functional as F
 
 from minipeft.course.exercises.draw import normal
+from minipeft.course.verdict import Case, differ
 
 
 def mixed_rows(x, A, B, gammas, own):
@@ -29,6 +31,27 @@ def rows_edges(rng: Random):
     yield "serve one adapter to all rows", drawn((3,), [0, 0, 0])
     yield "take sizes of 1", drawn((1,), [0, None], 1, 1, 1)
     yield "serve a batch without a row", drawn((2, 1), [])
+    for own in ([1, None], [1, None, 0, 1]):
+        args = drawn((2, 1), own)
+        args[1][0][1, 0] = math.nan
+        yield spoiling(
+            f"let adapter 0, which holds a NaN, spoil nothing but rows that chose it: {own}", mixed_rows, args
+        )
+
+
+def spoiling(claim: str, reference, args: tuple) -> Case:
+    """Numbers as the reference has them, and NaN where it has NaN, whatever its bits."""
+
+    want = reference(*args)
+
+    def judge(got):
+        if (lines := differ(got, want)) and not (isinstance(got, torch.Tensor) and got.shape == want.shape):
+            return " ".join(lines)
+        if (got.isnan() != want.isnan()).any():
+            return "A NaN spreads: 0·NaN is NaN, so choose rows by index, or by `where`, instead of multiplying by 0."
+        return " ".join(differ(got.nan_to_num(), want.nan_to_num())) or None
+
+    return Case(claim, args, judge=judge, lenses=False)
 
 
 def concatenated(A, B, gammas, weights):
@@ -55,6 +78,7 @@ def vote_edges(rng: Random):
     yield "give zeros for zeros", (torch.zeros(3, 2, 2),)
     yield "take single numbers", (torch.tensor([2.0, -1.0, 3.0]),)
     yield "elect the sign of a tiny sum, too", (torch.tensor([[-3e-9, 2.0], [1e-9, -2e-9]], dtype=torch.float64),)
+    yield "elect + where the sum is 0, whoever comes first", (torch.tensor([[-1.5, 2.0], [1.5, -2.0], [0.0, 0.0]]),)
     yield "let one large entry outvote two small ones", (torch.tensor([[-5.0], [1.0], [2.0]]),)
 
 
@@ -80,6 +104,9 @@ def cache_edges(rng: Random):
     yield "put out no more than is needed", ([("z", 30), ("a", 30), ("m", 30), ("b", 40)], 100)
     yield "load again what was put out", ([("z", 60), ("a", 60), ("z", 60)], 100)
     yield "take an adapter of no bytes", ([("z", 100), ("empty", 0)], 100)
+    yield "find an adapter of no bytes in memory", ([("empty", 0), ("z", 60), ("empty", 0), ("a", 60)], 100)
+    large = [("z", 3 * 10**9), ("a", 10**9), ("m", 4 * 10**9), ("b", 10**9)]
+    yield "put out by age, not by size", (large, 8 * 10**9)
     yield "raise a ValueError for one byte too many", ([("z", 101)], 100)
 
 
@@ -97,6 +124,12 @@ def beam_edges(rng: Random):
     yield "serve one row with four beams", drawn([2], 4)
     yield "serve a batch in which nobody chose an adapter", drawn([-1, -1], 2)
     yield "take sizes of 1", drawn([0, 1], 1, 1, 1, 1)
+    for own in ([0, -1], [2, 0, -1]):
+        args = drawn(own, 2)
+        args[1][2, 0, 0] = math.nan
+        yield spoiling(
+            f"let adapter 2, which holds a NaN, spoil nothing but rows that chose it: {own}", repaired_rows, args
+        )
 
 
 EDGES = {

@@ -7,7 +7,7 @@ from random import Random
 
 import torch
 
-from minipeft.course.exercises.draw import normal
+from minipeft.course.exercises.draw import assemble, normal, orthonormal
 
 DOUBLE = torch.float64
 
@@ -29,6 +29,8 @@ def pair_edges(rng: Random):
     yield "hold at rank 1 and sizes of 1", ([pair(rng, 1, 1, 1), pair(rng, 1, 1, 1)], [3, 4])
     yield "hold for a single client", ([pair(rng, 2, 4, 3)], [7])
     yield "hold where one client has nearly all rows", ([pair(rng, 2, 3, 4), pair(rng, 2, 3, 4)], [1, 10**6])
+    yield "hold for square factors", ([pair(rng, 3, 3, 3), pair(rng, 3, 3, 3)], [2, 3])
+    yield "hold for square changes", ([pair(rng, 2, 4, 4), pair(rng, 2, 4, 4)], [2, 3])
     same = pair(rng, 2, 5, 3)
     yield "give back what all clients share", ([same, tuple(t.clone() for t in same)], [5, 9])
 
@@ -50,6 +52,9 @@ def cut_edges(rng: Random):
     yield "hold for a matrix of one number", (normal(rng, 1, 1, dtype=DOUBLE), 1)
     yield "hold for a single row", (normal(rng, 1, 5, dtype=DOUBLE), 1)
     yield "hold for a single column", (normal(rng, 6, 1, dtype=DOUBLE), 1)
+    yield "hold for a square matrix", (normal(rng, 4, 4, dtype=DOUBLE), 2)
+    steep = assemble(orthonormal(rng, 5, 3), torch.tensor([1.0, 1e-4, 1e-7], dtype=DOUBLE), orthonormal(rng, 4, 3))
+    yield "keep what is weak among the strongest", (steep, 3)
     yield "hold for zeros", (torch.zeros(3, 4, dtype=DOUBLE), 2)
     yield "hold for a matrix of rank 1 cut to 2", (normal(rng, 4, 1, dtype=DOUBLE) @ normal(rng, 1, 3, dtype=DOUBLE), 2)
     yield "raise a ValueError for a rank below 0", (normal(rng, 3, 4, dtype=DOUBLE), -1)
@@ -86,6 +91,8 @@ def hinkley_edges(rng: Random):
     yield "ring above λ = 1 where nothing is said", ([0.0] * 5 + [1.266] + [0.0] * 3,)
     yield "take off δ = 0.05 where nothing is said", ([0.0] * 5 + [1.26024] + [0.0] * 3,)
     yield "not count the value of an alarm again", ([0.0, 3.0, 6.0, 6.0], 0.0, 1.0, 2)
+    yield "take off nothing where δ is 0", ([0.0] * 5 + [1.22] + [0.0] * 3, 0.0, 1.0, 5)
+    yield "keep the lowest of the sums themselves, which a negative δ lifts above 0", ([0.0] * 4 + [0.5], -0.5, 1.4, 1)
     yield "hold for negative values", ([-8.0] * 8 + [-5.0] * 8, 0.1, 1.0, 3)
 
 
@@ -113,6 +120,12 @@ def robust_edges(rng: Random):
     big = updates("a", "b")
     big["a"] *= 1e200
     yield "not refuse what is large and finite", (big, {"a": 1, "b": 1})
+    edge = updates("a", "b")
+    edge["a"] = torch.full_like(edge["a"], 1.5e308)
+    yield "not refuse finite numbers whose sum is not", (edge, {"a": 1, "b": 1})
+    within = updates("ab", "a", "abc")
+    within["abc"][0, 0] = math.nan
+    yield "take names as wholes", (within, {"a": 1, "ab": 2, "abc": 3})
     yield "look rows up by name", (updates("a", "b"), {"b": 50, "a": 1})
 
 
