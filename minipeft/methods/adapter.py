@@ -120,16 +120,20 @@ class AdapterLayer(Layer):
 
     def after(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         h, self.heard = output if self.heard is None else self.heard, None
-        return self.over(output, h, plain)
+        return (output + self.fitted(self(h), output)).to(output.dtype)
 
     def over(self, output: torch.Tensor, x: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
         """Where one module is the whole feed-forward part, a parallel adapter reads what it reads."""
-        if x.numel() != output.numel():
+        return (output + self.fitted(self(x), output)).to(output.dtype)
+
+    def fitted(self, update: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The update in the output's shape, for a mixture may lay its tokens in one row."""
+        if update.numel() != output.numel():
             raise ValueError(
-                f"The parallel adapter at {self.sites[0].path!r} reads {tuple(x.shape)} and would be added to "
+                f"The parallel adapter at {self.sites[0].path!r} reads {tuple(update.shape)} and would be added to "
                 f"{tuple(output.shape)}, for other tokens stand there; use another placement."
             )
-        return (output + self(x).view_as(output)).to(output.dtype)  # a mixture may lay its tokens in one row
+        return update.view_as(output)
 
 
 @register

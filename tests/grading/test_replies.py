@@ -95,7 +95,7 @@ def test_a_process_that_reads_nothing_does_not_hold_up_the_grader():
         )
         box.ask(do="cell", source="import time; time.sleep(0.4)")
         with pytest.raises(Killed, match="took too long"):
-            for _ in range(3):
+            while True:  # until it is stopped, which a quick machine would reach after many calls only
                 box.ask(do="call", objects=["x"], drive="common.call", args=(torch.ones(2**20),))
 
 

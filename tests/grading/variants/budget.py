@@ -1121,23 +1121,6 @@ def largest_rank(base, shapes, memory, width=2):
     return best
 
 
-# %% count_trainable wrong: an unknown method is found at the first layer only
-def count_trainable(method, shapes, size):
-    one = {
-        "lora": lambda i, o: size * (i + o),
-        "adalora": lambda i, o: size * (i + o + 1),
-        "dora": lambda i, o: size * (i + o) + o,
-        "vera": lambda i, o: o + size,
-        "adapter": lambda i, o: 2 * o * size + size + o,
-    }
-    total = 0
-    for i, o in shapes:
-        if method not in one:
-            raise ValueError(f"no {method}")
-        total += one[method](i, o)
-    return total
-
-
 # %% count_trainable wrong: sums in float32
 def count_trainable(method, shapes, size):
     one = {
