@@ -21,7 +21,7 @@ from minipeft.world.corpus import pretty
 from minipeft.world.tasks import Task
 
 ROWS = 100  # of the test
-PAUSE = 0.1  # seconds between two moments that are sent from one process to the other
+PAUSE = 0.4  # seconds between two moments that are sent from one process to the other
 
 
 @dataclass(frozen=True)
