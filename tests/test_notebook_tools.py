@@ -36,7 +36,8 @@ def test_every_cell_runs_two_times_over_and_nothing_is_written(tmp_path):
     path = tmp_path / "lesson.ipynb"
     nbformat.write(notebook("x = 1", "x += 1", "assert x == 3, x"), path)
     before = path.read_bytes()
-    twice(path)
+    ran = twice(path).cells
+    assert [cell.source for cell in ran] == ["x = 1", "x = 1", "x += 1", "x += 1", *["assert x == 3, x"] * 2]
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     nbformat.write(notebook("made = []", "assert not made\nmade.append(1)"), path)
     with pytest.raises(CellExecutionError, match="assert not made"):
