@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from minipeft.learn.protocol import LOWEST, Interval, best_rate, half_decade, interval, paired, verdict
+from minipeft.learn.protocol import (
+    LOWEST,
+    Interval,
+    best_rate,
+    bottom,
+    half_decade,
+    interval,
+    paired,
+    quarter_decade,
+    verdict,
+)
 
 GRID = [float(f"{m}e{e}") for e in range(-6, 2) for m in (1, 3)]
 
@@ -20,6 +30,9 @@ GRID = [float(f"{m}e{e}") for e in range(-6, 2) for m in (1, 3)]
 def test_half_decades_go_up_and_down(rate):
     assert half_decade(half_decade(rate, True), False) == rate == half_decade(half_decade(rate, False), True)
     assert half_decade(rate, True) == min(each for each in [*GRID, 100.0] if each > rate)
+    middle = quarter_decade(rate, True)
+    assert middle == quarter_decade(half_decade(rate, True), False)
+    assert middle**2 == pytest.approx(rate * half_decade(rate, True), rel=0.1), "half-way, to two digits"
 
 
 @pytest.mark.parametrize("rate", (0.02, 0.0101, 5.0, 0, -0.01, math.nan, math.inf, True, "0.01", None))
@@ -38,6 +51,20 @@ def test_the_best_rate_lies_inside_wherever_the_search_begins(true, rates, diver
     best, seen = best_rate(loss, rates)
     assert best == true and min(seen) < best < max(seen)
     assert list(seen) == sorted(seen) and seen[best] == 0
+
+
+@given(st.sampled_from(GRID), st.floats(-0.2, 0.2), st.floats(0.01, 10), st.booleans())
+def test_the_bottom_of_a_parabola_is_read_between_the_rates(best, beside, steep, wide):
+    step = half_decade if wide else quarter_decade
+    rates = [step(best, False), best, step(best, True)]
+    true = best * 10 ** (beside if wide else beside / 2)
+    losses = [1 + steep * math.log(rate / true) ** 2 for rate in rates]
+    assert bottom(dict(zip(rates, losses, strict=True))) == pytest.approx(true, rel=1e-6)
+    square, linear, _ = np.polyfit(np.log(rates), losses, 2)
+    assert bottom(dict(zip(rates, losses, strict=True))) == pytest.approx(math.exp(-linear / square / 2), rel=1e-3)
+    for diverged in ({best: 1.0}, {best: 1.0, rates[0]: 2.0}, {best: 1.0, rates[0]: 2.0, rates[2]: math.inf}):
+        assert bottom(diverged) == best, "nothing to read a parabola from"
+    assert bottom(dict.fromkeys(rates, 1.0)) in rates, "three equal losses"
 
 
 def test_a_search_that_finds_nothing_says_so():

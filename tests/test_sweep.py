@@ -23,7 +23,7 @@ from processes import until
 import minipeft as mp
 from minipeft.course import atlas, grid
 from minipeft.learn import sweep as s
-from minipeft.learn.protocol import SEARCH_SEED
+from minipeft.learn.protocol import SEARCH_SEED, VOTERS, half_decade, quarter_decade
 from minipeft.world import base
 
 POINTS = [
@@ -154,7 +154,7 @@ def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():
     atlas.load()
     assert time.process_time() - started < 0.2
     about = runs.attrs["provenance"]
-    assert about["runs"] == len(runs) and about["seeds"] == sorted(set(runs.seed) - {SEARCH_SEED})
+    assert about["runs"] == len(runs) and about["seeds"] == sorted(set(runs.seed) - {SEARCH_SEED, *VOTERS})
     assert {"date", "torch", "device", "seconds"} <= about.keys() and about["date"] in atlas.describe(runs)
     lora = partial(mp.LoRA, gamma=2.0)
     points = grid.grid()
@@ -162,7 +162,7 @@ def test_the_shipped_atlas_is_small_quick_and_says_where_it_comes_from():
         tuple(vars(p).values()) for p in points
     ], "every run of the grid, and no other"
     assert atlas.curve(runs, "pirate", lora(16, targets="mlp")).index.tolist() == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-    assert SEARCH_SEED not in about["seeds"], "it reports nothing"
+    assert not {SEARCH_SEED, *VOTERS} & set(about["seeds"]), "they report nothing"
     with pytest.raises(ValueError, match="no runs of LoRA.rank=5.*it has LoRA.rank=1,"):
         atlas.curve(runs, "pirate", lora(5))
 
@@ -190,14 +190,35 @@ def test_every_best_rate_was_chosen_on_validation_rows_and_lies_inside():
     assert {(task.split("(")[0], steps) for _, task, steps, _ in left} == {("facts", 2000)}
 
 
+def test_every_vote_lies_inside_where_the_rate_is_what_is_asked_for():
+    runs = atlas.load()
+    for (method, settings), task, (steps, batch), votes in grid.VOTES:
+        made = s.method_of(method, json.dumps(settings))
+        by_seed, where = atlas.searches(runs, task, made, steps=steps, batch=batch)
+        assert where == ("the facts" if s.task_of(task).bits else "validation")
+        rates = atlas.best_rates(runs, task, made, steps=steps, batch=batch)
+        for seed, vote, rate in zip(VOTERS, votes, rates, strict=True):
+            found = by_seed[seed]
+            coarse = {half_decade(vote, False), vote, half_decade(vote, True)}
+            assert set(found) <= coarse | {quarter_decade(vote, up) for up in (False, True)}
+            assert min(coarse & found.keys(), key=found.get) == vote
+            assert half_decade(vote, False) < rate < half_decade(vote, True)
+
+
 def test_an_explorer_finds_the_runs_of_every_gamma():
+    """It looks up every position of rank and γ; on pirate those are all that its sliders have."""
     found, _ = atlas.measured()
-    for rank, each in grid.GAMMAS.items():
-        for gamma, best in each.items():
-            method = mp.LoRA(rank=rank, gamma=gamma)
-            assert len(found[repr(method), "pirate", best][1]) >= 5
-            for lr in grid.beside(best, {"gamma": gamma}):
-                assert found[repr(method), "pirate", lr][1], "where no other run is, the one that searched stands alone"
+    for task, ranks in grid.GAMMAS.items():
+        for rank, each in ranks.items():
+            for gamma, best in each.items():
+                method = mp.LoRA(rank=rank, gamma=gamma)
+                assert len(found[repr(method), task, best][1]) >= 5
+                for lr in grid.beside(best, {"gamma": gamma}):
+                    assert found[repr(method), task, lr][1], "where no other run is, the one that searched stands alone"
+    controls = mp.LoRAExplorer(task="pirate").controls
+    ranks, gammas = (set(controls[name].options) for name in ("rank", "gamma"))
+    at_two = {each["rank"] for method, each, task, *_ in grid.searched() if (method, task) == ("LoRA", "pirate")}
+    assert ranks <= at_two and all(gammas - {2.0} <= grid.GAMMAS["pirate"][rank].keys() for rank in ranks)
 
 
 def test_no_run_beats_the_source_of_its_rows():

@@ -17,9 +17,10 @@ from functools import cache
 from pathlib import Path
 
 from minipeft.layer import Method
-from minipeft.learn.protocol import SEARCH_SEED
+from minipeft.learn.protocol import SEARCH_SEED, VOTERS, bottom
 from minipeft.learn.sweep import Point, method_of, run, task_of
 
+CHOOSE = (SEARCH_SEED, *VOTERS)  # the seeds that report nothing
 PATH = Path(__file__).with_name("atlas.parquet")
 
 
@@ -58,7 +59,7 @@ def describe(runs) -> str:
 
 def all_of(runs, task: str, method: Method, steps: int = 60, batch: int = 10):
     """The runs of `method`, given as to `attach`, on `task`: a row for each learning rate and seed, those of
-    `SEARCH_SEED` too, which chose a rate. Raises ValueError where there are none."""
+    `CHOOSE` too, which chose a rate. Raises ValueError where there are none."""
     alike = (runs.task == task) & (runs.steps == steps) & (runs.batch == batch)
     found = runs[alike & (runs.attached == repr(method))]
     if found.empty:
@@ -71,9 +72,9 @@ def all_of(runs, task: str, method: Method, steps: int = 60, batch: int = 10):
 
 
 def of(runs, task: str, method: Method, **shape):
-    """The runs of `all_of` that report: all but those of `SEARCH_SEED`."""
+    """The runs of `all_of` that report: all but those of `CHOOSE`."""
     found = all_of(runs, task, method, **shape)
-    return found[found.seed != SEARCH_SEED]
+    return found[~found.seed.isin(CHOOSE)]
 
 
 def curve(runs, task: str, method: Method, value: str = "loss", **shape):
@@ -81,20 +82,29 @@ def curve(runs, task: str, method: Method, value: str = "loss", **shape):
     return of(runs, task, method, **shape).groupby("lr")[value].agg(["mean", "min", "max", "count"])
 
 
-def chosen(runs, task: str, method: Method, **shape) -> tuple[float, str]:
-    """(the best rate, what it was chosen on).
-
-    It is that of the least `valid_loss` in the runs of `SEARCH_SEED` ("validation"), or of the least loss in them for
-    facts learnt by heart, which leave nothing to hold out ("the facts"). Older runs have neither: there it is that of
-    the least mean loss on the very rows that report ("test").
-    """
+def searches(runs, task: str, method: Method, **shape) -> tuple[dict[int, dict[float, float]], str]:
+    """({seed that chooses: {rate: its loss}}, what that loss is of): of validation rows ("validation"), or of the facts
+    themselves where they are learnt by heart, which leave nothing to hold out ("the facts"). Without what diverged."""
     found = all_of(runs, task, method, **shape)
-    search = found[(found.seed == SEARCH_SEED) & (found.stopped == "finished")].set_index("lr")
-    if search.empty:
+    found = found[found.seed.isin(CHOOSE) & (found.stopped == "finished")].sort_values("lr")
+    column, where = ("valid_loss", "validation") if found.valid_loss.notna().all() else ("loss", "the facts")
+    return {int(seed): dict(zip(rows.lr, rows[column], strict=True)) for seed, rows in found.groupby("seed")}, where
+
+
+def chosen(runs, task: str, method: Method, **shape) -> tuple[float, str]:
+    """(the best rate, what it was chosen on): the rate of the least loss in `searches` of `SEARCH_SEED`. Where that
+    seed has no runs it is that of the least mean loss on the very rows that report, and "test" says so."""
+    by_seed, where = searches(runs, task, method, **shape)
+    if SEARCH_SEED not in by_seed:
         return curve(runs, task, method, **shape)["mean"].idxmin(), "test"
-    if search.valid_loss.notna().all():
-        return search.valid_loss.idxmin(), "validation"
-    return search.loss.idxmin(), "the facts"
+    found = by_seed[SEARCH_SEED]
+    return min(found, key=found.__getitem__), where
+
+
+def best_rates(runs, task: str, method: Method, **shape) -> list[float]:
+    """The best rate by each of `VOTERS`, read between the rates that it tried (`protocol.bottom`)."""
+    by_seed, _ = searches(runs, task, method, **shape)
+    return [bottom(by_seed[seed]) for seed in VOTERS]
 
 
 def best(runs, task: str, method: Method, **shape):
@@ -137,7 +147,7 @@ def measured() -> tuple[dict[tuple[str, str, float], tuple[int, list[float]]], s
     runs = load()
     alike = runs[(runs.steps == 60) & (runs.batch == 10)]
     found: dict[tuple[str, str, float], tuple[int, list[float]]] = {}
-    for row in alike[alike.seed != SEARCH_SEED].itertuples():
+    for row in alike[~alike.seed.isin(CHOOSE)].itertuples():
         found.setdefault((row.attached, row.task, row.lr), (row.trainable, []))[1].append(row.loss)
     for row in alike[alike.seed == SEARCH_SEED].itertuples():
         found.setdefault((row.attached, row.task, row.lr), (row.trainable, [row.loss]))

@@ -93,10 +93,10 @@ def direction(name: str, lr: float, seed: int) -> dict:
 
 
 def directions(notes: Notes) -> dict:
-    """{side: [what `direction` found, for each rate and three seeds]}"""
+    """{side: [what `direction` found, for each rate and seed]}"""
     sides: dict[str, list[dict]] = {}
     for name, rates in SIDES.items():
-        for lr, seed in product(rates, SEEDS[:3]):
+        for lr, seed in product(rates, SEEDS):
             found = notes.get(f"{name} {lr:g} seed {seed}", lambda n=name, lr=lr, s=seed: direction(n, lr, s))
             sides.setdefault(name, []).append(found)
     return {"steps": STEPS, "sides": sides}

@@ -4,7 +4,8 @@
 
 Where a curve over the rate is shown, three seeds run every rate from a least to a largest one. Under the protocol
 (`minipeft.learn.protocol`) SEARCH_SEED runs the best rate and those beside it, validation rows chose among them, and
-SEEDS run the best. The best rates below are what `best_rate` found; a test asks the shipped runs whether it is so.
+SEEDS run the best. Where the rate itself is what is asked for, each of VOTERS chooses one, a quarter of a decade apart.
+The best rates below are what `best_rate` found; a test asks the shipped runs whether it is so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
-from minipeft.learn.protocol import SEARCH_SEED, SEEDS, half_decade
+from minipeft.learn.protocol import SEARCH_SEED, SEEDS, VOTERS, half_decade, quarter_decade
 from minipeft.learn.sweep import Point, collect, point, sweep
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
@@ -95,29 +96,46 @@ SLIDERS = (
     (_lora(3, targets="attention"), ("pirate", FACTS), (3e-2, 1e-2), 1e-3, 1e-1),
     (_lora(2, targets="mlp"), ("pirate", FACTS), (3e-2, 1e-2), 1e-3, 1e-1),
 )  # fmt: skip
+USUAL = (Point.steps, Point.batch)
 BATCHES = ((120, 5), (15, 40))  # 600 texts of pirate in other batches than 10: (steps, texts)
 BATCHED = (  # (method, settings), the best rate for each of BATCHES, the least of five
     (_lora(16), (1e-2, 1e-2), 1e-3),
     (("Full", {}), (3e-3, 1e-2), 3e-4),
 )
-GAMMAS = {  # LoRA on pirate: {rank: {γ: the best rate}}
-    1: {1/8: 1e-1, 1/2: 3e-2, 2.0: 3e-2, 8.0: 1e-2, 16.0: 1e-2},
-    4: {1/8: 1e-1, 1/2: 3e-2, 2.0: 3e-2, 8.0: 1e-2, 16.0: 1e-2},
-    16: {1/8: 3e-2, 1/2: 3e-2, 2.0: 1e-2, 8.0: 3e-3, 16.0: 3e-3},
-    64: {1/8: 3e-2, 1/2: 1e-2, 2.0: 3e-3, 8.0: 3e-3, 16.0: 1e-3},
+LENGTHS = {  # LoRA r=16 and Full on pirate for other steps than 60: the best rate of each
+    15: (1e-2, 1e-2), 30: (1e-2, 1e-2), 120: (1e-2, 3e-3), 240: (1e-2, 3e-3),
 }  # fmt: skip
+GAMMAS = {  # LoRA: {task: {rank: {γ: the best rate}}}
+    "pirate": {
+        1: {1/8: 1e-1, 1/2: 3e-2, 2.0: 3e-2, 8.0: 1e-2, 16.0: 1e-2},
+        4: {1/8: 1e-1, 1/2: 3e-2, 2.0: 3e-2, 8.0: 1e-2, 16.0: 1e-2},
+        16: {1/8: 3e-2, 1/2: 3e-2, 2.0: 1e-2, 8.0: 3e-3, 16.0: 3e-3},
+        64: {1/8: 3e-2, 1/2: 1e-2, 2.0: 3e-3, 8.0: 3e-3, 16.0: 1e-3},
+    },
+}  # fmt: skip
+VOTES = (  # ((method, settings), task, (steps, texts a step), the half decade that each of VOTERS chose)
+)  # fmt: skip
 EQUAL = ((_lora(5, targets="attention"), 1e-2), (_lora(20, targets="attention"), 3e-3))  # on facts, for the ledger
 ALPHA, FIXED = 8, 1e-2  # γ = α/r at one rate, which every γ is run at too
 CAPACITY = (64, 128, 256, 512)  # facts to learn by heart, each shown 500 times
-USUAL = (Point.steps, Point.batch)
 
 
 def searched() -> list[tuple[str, dict, str, tuple[int, int], float]]:
     """(method, settings, task, (steps, texts a step), the best rate) of all that is measured under the protocol."""
-    gammas = [(("LoRA", {"rank": r, "gamma": g}), lr) for r, each in GAMMAS.items() for g, lr in each.items()]
     found = [(which, t, USUAL, lr) for which, names, best, *_ in SLIDERS for t, lr in zip(names, best, strict=True)]
     found += [(which, "pirate", each, lr) for which, best, _ in BATCHED for each, lr in zip(BATCHES, best, strict=True)]
-    found += [(which, "pirate", USUAL, lr) for which, lr in gammas] + [(which, FACTS, USUAL, lr) for which, lr in EQUAL]
+    found += [
+        (which, "pirate", (steps, Point.batch), lr)
+        for steps, best in LENGTHS.items()
+        for (which, *_), lr in zip(BATCHED, best, strict=True)
+    ]
+    found += [
+        (("LoRA", {"rank": rank, "gamma": gamma}), task, USUAL, lr)
+        for task, ranks in GAMMAS.items()
+        for rank, each in ranks.items()
+        for gamma, lr in each.items()
+    ]
+    found += [(which, FACTS, USUAL, lr) for which, lr in EQUAL]
     return [(*which, *rest) for which, *rest in found]
 
 
@@ -143,8 +161,12 @@ def grid(seeds: int = 3) -> list[Point]:
     for method, settings, task, shape, best in searched():
         points += [point(method, task, lr, SEARCH_SEED, *shape, **settings) for lr in beside(best, settings)]
         points += [point(method, task, best, seed, *shape, **settings) for seed in SEEDS]
+    for (method, settings), task, shape, votes in VOTES:
+        for seed, best in zip(VOTERS, votes, strict=True):
+            near = [step(best, up) for step in (half_decade, quarter_decade) for up in (False, True)]
+            points += [point(method, task, lr, seed, *shape, **settings) for lr in (best, *near)]
     for seed in SEEDS:
-        points += [point("LoRA", "pirate", FIXED, seed, rank=rank, gamma=ALPHA / rank) for rank in GAMMAS]
+        points += [point("LoRA", "pirate", FIXED, seed, rank=rank, gamma=ALPHA / rank) for rank in GAMMAS["pirate"]]
         for rank in (1, 4) if seed < 2 else (1,):
             name, settings = _lora(rank, targets=["down_proj"])
             points += [point(name, f"facts({n})", 3e-2, seed, 2000, n // 4, "linear", **settings) for n in CAPACITY]
