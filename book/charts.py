@@ -15,17 +15,19 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
-import pyarrow.parquet as pq
 from pictures import GREY, Chart, Control, axis, bar, curve, key, layer, looks, moving, picture
 
+from minipeft.course import atlas
+from minipeft.learn.protocol import SEARCH_SEED
+from minipeft.learn.sweep import method_of
+
 COURSE = Path(__file__).parents[1] / "minipeft" / "course"
-SEARCH_SEED = 100  # of `minipeft.learn.protocol`: it chose learning rates, and reports nothing
 LOSS = "test loss (nats a token)"
 
 
 def charts() -> list[Chart]:
     """All of them, in the order of the lessons."""
-    runs, measured = atlas()
+    runs, measured = explored()
     explorer = {"00_start_here": "LoRAExplorer(", "06_lora": "LoRAExplorer("}
     return [
         swept("rank", explorer, "rank of LoRA", runs, measured, "LoRA", "rank", "pirate", {"gamma": 2.0}),
@@ -45,12 +47,11 @@ def charts() -> list[Chart]:
     ]  # fmt: skip
 
 
-def atlas() -> tuple[pd.DataFrame, str]:
-    """The runs that are as long as an explorer's own, and where they come from."""
-    table = pq.read_table(COURSE / "atlas.parquet")
-    p = json.loads(table.schema.metadata[b"provenance"])
-    runs = table.to_pandas()
-    runs["settings"] = runs.settings.map(json.loads)
+def explored() -> tuple[pd.DataFrame, str]:
+    """The runs of the atlas that are as long as an explorer's own, and where they come from."""
+    runs = atlas.load()
+    p = runs.attrs["provenance"]
+    runs["given"] = runs.settings.map(json.loads)
     return runs[(runs.steps == 60) & (runs.batch == 10)], when(p) + f", seeds {', '.join(map(str, p['seeds']))}"
 
 
@@ -73,8 +74,8 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
     The sizes are those of runs of `method` with the settings `fixed` and the `knob`, on tasks with three sizes or more.
     """
     fixed = fixed or {}
-    mine = runs[(runs.method == method) & runs.settings.map(lambda s: s == fixed | {knob: s.get(knob)})]
-    mine = mine.assign(size=mine.settings.map(lambda s: s[knob]))
+    mine = runs[(runs.method == method) & runs.given.map(lambda s: s == fixed | {knob: s.get(knob)})]
+    mine = mine.assign(size=mine.given.map(lambda s: s[knob]))
     many = mine.groupby("task")["size"].nunique()
     tasks = sorted(many[many > 2].index)
     mine = mine[mine.task.isin(tasks)]
@@ -85,7 +86,7 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
         {"task": task, "size": int(size), "lr": lr, **spread(group.loss)}
         for (task, size, lr), group in both[both.seed != SEARCH_SEED].groupby(["task", "size", "lr"])
     ]
-    rates = chosen(both, ["task", "size"])
+    rates = {at: chosen(runs, tried) for at, tried in both.groupby(["task", "size"])}
     floors = {task: round(runs[runs.task == task].floor.iloc[0], 4) for task in tasks}
     says = {}
     for task, size in product(tasks, sizes):
@@ -130,11 +131,11 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
     )
 
 
-def chosen(runs: pd.DataFrame, by: list[str]) -> dict[tuple, float]:
-    """{values of the columns `by`: the rate that was chosen}, where the runs that choose one are there."""
-    search = runs[(runs.seed == SEARCH_SEED) & (runs.stopped == "finished")]
-    search = search.assign(chooses=search.valid_loss.fillna(search.loss))  # facts leave no rows for validation
-    return {at: tried.loc[tried.chooses.idxmin()].lr for at, tried in search.groupby(by)}
+def chosen(runs: pd.DataFrame, tried: pd.DataFrame) -> float | None:
+    """The learning rate that was chosen for the method and the task of `tried`; None where no run chose one."""
+    row = tried.iloc[0]
+    rate, by = atlas.chosen(runs, row.task, method_of(row.method, row.settings))
+    return None if by == "test" else rate
 
 
 def best(rows: list[dict], task: str, size: int, lr: float) -> str:
@@ -146,18 +147,19 @@ def best(rows: list[dict], task: str, size: int, lr: float) -> str:
 def gammas(runs: pd.DataFrame, measured: str) -> Chart:
     """Lesson 06: what γ does at one learning rate, and at the best rate of each γ, which validation rows chose."""
     mine = runs[(runs.method == "LoRA") & (runs.task == "pirate")]
-    mine = mine[mine.settings.map(lambda s: s.keys() == {"rank", "gamma"})]
-    mine = mine.assign(rank=mine.settings.map(lambda s: s["rank"]), gamma=mine.settings.map(lambda s: s["gamma"]))
+    mine = mine[mine.given.map(lambda s: s.keys() == {"rank", "gamma"})]
+    mine = mine.assign(rank=mine.given.map(lambda s: s["rank"]), gamma=mine.given.map(lambda s: s["gamma"]))
     mine = mine[mine.groupby("rank").gamma.transform("nunique") > 1]
     rows, says, one, own = [], {}, "at one rate, 0.01", "at its own best rate"
-    for (rank, gamma), rate in chosen(mine, ["rank", "gamma"]).items():
-        tried = mine[(mine["rank"] == rank) & (mine.gamma == gamma)]
+    for (rank, gamma), tried in mine.groupby(["rank", "gamma"]):
+        if (rate := chosen(runs, tried)) is None:
+            continue
         found = {one: tried[tried.lr == 1e-2], own: tried[(tried.lr == rate) & (tried.seed != SEARCH_SEED)]}
         rows += [
             {"rank": int(rank), "gamma": gamma, "series": label, "rate": rate, **spread(which.loss)}
             for label, which in found.items()
         ]
-    controls = [Control("rank", "rank of LoRA", sorted({row["rank"] for row in rows}), 16)]
+    controls = [Control("rank", "rank, with γ along the axis", sorted({row["rank"] for row in rows}), 16)]
     for rank in controls[0].values:
         means = {label: [r["mean"] for r in rows if (r["rank"], r["series"]) == (rank, label)] for label in (one, own)}
         rates = ", ".join(f"{r['rate']:g}" for r in rows if (r["rank"], r["series"]) == (rank, own))

@@ -1,5 +1,7 @@
 """What Sphinx reads; `make_book.py` copies it beside the prepared notebooks. A page needs no network."""
 
+from docutils import nodes
+
 project = html_title = "minipeft"
 author = "the minipeft authors"
 copyright = author
@@ -37,3 +39,17 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 html_context = {"default_mode": "auto"}
+
+
+def fold(app, doctree, docname) -> None:
+    """“Going further” is folded as it is in JupyterLab, below the sentence that says what it holds."""
+    for section in list(doctree.findall(nodes.section)):
+        if section[0].astext() == "Going further":
+            first = next(i for i, part in enumerate(section) if not isinstance(part, nodes.title | nodes.paragraph))
+            start = '<details class="fold further"><summary>Show what goes further</summary>'
+            section.insert(first, nodes.raw("", start, format="html"))
+            section.append(nodes.raw("", "</details>", format="html"))
+
+
+def setup(app) -> None:
+    app.connect("doctree-resolved", fold)

@@ -65,3 +65,19 @@ window.addEventListener("load", () => {
   window.MathJax?.startup?.promise?.then(reachable);
   document.addEventListener("toggle", reachable, true);
 });
+
+// A link into a fold opens it; a search opens “Going further” where the words stand in it.
+function reveal() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const sought = (localStorage.getItem("sphinx_highlight_terms") ?? "").split(" ").filter(Boolean);
+  localStorage.removeItem("sphinx_highlight_terms");
+  for (const fold of document.querySelectorAll("details:not([open])")) {
+    const text = fold.matches(".further") ? fold.textContent.toLowerCase() : "";
+    fold.open = fold.contains(target) || sought.some((word) => text.includes(word));
+  }
+  target?.scrollIntoView();
+}
+if (!document.querySelector("#search-results")) {
+  window.addEventListener("load", reveal);
+  window.addEventListener("hashchange", reveal);
+}

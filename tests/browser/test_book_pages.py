@@ -206,6 +206,24 @@ def test_an_answer_is_folded_until_it_is_opened_and_the_slider_in_it_starts_then
 
 
 @chromium
+def test_going_further_is_folded_and_a_link_or_a_search_opens_it(read):
+    lesson, inside = "notebooks/09_quantisation.html", "Nearest is best if you store a weight once."
+    page = read(lesson, DESK)
+    fold, after = page.locator("details.further"), page.locator("#remember")
+    assert fold.get_by_text(inside).is_hidden() and after.is_visible()
+    assert page.locator("#going-further > p").is_visible(), "what it holds is said above the fold"
+    page.get_by_role("link", name="Round to nearest, or at random?").click()
+    fold.get_by_text(inside).wait_for()
+    page = read(lesson, PHONE)
+    page.goto(f"{page.url}#ever-smaller-changes")
+    page.locator("#ever-smaller-changes").wait_for()
+    page = read("search.html", DESK)
+    page.goto(f"{page.url}?q=thesaurus")
+    page.locator("#search-results a", has_text="11 · Distillation").first.click()
+    page.locator("details.further[open]", has_text="thesaurus").wait_for()
+
+
+@chromium
 def test_search_finds_a_lesson_and_the_theme_is_kept(read):
     page = read("index.html", DESK)
     page.locator("button.theme-switch-button:visible").first.click()
