@@ -289,21 +289,29 @@ def stable_rank(M):
     return int(M.square().sum() / torch.linalg.matrix_norm(M, 2) ** 2) if M.any() else 0
 
 
+# %% stable_rank wrong: squares that underflow
+def stable_rank(M):
+    sigma = torch.linalg.svdvals(M)
+    return (sigma.square().sum() / sigma[0] ** 2).item() if sigma[0] > 0 else 0.0
+
+
 # %% stable_rank right: NumPy
 def stable_rank(M):
-    M = M.numpy()
+    M = M.double().numpy()
     largest = np.linalg.norm(M, 2)
     return np.linalg.norm(M) ** 2 / largest**2 if largest else 0.0
 
 
 # %% stable_rank right: eigenvalues
 def stable_rank(M):
+    M = M.double()
     values = torch.linalg.eigvalsh(M @ M.T)
     return values.sum() / values[-1] if M.any() else torch.tensor(0.0)
 
 
 # %% stable_rank right: matrix norms
 def stable_rank(M):
+    M = M.double()
     top = torch.linalg.matrix_norm(M, ord=2).item()
     return 0.0 if top == 0 else (torch.linalg.matrix_norm(M, ord="fro").item() / top) ** 2
 
