@@ -195,15 +195,18 @@ def others(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
 
 
 def zeros(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
-    """0, a negative and a large number for each float in turn; where the formula has no value, and where a rule chooses
-    by it, nothing is asked."""
+    """0, a negative and a large number for each float in turn, and a large one for each whole number among numbers
+    alone; where the formula has no value, and where a rule chooses by it, nothing is asked."""
     for case in known[:1]:
+        kinds = (float,) if list(tensors(case.args)) else (float, int)
         for i, given in enumerate(case.args):
             several = isinstance(given, list) and given and all(type(each) is float for each in given)
-            if case.judge is not None or not (several or type(given) is float):
+            if case.judge is not None or not (several or type(given) in kinds):
                 continue
             name, first = names_of(exercise)[i], given[0] if several else given
-            for value in (0.0, -first, 1e3 * first) if name not in exercise.positive else (0.0,):
+            for value in (0.0, -first, 1e3 * first) if type(first) is float else (1000 * first,):
+                if value and name in exercise.positive:
+                    continue
                 args = (*case.args[:i], [value, *given[1:]] if several else value, *case.args[i + 1 :])
                 wanted = right(exercise, args, case.keywords)
                 found = [wanted] if isinstance(wanted, float) else list(tensors(wanted))

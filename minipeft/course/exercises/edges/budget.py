@@ -52,7 +52,6 @@ def count_edges(rng: Random):
         yield f"count {method!r} on equal and on square layers", (method, [(5, 5), (5, 5), (3, 4), (3, 4)], 2)
         yield f"count {method!r} of a size above the sides, as the table says", (method, [(2, 3), (4, 1)], 9)
         yield f"count {method!r} in a large model to the last number", (method, [(12288, 49151)] * 97, 1001)
-    yield Case("raise a ValueError without a layer, too", ("LoRA", [], 2), Raises("ValueError", ("LoRA",)))
     for method in ("LoRA", "", "lora "):
         yield Case(
             f"raise a ValueError for the method {method!r}", (method, [(3, 4)], 2), Raises("ValueError", (method,))

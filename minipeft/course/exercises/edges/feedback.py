@@ -109,7 +109,6 @@ def token_edges(rng: Random):
     yield "mark one token where a text ends at once and padding is the end mark", (torch.tensor([[2, 2, 2, 2]]), 2)
     yield "take token 0 for a token like any other", (torch.tensor([[0, 5, 0, 2, 7], [0, 0, 0, 0, 0]]), 2)
     yield "take token 0 for the end", (torch.tensor([[4, 5, 0, 2, 0], [0, 1, 2, 3, 4]]), 0)
-    yield "mark nothing of texts without a token", (torch.zeros(2, 0, dtype=torch.long), 2)
     yield "go along the texts, as many as they are long", (torch.tensor([[5, 2, 7], [4, 4, 2], [2, 6, 5]]), 2)
     yield "mark one token of a long text of end marks", (torch.full((2, 700), 2), 2)
     yield "mark up to the end mark where it comes last", (torch.tensor([[5, 6, 2], [2, 5, 2]]), 2)

@@ -125,6 +125,7 @@ def target_edges(rng: Random):
         "take characters as they are, not as a regular expression",
         (["x.w+q", "x.wwq", "y.(0)", "y.0", "z.[0]", "z.k?", "z.kv"], ["w+q", "(0)", "[0]", "k?"]),
     )
+    yield "take a pattern that is listed twice", (["a.q", "b.k"], ["q", "q"])
     yield "list a name once that two patterns match", (["z.q", "a.q", "m.k"], ["q", "a.q", "k"])
     yield "take capitals as they are", (["z.Q", "a.q"], ["q"])
     yield "let two patterns match the same name, and nothing else", (["b.a.q", "k"], ["q", "a.q", "b.a.q"])

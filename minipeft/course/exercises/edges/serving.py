@@ -126,8 +126,6 @@ def beam_edges(rng: Random):
     yield "serve one row with four beams", drawn([2], 4)
     yield "serve a batch in which nobody chose an adapter", drawn([-1, -1], 2)
     yield "take sizes of 1", drawn([0, 1], 1, 1, 1, 1)
-    x, A, B, own, count = drawn([0], 2)
-    yield "serve a batch without a row", (x[:0], A, B, own[:0], count)
     args = drawn([-1, 1, 2], 2)
     args[1][0] = math.inf
     yield spoiling("let adapter 0, which holds ∞, spoil nothing while nobody chose it", repaired_rows, args)
