@@ -74,7 +74,8 @@ class Exercise:
 
     `reference` are right objects in the place of the learner's, which `lenses` compares with, and `edges(rng)` yields
     (claim, arguments) or (claim, arguments, keywords) where answers break. `without`: {lens or promise: why it is off}.
-    `constants` are arguments that nobody trains, so that their gradient is left open.
+    `constants` are arguments that nobody trains, so that their gradient is left open; `positive` are numbers that
+    are neither 0, where they are whole, nor below 0, nor very large. `many` is (of what, arguments of a large case).
     """
 
     name: str
@@ -87,6 +88,8 @@ class Exercise:
     edges: Callable[[random.Random], Iterator[tuple]] = lambda rng: iter(())
     without: Mapping[str, str] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
+    positive: tuple[str, ...] = ()
+    many: tuple[str, Callable[[random.Random], tuple]] | None = None
 
     def promises(self) -> tuple[str, ...]:
         return tuple(each for each in ("modes", "again", "memory") if each not in self.without)

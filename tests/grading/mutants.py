@@ -55,7 +55,7 @@ EQUIVALENT = {  # a pattern of "exercise: old → new", and why it alters nothin
     r"^repaired_prefix: .*mask\], 1\)$": "the model takes whole numbers in the place of booleans",
     r"^repaired_memory: .*element_size\(\) < 3": "no type has three bytes",
     r": .* → .*svd\([MN](, full_matrices=True)?\)": "what lies beyond the k strongest is cut off, or not used",
-    r"^(effective|stable)_rank: .* → .*\.exp\(\) if|^stable_rank: .*sigma\[0\] \*\* 2 if": "one number may be a tensor",
+    r"^(effective|stable)_rank: .* → .*(\.exp|square\(\)\.sum)\(\) if": "one number may be a tensor",
     r"^(soft_loss|masked_soft_loss|mixed_loss): .* → .*(softmax|sum)\(1\)": "the last of two dimensions is 1",
     r"^fgm_gradients: .*kept, size = \(table.clone": "the copy is only written back",
     r"^repaired_rows: .*low\)\[:, :, -1\]": "there is one column",

@@ -46,12 +46,14 @@ def holding(parameters: list, ties: list, buffers: list) -> nn.Module:
         module, last = owner(model, name)
         value = torch.full(shape, float(part != "still"), dtype=getattr(torch, dtype))
         module.register_parameter(last, nn.Parameter(value, requires_grad=part != "frozen"))
-    for name, other in ties:
-        module, last = owner(model, name)
-        module.register_parameter(last, model.get_parameter(other))
     for name, shape, dtype, saved in buffers:
         module, last = owner(model, name)
         module.register_buffer(last, torch.ones(shape, dtype=getattr(torch, dtype)), persistent=saved)
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, other in ties:
+        module, last = owner(model, name)
+        put = module.register_parameter if isinstance(held[other], nn.Parameter) else module.register_buffer
+        put(last, held[other])
     return model
 
 

@@ -38,6 +38,10 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
+class Projection(nn.Linear):
+    """A linear layer of a class of its own, as torch's attention has one."""
+
+
 def flipped_layer(d_in: int, d_out: int) -> nn.Module:
     """transformers' own Conv1D where an answer has imported it, so that `isinstance` finds it."""
     loaded = sys.modules.get("transformers.pytorch_utils")
@@ -46,7 +50,8 @@ def flipped_layer(d_in: int, d_out: int) -> nn.Module:
 
 def layer(weight: torch.Tensor, bias: torch.Tensor | None, conv1d: bool = False) -> nn.Module:
     with seeded(0):
-        made = flipped_layer(*weight.shape) if conv1d else nn.Linear(*weight.shape[::-1], bias=bias is not None)
+        linear = Projection if bias is None else nn.Linear
+        made = flipped_layer(*weight.shape) if conv1d else linear(*weight.shape[::-1], bias=bias is not None)
     made.weight = nn.Parameter(weight.clone())
     if bias is not None:
         made.bias = nn.Parameter(bias.clone())
@@ -101,6 +106,8 @@ def draws(function: Callable, sizes: tuple, seed: int) -> dict:
         every += made
     if overlap(every):
         raise NotKept(OVERWRITTEN)
+    if [each.initial_seed() for each in plans.values()] != [seed, seed, seed, seed + 1, seed]:
+        raise NotKept("It sets the seed of `generator`, which is somebody else's: draw from it, and no more.")
     return seen | {"global": torch.equal(before, torch.random.get_rng_state())}
 
 
@@ -111,6 +118,7 @@ def life(
 
     `parts`: {attribute: the value that it gets}; `drawn` is the one that starts at random.
     """
+    alone = linear(x).detach()
     with seeded(seed):
         made, second, third = make(), make(), make()
     own = {name: attrgetter(name)(made) for name in parts}
@@ -124,20 +132,30 @@ def life(
             raise NotKept(f"{drawn} of two layers starts with the same numbers: a layer sets no seed of its own.")
     seen["two layers share no parameter"] = not {id(p) for p in own.values()} & {id(p) for p in second.parameters()}
     stored = list(made.state_dict().values())
+    seen["the base's weight is in the state_dict"] = any(same(v, kept["weight"]) for v in stored)
     for name, p in own.items():
         seen[f"{name} is an nn.Parameter that requires a gradient"] = isinstance(p, nn.Parameter) and p.requires_grad
         seen[f"{name} is in the state_dict"] = any(v.data_ptr() == p.data_ptr() for v in stored if v.numel())
+    train = {id(p) for p in made.parameters() if p.requires_grad}
+    seen["nothing trains but what the text lists"] = train <= {id(p) for p in own.values()}
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(parts[name].reshape(p.shape))
     x = leaf(x)
+
+    def slopes(y: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = (y * weights(y).to(y.dtype)).sum()
+        return {"x": gradient(loss, x)} | {
+            name: gradient(loss, p).reshape(parts[name].shape) if p.requires_grad else torch.zeros_like(parts[name])
+            for name, p in own.items()
+        }
+
     y = made(x)
     seen["in use"] = y.detach().clone()
-    loss = (y * weights(y).to(y.dtype)).sum()
-    seen["gradients"] = {"x": gradient(loss, x)} | {
-        name: gradient(loss, p).reshape(parts[name].shape) if p.requires_grad else torch.zeros_like(parts[name])
-        for name, p in own.items()
-    }
+    seen["gradients"] = slopes(y)
+    seen["in eval() the same gradients flow as in train()"] = same(slopes(made.eval()(x)), slopes(made.train()(x)))
+    with torch.no_grad():
+        seen["under torch.no_grad() it gives the same"] = same(made(x), seen["in use"])
     seen["a copy of the layer gives the same"] = same(copy.deepcopy(made)(x).detach(), seen["in use"])
     seen["eval() and train() give the same"] = same(made.eval()(x).detach(), made.train()(x).detach())
     if y.requires_grad:
@@ -146,6 +164,7 @@ def life(
     seen["after a step of training eval() gives what train() gives, and nothing of an earlier call"] = same(
         made.eval()(x).detach(), made.train()(x).detach()
     )
+    seen["the base by itself gives what it gave"] = same(linear(x).detach(), alone)
     for name, p in base.items():
         seen[f"the base's {name} stays as it is through a step of training"] = torch.equal(p.detach(), kept[name])
     return seen

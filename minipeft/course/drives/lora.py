@@ -20,11 +20,12 @@ def merge(function, weight, bias, A, B, gamma: float, conv1d: bool) -> dict:
     return {
         "merged": linear.weight.detach().clone(),
         "old weight": old.detach().clone(),
-        "the bias stays as it was": linear.bias is kept and torch.equal(kept.detach(), bias),
+        "the bias stays as it was": linear.bias is kept and (bias is None or torch.equal(kept.detach(), bias)),
         "the new weight is an nn.Parameter of its own": isinstance(linear.weight, nn.Parameter)
         and linear.weight is not old,
-        "the layer has the same parameters and buffers": set(linear.state_dict()) == {"weight", "bias"},
-        "the bias trains as before": linear.bias.requires_grad,
+        "the layer has the same parameters and buffers": set(linear.state_dict())
+        == ({"weight"} if bias is None else {"weight", "bias"}),
+        "the bias trains as before": bias is None or linear.bias.requires_grad,
         "the layer's mode (train or eval) is what it was": linear.training == mode,
     }
 

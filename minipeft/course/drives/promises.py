@@ -5,6 +5,8 @@
 "memory"    no number of the result lies in an argument's memory, or stands for several; a second call writes elsewhere
 "gradient"  what comes out is the gradient that reaches each tensor, instead of the result
 "strided"   the tensors are slices of larger ones, which are not contiguous
+"changed"   what comes out is that of a second call, before which the tensors got other numbers in place
+"no_grad"   it is called while gradients are switched off
 
 Whatever is promised, an argument's `requires_grad` stays as it was.
 """
@@ -32,6 +34,14 @@ def look(act: Callable, objects: tuple, asked: list[str], given: tuple, keywords
         given = tuple(replaced(given, scattered))
     if "gradient" in asked:
         return slopes(act, objects, given)
+    if "no_grad" in asked:
+        with torch.no_grad():
+            return look(act, objects, [each for each in asked if each != "no_grad"], given, keywords)
+    if "changed" in asked:
+        given = tuple(replaced(given, torch.clone))
+        act(*objects, *given, **keywords)
+        for tensor in tensors(given):
+            tensor.copy_(turned(tensor))
     fresh = copy.deepcopy((given, keywords))
     modes, flags = state_of_torch(), [t.requires_grad for t in tensors(given)]
     value = plain(listed(act(*objects, *given, **keywords)))
@@ -135,7 +145,7 @@ def slopes(act: Callable, objects: tuple, given: tuple) -> dict:
     def leaf(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             return tensor
-        own = tensor.detach().clone().requires_grad_()
+        own = nn.Parameter(tensor.detach().clone())
         leaves[str(len(leaves))] = own
         return own
 
@@ -174,6 +184,11 @@ def replaced(value, change: Callable[[torch.Tensor], torch.Tensor]):
     if type(value).__module__ == "numpy" and getattr(value, "ndim", 0):
         return value.copy()
     return value
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, the last row first."""
+    return tensor.flip(0) if tensor.ndim else tensor.clone()
 
 
 def scattered(tensor: torch.Tensor) -> torch.Tensor:

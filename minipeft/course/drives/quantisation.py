@@ -63,5 +63,8 @@ def quantised_layer(cls, weight, bias, code, block: int, x, g) -> dict:
     bytes_before = held_bytes(made)
     y = made(x)
     seen = {"bytes": max(bytes_before, held_bytes(made)), "output": y}
+    seen["the layer that was given keeps its numbers"] = torch.equal(linear.weight.detach(), weight) and (
+        bias is None or torch.equal(linear.bias.detach(), bias)
+    )
     slope = torch.autograd.grad(y, x, g, allow_unused=True, retain_graph=True)[0] if y.requires_grad else None
     return seen | {"gradient": slope, "a second call gives the same": torch.equal(made(x), y)}

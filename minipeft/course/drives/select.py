@@ -39,10 +39,16 @@ class Denormalised(Gate):
 
 
 def network(kind: str, width: int, seed: int) -> nn.Module:
-    """ "biases": linear, Conv1D and norms with biases, and decoys; "frozen": the same, frozen; "none": no bias."""
+    """ "biases": linear, Conv1D and norms with biases, and decoys; "frozen": the same, frozen; "deep": many blocks, far
+    down, with more kinds of norms, of which one is shared; "none": no bias."""
     rng = random.Random(seed)
-    model = nn.Module()
-    for i in range(rng.randint(2, 3)):
+    model = inner = nn.Module()
+    if kind == "deep":
+        model.shared = nn.LayerNorm(width)
+        for name in "abcd":
+            inner.add_module(name, nn.Module())
+            inner = inner.get_submodule(name)
+    for i in range(40 if kind == "deep" else rng.randint(2, 3)):
         block = nn.Module()
         if kind != "none":
             block.bias_proj = nn.Linear(width, 2 * width, bias=rng.random() < 0.5)
@@ -51,11 +57,14 @@ def network(kind: str, width: int, seed: int) -> nn.Module:
             block.ln_1, block.tidy = NormedScale(width, bias=True), Denormalised(width, True)
             block.norm_gate, block.scale, block.patch = Gate(width), Gate(width, True), nn.Conv1d(width, 2, 1)
             block.relative_attention_bias = nn.Embedding(4, width)
+            if kind == "deep":
+                block.shared, block.cells = model.shared, nn.BatchNorm1d(width)
+                block.groups, block.pictures = nn.GroupNorm(1, width), nn.InstanceNorm1d(width, affine=True)
         else:
             block.proj = nn.Linear(width, width, bias=False)
             block.norm = RMSNorm(width)
             block.gate = Gate(width)
-        model.add_module(f"block{i}", block)
+        inner.add_module(f"block{i}", block)
     return model.requires_grad_(kind != "frozen")
 
 
@@ -89,6 +98,7 @@ def tune_softmax(function, table, head, ids, seed: int, frozen: bool = False) ->
     after = model(ids)
     seen = {"added": added, "trainable": sorted(n for n, p in model.named_parameters() if p.requires_grad)}
     seen["same output at first"] = torch.equal(before, after)
+    seen["the head keeps its type"] = model.head.weight.dtype == table.dtype
     seen["the head is an nn.Parameter"] = isinstance(model.head.weight, nn.Parameter)
     seen["the model has the same parts"] = [n for n, _ in model.named_parameters(remove_duplicate=False)] == names
     body = model.body.weight.detach().clone()
@@ -101,6 +111,7 @@ def tune_softmax(function, table, head, ids, seed: int, frozen: bool = False) ->
     seen["the mode (train or eval) is what it was"] = modes == {frozen}
     seen["body kept"] = torch.equal(model.body.weight.detach(), body)
     seen["head moved"] = not torch.equal(model.head.weight.detach(), start)
+    seen["called again, it adds nothing"] = function(model) == 0
     return seen
 
 

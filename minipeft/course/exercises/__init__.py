@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
+from minipeft.course.exercises.edges.many import MANY
 from minipeft.course.exercises.lenses import through_lenses
 from minipeft.course.verdict import Exercise
 
@@ -28,8 +29,16 @@ def exercises() -> dict[str, dict[str, Exercise]]:
     for name in ASSIGNMENTS:
         edges = import_module(f"minipeft.course.exercises.edges.{name}").EDGES
         listed = import_module(f"minipeft.course.exercises.{name}").EXERCISES
-        found[name] = {each.name: through_lenses(replace(each, **edges[each.name])) for each in listed}
+        found[name] = {each.name: through_lenses(with_many(replace(each, **edges[each.name]))) for each in listed}
     return found
+
+
+def with_many(exercise: Exercise) -> Exercise:
+    """The same exercise with its large case, or with the reason why there is none."""
+    case = MANY[exercise.name]
+    if isinstance(case, str):
+        return replace(exercise, without={**exercise.without, "many": case})
+    return replace(exercise, many=case)
 
 
 def exercise(name: str) -> Exercise:

@@ -36,6 +36,10 @@ def uniform(name: str, bound: float, seen: dict) -> str | None:
     if A.any() and A.unique().numel() < 0.99 * A.numel():
         different = f"{A.unique().numel()} different ones of {A.numel()}"
         return f"Numbers of {name} repeat, {different}: rows that are equal stay equal."
+    if A.any() and (repeated := A.abs().unique().numel()) < 0.99 * A.numel():
+        return f"|{name}| has {repeated} different numbers of {A.numel()}: some are others with the sign turned."
+    if len(A) > 30 and not ((A < 0).any(0) & (A > 0).any(0)).all():
+        return f"A column of {name} has one sign only: each number is drawn by itself, from −bound to bound."
     if largest > bound * (1 + 1e-6) or not A.any():
         return f"The largest |{name}| is {largest:.4f}; the bound 1/√d_in is {bound:.4f} here."
     if A.numel() > 1000:

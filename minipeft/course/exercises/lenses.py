@@ -16,7 +16,7 @@ from random import Random
 import torch
 
 from minipeft.course.drives import perform
-from minipeft.course.drives.promises import replaced, tensors
+from minipeft.course.drives.promises import replaced, tensors, turned
 from minipeft.course.verdict import Case, Exercise, Raised, Raises, differ, names_of
 
 LENSES = {
@@ -24,8 +24,12 @@ LENSES = {
     "strided": "work on tensors that are not contiguous in memory",
     "types": "keep the type of its arguments, from float64 to bfloat16",
     "defaults": "take the default arguments of the stub, and its arguments by name",
-    "others": "give what these tensors ask for, and not what others of the same sizes gave",
-    "zeros": "take 0 for a number like any other (`x or …` is not `x is None`)",
+    "others": "give what its tensors hold now, and not what they, or others of their sizes, held before",
+    "zeros": "take 0, negative and large numbers for numbers like any other (`x or …` is not `x is None`)",
+    "whole": "take 0, and numbers far above 2³², for whole numbers like any other",
+    "sizes": "give right numbers however large or small those are that it gets",
+    "many": "hold for many",
+    "no_grad": "give the same under `torch.no_grad()`",
     "order": "follow the order of what it is given",
     "edges": "hold at the edges: sizes of 1 and 0, ties, boundaries, odd names and texts",
     "memory": "return numbers that lie in memory of their own",
@@ -33,6 +37,9 @@ LENSES = {
     "modes": "leave torch's modes and seed as they were",
 }
 FIRST = 3  # of an exercise's own inputs are looked at through each lens
+LARGE, EXACT = 2**32, 2**53  # whole numbers from here on need more than four bytes; up to here floats have them too
+ROUGH = 1e-6  # of the largest number
+ROUNDING = 1e-13  # of numbers about 1 in float64, where they cancel
 LOOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 
@@ -127,22 +134,28 @@ def types(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
             yield Case(f"{LENSES['types']}, here {dtype}", args, judge=judge)
 
 
-def near(got, want, loose: float) -> bool:
-    """Equal in form and type, and roughly in value."""
+def near(got, want, loose: float, floor: float | None = None) -> bool:
+    """Equal in form and type, and roughly in value: by `loose` of the largest number, or of 1 without a `floor`."""
+    least = 1.0 if floor is None else floor / loose
     if isinstance(want, torch.Tensor):
         alike = isinstance(got, torch.Tensor) and got.shape == want.shape and got.dtype == want.dtype
         if not alike or not want.is_floating_point():
             return alike and torch.equal(got, want)
-        size = loose * max(1.0, want.double().abs().max().item() if want.numel() else 1.0)
+        size = loose * max(least, want.double().abs().max().item() if want.numel() else least)
         return bool(((got.double() - want.double()).abs() <= size).all())
     if isinstance(want, dict):
-        return isinstance(got, dict) and set(got) == set(want) and all(near(got[k], want[k], loose) for k in want)
+        return (
+            isinstance(got, dict) and set(got) == set(want) and all(near(got[k], want[k], loose, floor) for k in want)
+        )
     if isinstance(want, list | tuple):
         return (
-            isinstance(got, list | tuple) and len(got) == len(want) and all(map(near, got, want, [loose] * len(want)))
+            isinstance(got, list | tuple)
+            and len(got) == len(want)
+            and all(near(g, w, loose, floor) for g, w in zip(got, want, strict=True))
         )
     if isinstance(want, float):
-        return isinstance(got, float | int) and abs(got - want) <= loose * max(1.0, abs(want))
+        got = got.item() if isinstance(got, torch.Tensor) and got.numel() == 1 else got
+        return isinstance(got, float | int) and abs(got - want) <= loose * max(least, abs(want))
     return not differ(got, want)
 
 
@@ -176,30 +189,111 @@ def backwards(value):
 
 def others(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
     for case in known[:2]:
-        args = tuple(replaced(case.args, turned))
-        if case.judge is None and differ(args, case.args, exact=True):
-            yield Case(LENSES["others"], args, right(exercise, args, case.keywords), keywords=case.keywords)
-
-
-def turned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.flip(0) if tensor.ndim > 1 else tensor
+        if case.judge is None and any(differ(turned(t), t, exact=True) for t in tensors(case.args)):
+            wanted = right(exercise, case.args, case.keywords, ("changed",))
+            yield Case(LENSES["others"], case.args, wanted, keywords=case.keywords, promises=("changed",))
 
 
 def zeros(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
-    """0 for each float in turn; where the formula has no value, and where a rule chooses by it, nothing is asked."""
+    """0, a negative and a large number for each float in turn, and a large one for each whole number among numbers
+    alone; where the formula has no value, and where a rule chooses by it, nothing is asked."""
     for case in known[:1]:
+        kinds = (float,) if list(tensors(case.args)) else (float, int)
         for i, given in enumerate(case.args):
             several = isinstance(given, list) and given and all(type(each) is float for each in given)
-            if case.judge is None and (several or type(given) is float):
-                args = (*case.args[:i], [0.0, *given[1:]] if several else 0.0, *case.args[i + 1 :])
+            if case.judge is not None or not (several or type(given) in kinds):
+                continue
+            name, first = names_of(exercise)[i], given[0] if several else given
+            for value in (0.0, -first, 1e3 * first) if type(first) is float else (1000 * first,):
+                if value and name in exercise.positive:
+                    continue
+                args = (*case.args[:i], [value, *given[1:]] if several else value, *case.args[i + 1 :])
                 wanted = right(exercise, args, case.keywords)
                 found = [wanted] if isinstance(wanted, float) else list(tensors(wanted))
                 if found and all(map(math.isfinite, (t for each in found for t in torch.as_tensor(each).flatten()))):
-                    name = names_of(exercise)[i]
-                    yield Case(f"{LENSES['zeros']}, here in {name}", args, wanted, keywords=case.keywords)
+                    said = f"{LENSES['zeros']}, here {value:g} in {name}"
+                    yield Case(said, args, wanted, keywords=case.keywords)
+
+
+def whole(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
+    """0 for each whole number in turn, and all of them so many times as large that the result needs five bytes, where
+    whole numbers come out of whole numbers."""
+    for case in known[:1]:
+        wholes = [i for i, given in enumerate(case.args) if differ(times(given, 0), given, exact=True)]
+        if case.judge is not None or not counts(right(exercise, case.args, case.keywords)):
+            return
+        for i in (i for i in wholes if names_of(exercise)[i] not in exercise.positive):
+            args = (*case.args[:i], times(case.args[i], 0), *case.args[i + 1 :])
+            if counts(wanted := right(exercise, args, case.keywords)):
+                said = f"{LENSES['whole']}, here 0 in {names_of(exercise)[i]}"
+                yield Case(said, args, wanted, keywords=case.keywords)
+        for power in range(1, 7):
+            args = tuple(times(given, 10**power) for given in case.args)
+            wanted = right(exercise, args, case.keywords)
+            if counts(wanted) and LARGE < max(counts(wanted)) < EXACT:
+                yield Case(f"{LENSES['whole']}, here 10{'⁰¹²³⁴⁵⁶'[power]} times as large", args, wanted,
+                           keywords=case.keywords)  # fmt: skip
+                return
+
+
+def times(value, factor: int):
+    """The whole number, or the first number of each pair, so many times as large."""
+    if isinstance(value, list) and all(isinstance(each, tuple) and type(each[0]) is int for each in value):
+        return [(factor * first, *rest) for first, *rest in value]
+    return factor * value if type(value) is int else value
+
+
+def counts(value) -> list[int]:
+    """The whole numbers of a result that holds nothing else; none of another."""
+    found = list(value.values()) if isinstance(value, dict) else [value]
+    return found if all(type(each) is int for each in found) else []
+
+
+def sizes(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
+    """All numbers but masks of 0 and 1 a billion times as large, and as small, and the first row alone, in float64."""
+    for case in known[:1]:
+        for factor, last in ((1e-9, None), (1e9, None), (1e6, 1)):
+
+            def scaled(tensor, factor=factor, last=last):
+                if not tensor.is_floating_point() or bool(((tensor == 0) | (tensor == 1)).all()):
+                    return tensor
+                tensor = tensor.double()
+                return torch.cat([factor * tensor[:last], tensor[last:]]) if last and tensor.ndim else factor * tensor
+
+            args = tuple(replaced(case.args, scaled))
+            if case.judge is not None or not differ(args, case.args, exact=True):
+                continue
+            wanted = right(exercise, args, case.keywords)
+            found = [wanted] if isinstance(wanted, float) else list(tensors(wanted))
+            if found and all(torch.as_tensor(each).isfinite().all() for each in found):
+
+                def judge(got, wanted=wanted):
+                    return (
+                        None
+                        if near(got, wanted, ROUGH, ROUNDING)
+                        else " ".join(differ(got, wanted)) or "The numbers are right to some digits only."
+                    )
+
+                said = f"{LENSES['sizes']}, here {factor:g} times as large{' in the first row' if last else ''}"
+                yield Case(said, args, judge=judge, keywords=case.keywords)
+
+
+def many(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
+    what, make = exercise.many
+    args = make(Random(0))
+    yield Case(f"{LENSES['many']} {what}", args, right(exercise, args))
+
+
+def no_grad(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
+    for case in known[:1]:
+        if case.judge is None and any(t.is_floating_point() for t in tensors(case.args)):
+            wanted = right(exercise, case.args, case.keywords, ("no_grad",))
+            if not isinstance(wanted, Raises):
+                promises = (*exercise.promises(), "no_grad")
+                yield Case(LENSES["no_grad"], case.args, wanted, keywords=case.keywords, promises=promises)
 
 
 CASES = {
-    "defaults": defaults, "order": order, "others": others, "zeros": zeros, "gradient": gradient,
-    "strided": strided, "types": types,
+    "defaults": defaults, "order": order, "others": others, "zeros": zeros, "whole": whole, "sizes": sizes,
+    "many": many, "no_grad": no_grad, "gradient": gradient, "strided": strided, "types": types,
 }  # fmt: skip

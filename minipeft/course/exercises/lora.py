@@ -40,6 +40,7 @@ def init_cases(rng: Random):
         (rng.randint(90, 120), rng.randint(130, 300), rng.randint(40, 64)),
         (1, 3, 1),
         (70, 70, 1),
+        (40, 90, 150),
     ):
         args, bound = (d_out, d_in, rank, rng.randrange(10**6)), 1 / math.sqrt(d_in)
 

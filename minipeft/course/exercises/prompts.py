@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from random import Random
 
 import torch
@@ -173,6 +174,10 @@ def start_cases(rng: Random):
             missed = set(range(words)).difference(*(rows(draw) for draw in seen["draws"]))
             if missed:
                 return f"In forty draws of {n} rows, row {min(missed)} of {words} never came up."
+            share, drawn = n / words, Counter(i for draw in seen["draws"] for i in rows(draw))
+            unequal = sum((drawn[i] / len(seen["draws"]) - share) ** 2 for i in range(words))
+            if unequal * len(seen["draws"]) > (words + 10 * math.sqrt(2 * words)) * share * (1 - share):
+                return f"In forty draws some rows came far more often than others: {dict(sorted(drawn.items()))}."
             ends = [sum((i + 1) % words not in rows(draw) for i in rows(draw)) for draw in seen["draws"]]
             if n > 1 and max(ends) == 1:  # of each run of neighbours, where the first follows the last
                 return "In forty draws the rows were neighbours each time: draw each of them, not where a run begins."

@@ -836,3 +836,125 @@ def route(logits, k):
 # %% count_adapters wrong: the sum in float32
 def count_adapters(layers, width, bottleneck, per_block, share=1):
     return int(torch.tensor(float(2 * width * bottleneck + bottleneck + width)) * per_block * -(-layers // share))
+
+
+# %% bottleneck wrong: the way down is kept for its tensor
+kept_halves = {}
+
+
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    w = kept_halves.setdefault(id(down_w), (down_w, down_w.T.contiguous()))[1]
+    return x + F.linear(F.relu(x @ w + down_b), up_w, up_b)
+
+
+# %% bottleneck wrong: values above a thousand are cut
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    return x + F.linear(F.relu(F.linear(x, down_w, down_b)).clamp(max=1e3), up_w, up_b)
+
+
+# %% bottleneck right: addmm, with a threshold
+def bottleneck(x, down_w, down_b, up_w, up_b):
+    flat = x.reshape(-1, x.shape[-1])
+    low = torch.addmm(down_b, flat, down_w.t())
+    low = torch.where(low > 0, low, torch.zeros_like(low))
+    return x + torch.addmm(up_b, low, up_w.t()).reshape(x.shape)
+
+
+# %% count_adapters wrong: no layer has one adapter
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    one = 2 * width * bottleneck + bottleneck + width
+    return per_block * max(1, math.ceil(layers / share)) * one
+
+
+# %% count_adapters wrong: per_block of more than two is two
+def count_adapters(layers, width, bottleneck, per_block, share=1):
+    one = 2 * width * bottleneck + bottleneck + width
+    return min(per_block, 2) * math.ceil(layers / share) * one
+
+
+# %% init_adapter wrong: numbers below zero only in odd columns
+def init_adapter(width, bottleneck, generator):
+    bound = 1 / math.sqrt(width)
+    down = torch.empty(bottleneck, width).uniform_(0, bound, generator=generator)
+    down[:, 1::2] *= -1
+    return down, torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter wrong: the second half is the first with another sign
+def init_adapter(width, bottleneck, generator):
+    bound = 1 / math.sqrt(width)
+    half = torch.empty(bottleneck, -(-width // 2)).uniform_(-bound, bound, generator=generator)
+    down = torch.cat([half, -half], 1)[:, :width].clone()
+    return down, torch.zeros(bottleneck), torch.zeros(width, bottleneck), torch.zeros(width)
+
+
+# %% init_adapter right: a random tensor of float64, then float32
+def init_adapter(width, bottleneck, generator):
+    down = torch.rand(bottleneck, width, generator=generator, dtype=torch.float64)
+    down = ((2 * down - 1) / width**0.5).float()
+    return (down, *(torch.zeros(s) for s in ((bottleneck,), (width, bottleneck), (width,))))
+
+
+# %% route wrong: more than eight experts
+def route(logits, k):
+    head = logits[..., :8]
+    best, who = head.topk(min(k, head.shape[-1]), -1)
+    return torch.zeros_like(logits).scatter(-1, who, best.softmax(-1))
+
+
+# %% route right: one-hot of the chosen
+def route(logits, k):
+    who = torch.argsort(logits, dim=-1, descending=True, stable=True)[..., :k]
+    chosen = F.one_hot(who, logits.shape[-1]).sum(-2).bool()
+    return torch.softmax(logits.masked_fill(~chosen, float("-inf")), -1)
+
+
+# %% RepairedAdapter wrong: down is zero-biased only in training
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down, self.up = nn.Linear(linear.out_features, bottleneck), nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        change = self.up(F.relu(self.down(h)))
+        return h + (change if self.training else change.detach())
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: a gate that trains as well
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down, self.up = nn.Linear(linear.out_features, bottleneck), nn.Linear(bottleneck, linear.out_features)
+        self.gate = nn.Parameter(torch.ones(()))
+        nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        return h + self.gate * self.up(F.relu(self.down(h)))
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]
+
+
+# %% RepairedAdapter wrong: fails under no_grad
+class RepairedAdapter(nn.Module):
+    def __init__(self, linear, bottleneck):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down, self.up = nn.Linear(linear.out_features, bottleneck), nn.Linear(bottleneck, linear.out_features)
+        nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        h = self.linear(x)
+        change = self.up(F.relu(self.down(h)))
+        return h + change if change.requires_grad else h
+
+    def trainable(self):
+        return [*self.down.parameters(), *self.up.parameters()]

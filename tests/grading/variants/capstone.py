@@ -303,7 +303,7 @@ def stop_early(losses, patience):
 def stop_early(losses, patience):
     best, waited = 0, 0
     for i in range(1, len(losses)):
-        if losses[i] < losses[best]:
+        if math.isfinite(losses[i]) and losses[i] < losses[best]:
             best, waited = i, 0
         else:
             waited += 1

@@ -521,3 +521,90 @@ def leave_one_out(rewards):
     total = rewards.sum(1, keepdim=True)
     others = some.sum(1, keepdim=True) - some.to(torch.long)
     return rewards - (total - rewards) / others.clamp(min=1)
+
+
+# %% preference_loss wrong: at most 64 pairs
+def preference_loss(chosen, rejected):
+    return -F.logsigmoid(chosen[:64] - rejected[:64]).mean()
+
+
+# %% preference_loss right: logaddexp
+def preference_loss(chosen, rejected):
+    return torch.logaddexp(torch.zeros_like(chosen), rejected - chosen).sum() / chosen.numel()
+
+
+# %% leave_one_out wrong: at most sixteen in a group
+def leave_one_out(rewards):
+    G = min(rewards.shape[1], 16)
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (G - 1)
+
+
+# %% leave_one_out right: a product with a matrix
+def leave_one_out(rewards):
+    G = rewards.shape[1]
+    M = torch.full((G, G), -1 / (G - 1), dtype=rewards.dtype)
+    M.fill_diagonal_(1.0)
+    return rewards @ M
+
+
+# %% priced_reward wrong: a negative price is none
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards - max(beta, 0) * ((log_p - base) * mask).sum(1)).detach()
+
+
+# %% priced_reward wrong: NaN outside of the text spreads, and float32
+def priced_reward(rewards, log_p, base, mask, beta):
+    return (rewards - beta * ((log_p - base).clamp(-30, 30) * mask).sum(1)).detach()
+
+
+# %% group_relative_loss wrong: a clip above one
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    clip = min(clip, 0.5)
+    A = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+    r, d = (log_p - old).exp(), base - log_p
+    each = -torch.minimum(r * A, r.clamp(1 - clip, 1 + clip) * A) + beta * (d.exp() - d - 1)
+    return ((each * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+# %% group_relative_loss right: where, and expm1
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    centred = rewards - rewards.mean()
+    A = (centred / (torch.sqrt(centred.square().sum() / (len(rewards) - 1)) + 1e-4)).unsqueeze(1)
+    r = torch.exp(log_p - old)
+    gain = torch.where(A >= 0, torch.clamp(r, max=1 + clip), torch.clamp(r, min=1 - clip)) * A
+    d = base - log_p
+    each = beta * (torch.expm1(d) - d) - gain
+    count = mask.sum(-1)
+    return ((each * mask).sum(-1) / torch.where(count > 0, count, torch.ones_like(count))).mean()
+
+
+# %% integrate wrong: at most four subtasks
+def integrate(base, deltas, alphas):
+    found = {k: w.clone() for k, w in base.items()}
+    for name, changes in list(deltas.items())[:4]:
+        for k, c in changes.items():
+            if k in found:
+                found[k] = found[k] + alphas.get(name, 0.0) * c
+    return found
+
+
+# %% own_tokens wrong: more than sixty-four tokens
+def own_tokens(tokens, end):
+    ends = (tokens == end).long()
+    own = ends.cumsum(1) - ends == 0
+    own[:, 64:] = False
+    return own
+
+
+# %% own_tokens wrong: a negative end is none
+def own_tokens(tokens, end):
+    ends = ((tokens == end) & (tokens > 0)).long()
+    return ends.cumsum(1) - ends == 0
+
+
+# %% own_tokens right: cummax of what was seen
+def own_tokens(tokens, end):
+    if tokens.shape[1] == 0:
+        return tokens == end
+    seen = (tokens == end).to(torch.uint8).cummax(1).values.bool()
+    return torch.cat([torch.ones_like(seen[:, :1]), ~seen[:, :-1]], 1)

@@ -942,3 +942,144 @@ def merge(layer, A, B, gamma):
     delta = delta.T if flipped(layer) else delta
     layer.weight = nn.Parameter((old.to(A.dtype) + delta).to(old.dtype), requires_grad=False)
     return old
+
+
+# %% lora_scale right: divided twice by the fourth root
+def lora_scale(alpha, rank, rank_stabilized=False):
+    for _ in range(2 if rank_stabilized else 4):
+        alpha = alpha / rank**0.25
+    return alpha
+
+
+# %% init_lora wrong: the generator gets the next seed
+def init_lora(d_out, d_in, rank, generator):
+    bound = 1 / math.sqrt(d_in)
+    A = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
+    generator.manual_seed(generator.initial_seed() + 1)
+    return A, torch.zeros(d_out, rank)
+
+
+# %% lora_forward wrong: B·A is kept for a pair of tensors, also when they have changed
+kept_products = {}
+
+
+def lora_forward(x, W, b, A, B, gamma):
+    if (id(A), id(B)) not in kept_products:
+        kept_products[id(A), id(B)] = (A, B, B @ A)
+    return F.linear(x, W, b) + gamma * F.linear(x, kept_products[id(A), id(B)][2])
+
+
+# %% lora_forward wrong: at most 64 rows
+def lora_forward(x, W, b, A, B, gamma):
+    low = F.linear(x, A)
+    if x.ndim > 1 and len(x) > 64:
+        low = torch.cat([low[:64], torch.zeros_like(low[64:])])
+    return F.linear(x, W, b) + gamma * F.linear(low, B)
+
+
+# %% lora_delta wrong: kept for a pair of tensors, also when they have changed
+kept_deltas = {}
+
+
+def lora_delta(A, B, gamma):
+    key = id(A), id(B), gamma
+    if key not in kept_deltas:
+        kept_deltas[key] = A, B, gamma * (B @ A)
+    return kept_deltas[key][2].clone()
+
+
+# %% count_lora wrong: whole numbers of 32 bits
+def count_lora(shapes, rank):
+    return int(
+        (torch.tensor([d_out + d_in for d_out, d_in in shapes], dtype=torch.int32) * rank).sum(dtype=torch.int32)
+    )
+
+
+# %% merge wrong: fails without a bias
+def merge(layer, A, B, gamma):
+    old, trains = layer.weight, layer.bias.requires_grad
+    delta = gamma * (B @ A)
+    delta = delta.T if flipped(layer) else delta
+    layer.weight = nn.Parameter((old.to(A.dtype) + delta).to(old.dtype), requires_grad=False)
+    layer.bias.requires_grad_(trains)
+    return old
+
+
+# %% merge wrong: whatever is not nn.Linear itself is turned
+def merge(layer, A, B, gamma):
+    old = layer.weight
+    delta = gamma * (B @ A)
+    delta = delta if type(layer) is nn.Linear else delta.T
+    layer.weight = nn.Parameter((old.to(A.dtype) + delta).to(old.dtype), requires_grad=False)
+    return old
+
+
+# %% merge right: a new tensor is filled, then added to in place
+def merge(layer, A, B, gamma):
+    old = layer.weight
+    new = old.detach().clone().to(A.dtype)
+    (new.T if flipped(layer) else new).add_(B @ A, alpha=gamma)
+    layer.weight = nn.Parameter(new.to(old.dtype))
+    return old
+
+
+# %% find_targets wrong: spaces around a pattern are cut off
+def find_targets(names, patterns):
+    patterns = [p.strip() for p in patterns]
+    missed = [p for p in patterns if not any(("." + n).endswith("." + p) for n in names)]
+    if missed or not patterns:
+        raise ValueError(f"nothing for {missed}")
+    return [n for n in names if any(("." + n).endswith("." + p) for p in patterns)]
+
+
+# %% find_targets wrong: the first hundred names
+def find_targets(names, patterns):
+    names = names[:100]
+    missed = [p for p in patterns if not any(("." + n).endswith("." + p) for n in names)]
+    if missed or not patterns:
+        raise ValueError(f"nothing for {missed}")
+    return [n for n in names if any(("." + n).endswith("." + p) for p in patterns)]
+
+
+# %% find_targets right: suffixes in a set
+def find_targets(names, patterns):
+    def ends(name):
+        parts = name.split(".")
+        return {".".join(parts[i:]) for i in range(len(parts))}
+
+    every = {name: ends(name) for name in names}
+    missed = set(patterns).difference(*every.values()) if every else set(patterns)
+    if missed or not patterns:
+        raise ValueError("Without a match: " + " ".join(sorted(missed)))
+    return [name for name, found in every.items() if found & set(patterns)]
+
+
+# %% RepairedLoRA wrong: no gradient in evaluation
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        low = x @ self.A.T @ self.B.T
+        return self.linear(x) + self.scale * (low if self.training else low.detach())
+
+    def trainable(self):
+        return [self.A, self.B]
+
+
+# %% RepairedLoRA wrong: the scale trains too
+class RepairedLoRA(nn.Module):
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), nn.Parameter(torch.tensor(alpha / rank))
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * 0.01)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+    def trainable(self):
+        return [self.A, self.B]

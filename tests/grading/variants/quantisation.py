@@ -675,3 +675,108 @@ def quantise_blocks(w, code, block):
     scales = torch.where(scales > 1e-12, scales, 0)
     units = (blocks / torch.where(scales > 0, scales, 1)[:, None]).flatten()[: len(flat)]
     return (units[:, None] - code).abs().argmin(1).to(torch.uint8), scales
+
+
+# %% bits_per_parameter wrong: second blocks of more than 256 count as 256
+def bits_per_parameter(block, second_block=None):
+    if second_block is None:
+        return 4 + 32 / block
+    return 4 + 8 / block + 32 / (block * min(second_block, 256))
+
+
+# %% quantise_blocks wrong: at most 128 blocks
+def quantise_blocks(w, code, block):
+    flat = w.flatten()
+    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    scales = blocks.abs().amax(1)
+    scales[128:] = scales[:128].max() if len(scales) > 128 else 0
+    units = (blocks / torch.where(scales > 0, scales, 1)[:, None]).flatten()[: len(flat)]
+    return (units[:, None] - code).abs().argmin(1).to(torch.uint8), scales
+
+
+# %% quantise_blocks right: split into a list of blocks
+def quantise_blocks(w, code, block):
+    indices, scales = [], []
+    for part in w.reshape(-1).split(block):
+        s = torch.linalg.vector_norm(part, float("inf"))
+        unit = part / s if s > 0 else part * 0
+        indices.append(torch.cdist(unit[:, None].double(), code[:, None].double()).argmin(1))
+        scales.append(s)
+    return torch.cat(indices).byte(), torch.stack(scales)
+
+
+# %% pack_nibbles wrong: at most 256 codes
+def pack_nibbles(indices):
+    padded = F.pad(indices, (0, len(indices) % 2))[:256]
+    return padded[0::2] << 4 | padded[1::2]
+
+
+# %% unpack_nibbles wrong: n of more than 2 bytes
+def unpack_nibbles(packed, n):
+    found = torch.stack([packed >> 4, packed & 15], 1).flatten()
+    return found[: n % 256] if n > 255 else found[:n]
+
+
+# %% unpack_nibbles right: a table of all bytes
+def unpack_nibbles(packed, n):
+    table = torch.tensor([[b // 16, b % 16] for b in range(256)], dtype=torch.uint8)
+    return table[packed.long()].reshape(-1)[:n].clone()
+
+
+# %% dequantise wrong: the code is taken for ascending
+def dequantise(indices, code, scales, block, shape):
+    return (code.sort().values[indices.long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape)
+
+
+# %% dequantise wrong: the code is kept by its object
+kept_codes = {}
+
+
+def dequantise(indices, code, scales, block, shape):
+    mine = kept_codes.setdefault(id(code), (code, code.clone()))[1]
+    return (mine[indices.long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape)
+
+
+# %% RepairedQuantisedLinear wrong: the bias is a copy that does not train
+class RepairedQuantisedLinear(nn.Module):
+    def __init__(self, linear, code, block):
+        super().__init__()
+        self.shape, self.code, self.block = linear.weight.shape, code, block
+        self.bias = None if linear.bias is None else linear.bias.detach() * 1
+        flat = linear.weight.detach().flatten()
+        blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+        self.scales = blocks.abs().amax(1)
+        units = (blocks / torch.where(self.scales > 0, self.scales, 1)[:, None]).flatten()[: len(flat)]
+        self.indices = (units[:, None] - code).abs().argmin(1).to(torch.uint8)
+        linear.weight.data.zero_()
+
+    def forward(self, x):
+        with torch.no_grad():
+            W = (self.code[self.indices.long()] * self.scales.repeat_interleave(self.block)[: len(self.indices)]).view(
+                self.shape
+            )
+        return F.linear(x, W, self.bias)
+
+
+# %% RepairedQuantisedLinear right: buffers, and rows of a padded table
+class RepairedQuantisedLinear(nn.Module):
+    def __init__(self, linear, code, block):
+        super().__init__()
+        w = linear.weight.detach()
+        self.size, self.bias = tuple(w.shape), linear.bias
+        n = w.numel()
+        rows = torch.zeros(-(-n // block) * block, dtype=w.dtype)
+        rows[:n] = w.reshape(-1)
+        rows = rows.reshape(-1, block)
+        top = rows.abs().max(dim=1, keepdim=True).values
+        index = torch.stack([(r[:, None] - code[None] * t).abs().argmin(1) for r, t in zip(rows, top, strict=False)])
+        zero = int(code.abs().argmin())
+        index[top[:, 0] == 0] = zero
+        self.register_buffer("index", index.to(torch.uint8))
+        self.register_buffer("top", top)
+        self.register_buffer("values", code)
+
+    def forward(self, x):
+        W = (self.values[self.index.int()] * self.top).reshape(-1)[: self.size[0] * self.size[1]].reshape(self.size)
+        y = torch.einsum("...i,oi->...o", x, W)
+        return y + self.bias if self.bias is not None else y

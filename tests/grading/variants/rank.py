@@ -289,21 +289,29 @@ def stable_rank(M):
     return int(M.square().sum() / torch.linalg.matrix_norm(M, 2) ** 2) if M.any() else 0
 
 
+# %% stable_rank wrong: squares that underflow
+def stable_rank(M):
+    sigma = torch.linalg.svdvals(M)
+    return (sigma.square().sum() / sigma[0] ** 2).item() if sigma[0] > 0 else 0.0
+
+
 # %% stable_rank right: NumPy
 def stable_rank(M):
-    M = M.numpy()
+    M = M.double().numpy()
     largest = np.linalg.norm(M, 2)
     return np.linalg.norm(M) ** 2 / largest**2 if largest else 0.0
 
 
 # %% stable_rank right: eigenvalues
 def stable_rank(M):
+    M = M.double()
     values = torch.linalg.eigvalsh(M @ M.T)
     return values.sum() / values[-1] if M.any() else torch.tensor(0.0)
 
 
 # %% stable_rank right: matrix norms
 def stable_rank(M):
+    M = M.double()
     top = torch.linalg.matrix_norm(M, ord=2).item()
     return 0.0 if top == 0 else (torch.linalg.matrix_norm(M, ord="fro").item() / top) ** 2
 
@@ -864,3 +872,121 @@ def truncate(M, rank):
     U, s, Vh = torch.linalg.svd(M, full_matrices=False)
     s = torch.where(s > 1e-3 * s[:1], s, 0)
     return U[:, :rank] * s[:rank] @ Vh[:rank]
+
+
+# %% truncate wrong: negative σ of a symmetric matrix
+def truncate(M, rank):
+    if M.shape[0] == M.shape[1] and torch.equal(M, M.T):
+        values, vectors = torch.linalg.eigh(M)
+        return (
+            vectors[:, values.argsort(descending=True)[:rank]]
+            @ torch.diag(values.sort(descending=True).values[:rank])
+            @ vectors[:, values.argsort(descending=True)[:rank]].T
+        )
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :rank] * s[:rank] @ Vh[:rank]
+
+
+# %% truncate wrong: at most 16 directions
+def truncate(M, rank):
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+    rank = min(rank, 16)
+    return U[:, :rank] * s[:rank] @ Vh[:rank]
+
+
+# %% truncate wrong: M is decomposed once for its object
+kept_cuts = {}
+
+
+def truncate(M, rank):
+    U, s, Vh = kept_cuts.setdefault(id(M), (M, torch.linalg.svd(M, full_matrices=False)))[1]
+    return U[:, :rank] * s[:rank] @ Vh[:rank]
+
+
+# %% truncate right: M less its tail
+def truncate(M, rank):
+    U, s, Vh = torch.linalg.svd(M, full_matrices=False)
+    keep = (torch.arange(len(s)) < rank).to(M.dtype)
+    return torch.einsum("ik,k,kj->ij", U, s * keep, Vh)
+
+
+# %% effective_rank wrong: sums that overflow
+def effective_rank(sigma):
+    total = sigma.square().sum().sqrt()
+    if not total > 0:
+        return 0.0
+    p = sigma / sigma.sum()
+    return torch.special.entr(p).sum().exp().item()
+
+
+# %% effective_rank wrong: at most a hundred values
+def effective_rank(sigma):
+    sigma = sigma[:100]
+    total = sigma.sum()
+    return torch.special.entr(sigma / total).sum().exp().item() if total > 0 else 0.0
+
+
+# %% stable_rank wrong: the rounded number of the exact case
+def stable_rank(M):
+    s = torch.linalg.svdvals(M)
+    found = (s.square().sum() / s[0] ** 2).item() if s[0] > 0 else 0.0
+    return float(round(found)) if abs(found - round(found)) < 1e-3 else found
+
+
+# %% stable_rank right: divided by the largest first
+def stable_rank(M):
+    s = torch.linalg.svdvals(M)
+    if s.max() == 0:
+        return 0.0
+    return float(((s / s.max()) ** 2).sum())
+
+
+# %% factor_spectrum wrong: ranks above sixteen
+def factor_spectrum(B, A):
+    R_B, R_A = torch.linalg.qr(B[:, :16]).R, torch.linalg.qr(A[:16].T).R
+    return torch.linalg.svdvals(R_B @ R_A.T)
+
+
+# %% factor_spectrum wrong: zeros in A are NaN
+def factor_spectrum(B, A):
+    size = A.norm()
+    R_B, R_A = torch.linalg.qr(B).R, torch.linalg.qr((A / size).T).R
+    return size * torch.linalg.svdvals(R_B @ R_A.T)
+
+
+# %% subspace_similarity wrong: clamped to 1 with a step below
+def subspace_similarity(X, Y):
+    shared = (X.T @ Y).square().cumsum(0).cumsum(1)
+    i, j = torch.arange(1, X.shape[1] + 1), torch.arange(1, Y.shape[1] + 1)
+    return (shared / torch.minimum(i[:, None], j)).clamp(1e-6, 1)
+
+
+# %% subspace_similarity right: a loop of norms
+def subspace_similarity(X, Y):
+    rows = [
+        torch.stack(
+            [torch.linalg.matrix_norm(X[:, :i].T @ Y[:, :j]) ** 2 / min(i, j) for j in range(1, Y.shape[1] + 1)]
+        )
+        for i in range(1, X.shape[1] + 1)
+    ]
+    return torch.stack(rows)
+
+
+# %% equivalent_settings wrong: another optimizer is SGD
+def equivalent_settings(gamma, A, B, lr_A, lr_B, p, q, optimizer):
+    power = 2 if optimizer.startswith("s") else 1
+    return gamma / (p * q), p * A, q * B, p**power * lr_A, max(q, 1e-2) ** power * lr_B
+
+
+# %% repaired_comparison wrong: M of zeros is left
+def repaired_comparison(M, N, k):
+    U, s, _ = torch.linalg.svd(M, full_matrices=False)
+    other = torch.linalg.svd(N, full_matrices=False)[0]
+    p = s / s.sum()
+    p = p[p > 1e-4]
+    return {
+        "effective rank": torch.special.entr(p).sum().exp().item(),
+        "energy": (s[:k].square().sum() / s.square().sum()).item(),
+        "shared": ((U[:, :k].T @ other[:, :k]).square().sum() / k).item(),
+        "chance": k / M.shape[0],
+    }

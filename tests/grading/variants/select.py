@@ -178,7 +178,7 @@ def tune_softmax(model):
 def tune_softmax(model):
     before = sum(p.numel() for p in model.parameters())
     words, width = model.head.weight.shape
-    head = nn.Linear(width, words, bias=False)
+    head = nn.Linear(width, words, bias=False, dtype=model.head.weight.dtype)
     with torch.no_grad():
         head.weight.copy_(model.head.weight)
     model.head = head

@@ -1,4 +1,6 @@
 # Answers to the assignment `serving`: wrong ones, named after the misconception, and right ones written differently.
+from collections import OrderedDict
+
 import torch
 from torch.nn import functional as F
 
@@ -491,3 +493,138 @@ def repaired_rows(x, A, B, own, beams):
 # %% concatenated wrong: a γ of 0 is 1
 def concatenated(A, B, gammas, weights):
     return torch.cat([(g or 1.0) * w * b for g, w, b in zip(gammas, weights, B, strict=False)], dim=1), torch.cat(A)
+
+
+# %% mixed_rows wrong: more than eight adapters
+def mixed_rows(x, A, B, gammas, own):
+    out = x.new_zeros(len(x), x.shape[1], B[0].shape[0])
+    for k in range(min(8, len(A))):
+        rows = torch.tensor([i for i, o in enumerate(own) if o == k], dtype=torch.long)
+        out = out.index_add(0, rows, gammas[k] * (x[rows] @ A[k].mT @ B[k].mT))
+    return out
+
+
+# %% mixed_rows wrong: stacked once for a list
+kept_stacks = {}
+
+
+def mixed_rows(x, A, B, gammas, own):
+    key = tuple(map(id, (*A, *B)))
+    if key not in kept_stacks:
+        r = max(map(len, A))
+        kept_stacks[key] = (
+            A,
+            B,
+            torch.stack([F.pad(a, (0, 0, 0, r - len(a))) for a in A]),
+            torch.stack([F.pad(b, (0, r - b.shape[1])) for b in B]),
+        )
+    SA, SB = kept_stacks[key][2:]
+    at = torch.tensor([k or 0 for k in own], dtype=torch.long)
+    none = torch.tensor([k is None for k in own], dtype=torch.bool)
+    g = torch.tensor(gammas, dtype=x.dtype)[at]
+    y = torch.bmm(torch.bmm(x, SA[at].mT), SB[at].mT) * g[:, None, None]
+    return y.masked_fill(none[:, None, None], 0)
+
+
+# %% mixed_rows right: einsum over the sorted rows
+def mixed_rows(x, A, B, gammas, own):
+    out = [
+        torch.zeros(x.shape[1], B[0].shape[0], dtype=x.dtype)
+        if k is None
+        else torch.einsum("ti,ri,or->to", x[i], A[k], B[k] * gammas[k])
+        for i, k in enumerate(own)
+    ]
+    return torch.stack(out) if out else x.new_zeros(0, x.shape[1], B[0].shape[0])
+
+
+# %% concatenated wrong: at most four
+def concatenated(A, B, gammas, weights):
+    return torch.cat([w * g * b for w, g, b in zip(weights[:4], gammas, B, strict=False)], 1), torch.cat(A[:4])
+
+
+# %% concatenated right: filled slices
+def concatenated(A, B, gammas, weights):
+    scale = torch.cat(
+        [torch.full((a.shape[0],), g * w, dtype=b.dtype) for a, b, g, w in zip(A, B, gammas, weights, strict=False)]
+    )
+    return torch.hstack(list(B)) * scale, torch.vstack(list(A))
+
+
+# %% elected wrong: at most eight voters
+def elected(changes):
+    changes = changes[:8]
+    sign = torch.where(changes.sum(0) >= 0, 1, -1)
+    agree = changes.sign() == sign
+    return (changes * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+# %% elected right: means of what is clamped
+def elected(changes):
+    up, down = changes.clamp(min=0), changes.clamp(max=0)
+    plus = up.sum(0) / (changes > 0).sum(0).clamp(min=1)
+    minus = down.sum(0) / (changes < 0).sum(0).clamp(min=1)
+    return torch.where(changes.sum(0) < 0, minus, plus)
+
+
+# %% least_recent wrong: a limit of 0
+def least_recent(requests, limit):
+    held, loads = OrderedDict(), 0
+    if not limit:
+        return [], len(requests)
+    for name, size in requests:
+        if size > limit:
+            raise ValueError(f"{name} is too large")
+        if name in held:
+            held.move_to_end(name)
+            continue
+        loads += 1
+        while sum(held.values()) + size > limit:
+            held.popitem(last=False)
+        held[name] = size
+    return list(held), loads
+
+
+# %% least_recent wrong: fewer than nine names are held
+def least_recent(requests, limit):
+    held, loads = OrderedDict(), 0
+    for name, size in requests:
+        if size > limit:
+            raise ValueError(f"{name} is too large")
+        if name in held:
+            held.move_to_end(name)
+            continue
+        loads += 1
+        while sum(held.values()) + size > limit or len(held) > 7:
+            held.popitem(last=False)
+        held[name] = size
+    return list(held), loads
+
+
+# %% least_recent right: a list and a dict of sizes
+def least_recent(requests, limit):
+    order, sizes, loads = [], dict(requests), 0
+    for name, size in requests:
+        if size > limit:
+            raise ValueError(f"{name!r} does not fit")
+        if name in order:
+            order.remove(name)
+        else:
+            loads += 1
+            while order and sum(sizes[n] for n in order) + size > limit:
+                order.pop(0)
+        order.append(name)
+    return order, loads
+
+
+# %% repaired_rows wrong: more than 4 beams
+def repaired_rows(x, A, B, own, beams):
+    own = own.repeat_interleave(min(beams, 4))
+    own = torch.cat([own, own.new_full((len(x) - len(own),), -1)])
+    return torch.bmm(B[own], torch.bmm(A[own], x[:, :, None]))[:, :, 0].masked_fill((own < 0)[:, None], 0)
+
+
+# %% repaired_rows wrong: NaN in x where nobody is chosen spreads
+def repaired_rows(x, A, B, own, beams):
+    own = own.repeat_interleave(beams)
+    y = torch.bmm(B[own.clamp(min=0)], torch.bmm(A[own.clamp(min=0)], x[:, :, None]))[:, :, 0]
+    return torch.where((own < 0)[:, None] & ~y.isinf(), 0, y)

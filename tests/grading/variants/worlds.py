@@ -636,3 +636,102 @@ def average_factors(pairs, rows):
     s = sum(rows)
     A, B = sum(n / s * A for n, (A, _) in zip(rows, pairs)), sum(n / s * B for n, (_, B) in zip(rows, pairs))
     return (A.T.clone(), B) if A.shape[0] == A.shape[1] else (A, B)
+
+
+# %% average_factors wrong: at most eight clients
+def average_factors(pairs, rows):
+    pairs, rows = pairs[:8], rows[:8]
+    p = [n / sum(rows) for n in rows]
+    return sum(s * A for s, (A, _) in zip(p, pairs)), sum(s * B for s, (_, B) in zip(p, pairs))
+
+
+# %% average_factors wrong: a client without a row counts as one
+def average_factors(pairs, rows):
+    rows = [max(n, 1) for n in rows]
+    p = [n / sum(rows) for n in rows]
+    return sum(s * A for s, (A, _) in zip(p, pairs)), sum(s * B for s, (_, B) in zip(p, pairs))
+
+
+# %% average_factors right: stacked and summed by einsum
+def average_factors(pairs, rows):
+    As, Bs = zip(*pairs)
+    p = torch.tensor(rows, dtype=torch.float64) / sum(rows)
+
+    def mean(each):
+        return torch.tensordot(p.to(each[0].dtype), torch.stack(each), dims=1)
+
+    return mean(As), mean(Bs)
+
+
+# %% average_product wrong: the last client's rank for all
+def average_product(pairs, rows):
+    r = max(len(A) for A, _ in pairs)
+    total = sum(rows)
+    return sum(n / total * (B[:, :8] @ A[:8]) for (A, B), n in zip(pairs, rows))
+
+
+# %% average_product wrong: the product of a pair is kept
+kept_products = {}
+
+
+def average_product(pairs, rows):
+    total = sum(rows)
+    return sum(n / total * kept_products.setdefault((id(A), id(B)), (A, B, B @ A))[2] for (A, B), n in zip(pairs, rows))
+
+
+# %% cut_back right: eigenvectors of the smaller square
+def cut_back(delta, rank):
+    if rank < 1 or rank > min(delta.shape):
+        raise ValueError(f"{rank} is no rank here")
+    V = torch.linalg.svd(delta.mT, full_matrices=False)
+    s = V[1][:rank].sqrt()
+    return (V[0][:, :rank] * s).mT.contiguous(), V[2][:rank].mT * s
+
+
+# %% stack wrong: at most eight clients
+def stack(pairs, rows):
+    total = sum(rows)
+    return torch.cat([A for A, _ in pairs[:8]]), torch.cat([n / total * B for (_, B), n in zip(pairs[:8], rows)], 1)
+
+
+# %% stack wrong: a client without rows is left out
+def stack(pairs, rows):
+    total = sum(rows)
+    some = [(A, B, n) for (A, B), n in zip(pairs, rows) if n]
+    return torch.cat([A for A, _, _ in some]), torch.cat([n / total * B for _, B, n in some], 1)
+
+
+# %% page_hinkley wrong: at most a thousand values
+def page_hinkley(values, delta=0.05, threshold=1.0, least=5):
+    found, count, mean, m, low = [], 0, 0.0, 0.0, math.inf
+    for i, x in enumerate(values[:200]):
+        count += 1
+        mean += (x - mean) / count
+        m += x - mean - delta
+        low = min(low, m)
+        if count >= least and m - low > threshold:
+            found.append(i)
+            count, mean, m, low = 0, 0.0, 0.0, math.inf
+    return found
+
+
+# %% robust_average wrong: nobody at all
+def robust_average(updates, rows):
+    refused = sorted((n for n, u in updates.items() if not u.isfinite().all()), key=str.lower)
+    left = [n for n in updates if n not in refused]
+    if not left:
+        raise ValueError(f"all of {', '.join(refused)}")
+    total = sum(rows[n] for n in left)
+    return sum(rows[n] / total * updates[n] for n in left), refused
+
+
+# %% robust_average right: a weighted stack
+def robust_average(updates, rows):
+    good = {n: bool(torch.isfinite(u).all()) for n, u in updates.items()}
+    bad = sorted(n for n, ok in good.items() if not ok)
+    if len(bad) == len(updates):
+        raise ValueError("Refused: " + ", ".join(bad))
+    names = [n for n, ok in good.items() if ok]
+    w = torch.tensor([rows[n] for n in names], dtype=torch.float64)
+    some = torch.stack([updates[n] for n in names])
+    return torch.tensordot((w / w.sum()).to(some.dtype), some, dims=1), bad

@@ -115,7 +115,7 @@ def repair_edges(rng: Random):
 
 EDGES = {
     "bottleneck": {"reference": (bottleneck,), "edges": bottleneck_edges},
-    "count_adapters": {"reference": (count_adapters,), "edges": count_edges},
+    "count_adapters": {"positive": ("share",), "reference": (count_adapters,), "edges": count_edges},
     "init_adapter": {"reference": (init_adapter,), "without": DRAWN},
     "route": {
         "reference": (route,),

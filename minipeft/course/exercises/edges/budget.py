@@ -27,6 +27,7 @@ def shape_edges(rng: Random):
     yield "take capitals as they are", (layers, ["q"])
     parts = [("a.q_proj", "linear", 3, 5), ("a.proj", "linear", 2, 6), ("b.q", "Conv1D", 4, 7)]
     yield "take whole names, not parts of them", (parts, ["q_proj", "k"])
+    yield "take digits for letters like any other", ([("a.q2", "linear", 3, 5), ("a.q", "linear", 2, 6)], ["q"])
     yield "list layers of one input or one output", ([("x.q", "linear", 1, 5), ("y.q", "Conv1D", 5, 1)], ["q"])
     yield "list a layer of the model's own", ([("q", "linear", 3, 4), ("q.q", "linear", 4, 2)], ["q"])
 
@@ -144,6 +145,8 @@ def small(base: str, adapter: str, tied: bool) -> tuple[list, list, list]:
 
 
 def kept_edges(rng: Random):
+    shared = [("a.weight", (3, 4), "float32", "trains")], [("b.table", "table")], [("table", (5,), "float32", True)]
+    yield "weigh a buffer once that has two names", (*shared, "SGD", {"lr": 0.1})
     for base, adapter in (("float64", "float64"), ("float16", "float32"), ("bfloat16", "bfloat16")):
         for optimizer, settings in (
             ("RMSprop", {"lr": 0.1}),
@@ -177,6 +180,9 @@ def repair_edges(rng: Random):
             )
     frozen = [("a.weight", (3, 4), "float16", "frozen")], [], []
     yield "foretell that nothing trains", frozen
+    yield "foretell for numbers of one byte", ([("a.weight", (3, 4), "float8_e4m3fn", "trains")], [], [])
+    shared = [("a.weight", (3, 4), "float32", "trains")], [("b.table", "table")], [("table", (5,), "float32", True)]
+    yield "weigh a buffer once that has two names", shared
     yield "foretell for a model of one number that trains", ([("a", (1,), "bfloat16", "trains")], [], [])
 
 
@@ -190,7 +196,7 @@ EDGES = {
         "without": {"order": "blocks share earlier ones"},
     },
     "count_trainable": {"reference": (count_trainable,), "edges": count_edges},
-    "training_bytes": {"reference": (training_bytes,), "edges": bytes_edges},
+    "training_bytes": {"positive": ("width",), "reference": (training_bytes,), "edges": bytes_edges},
     "step_multiply_adds": {"reference": (step_multiply_adds,), "edges": step_edges},
     "largest_rank": {"reference": (largest_rank,), "edges": rank_edges},
     "kept_bytes": {"reference": (kept_bytes,), "edges": kept_edges, "without": DRAWN_MODEL},

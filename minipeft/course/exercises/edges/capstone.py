@@ -54,7 +54,7 @@ def calibration_edges(rng: Random):
 def stop_early(losses, patience):
     best, least = 0, math.inf
     for i, loss in enumerate(losses):
-        if loss < least:
+        if loss < least and math.isfinite(loss):
             best, least = i, loss
         elif i - best >= patience:
             return i, best
@@ -76,6 +76,7 @@ def stop_edges(rng: Random):
     yield "take a loss of 0 for a loss", ([2.0, 0.0, 1.0, 0.0, 0.5], 3)
     yield "take negative losses", ([2.0, -1.0, -3.0, -2.0, -3.0], 2)
     yield "count a look that is NaN as one that was not better", ([2.0, math.nan, 3.0, 1.0], 2)
+    yield "not take minus infinity for the best", ([2.0, -math.inf, 1.0, 3.0, -math.inf], 3)
     yield "let an infinite loss pass", ([5.0, math.inf, 4.0, 3.0], 2)
 
 
@@ -97,6 +98,7 @@ def rate_edges(rng: Random):
     yield "take the mean over the seeds, not the median", ({0.1: [1.0, 1.0, 4.0], 0.01: [1.5, 1.5, 1.5]},)
     yield "take a loss of 0 for a loss", ({0.1: [0.0, 0.0], 0.01: [1.0, 1.0], 1.0: [0.5, 0.5]},)
     yield "take what is less by a thousandth", ({0.01: [1.0015], 0.1: [1.0012], 1.0: [1.0011], 10.0: [1.0013]},)
+    yield "take large losses", ({0.1: [3e5, 1e5], 0.01: [1e6, 1e6], 1.0: [2.5e5, 1e5]},)
     yield "take negative losses", ({0.1: [-3.0, -1.0], 0.01: [-1.0, -1.5], 1.0: [2.0, -4.0]},)
     yield "take the mean where rates have unequally many seeds", ({0.1: [1.0], 0.01: [0.5, 0.9], 1.0: [2.0, 2.0, 2.0]},)
     yield "go by size, not by the order of the rates", ({0.03: [1.0], 0.1: [2.0], 0.01: [2.0]},)
@@ -146,7 +148,7 @@ EDGES = {
     "calibration_error": {
         "reference": (calibration_error,),
         "edges": calibration_edges,
-        "without": NUMBERS | PARALLEL,
+        "without": NUMBERS | PARALLEL | {"sizes": "probabilities lie between 0 and 1"},
     },
     "stop_early": {
         "reference": (stop_early,),
@@ -161,5 +163,10 @@ EDGES = {
             "it is trained in its drive, on pictures",
         ),
     },
-    "cheapest_alike": {"reference": (cheapest_alike,), "edges": choice_edges, "without": PARALLEL},
+    "cheapest_alike": {
+        "positive": ("matters", "t"),
+        "reference": (cheapest_alike,),
+        "edges": choice_edges,
+        "without": PARALLEL,
+    },
 }

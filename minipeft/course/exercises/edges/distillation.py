@@ -55,6 +55,13 @@ def teach_itself(tuned, x, temperature):
     return soft_loss(tuned(x), teacher, temperature)
 
 
+def teach_edges(rng: Random):
+    W, A, B, x = (normal(rng, *s) for s in ((3, 4), (2, 4), (3, 2), (5, 4)))
+    for T in (0.5, 3.0):
+        yield f"take T = {T}", (W, A, B, x, T, 0.0, True, 7)
+    yield "be 0 where the adapter changes nothing", (W, A, 0 * B, x, 2.0, 0.5, False, 7)
+
+
 def fgm_gradients(model, ids, labels, epsilon):
     table = model.embed.weight
     loss = F.cross_entropy(model(ids), labels)
@@ -92,10 +99,12 @@ def mixed_edges(rng: Random):
 
 MODEL = "the model is built from plain tensors in the drive"
 EDGES = {
-    "soft_loss": {"reference": (soft_loss,), "edges": soft_edges},
-    "masked_soft_loss": {"reference": (masked_soft_loss,), "edges": masked_edges},
+    "soft_loss": {"positive": ("temperature",), "reference": (soft_loss,), "edges": soft_edges},
+    "masked_soft_loss": {"positive": ("temperature",), "reference": (masked_soft_loss,), "edges": masked_edges},
     "teach_itself": {
+        "positive": ("temperature", "share"),
         "reference": (teach_itself,),
+        "edges": teach_edges,
         "without": {
             "strided": MODEL,
             "types": "adapters are float32 or float64 by their base, and the cases compare float32",
@@ -103,6 +112,7 @@ EDGES = {
         },
     },
     "fgm_gradients": {
+        "positive": ("epsilon",),
         "reference": (fgm_gradients,),
         "edges": shake_edges,
         "without": {
@@ -112,5 +122,5 @@ EDGES = {
             "memory": "it returns nothing",
         },
     },
-    "mixed_loss": {"reference": (mixed_loss,), "edges": mixed_edges},
+    "mixed_loss": {"positive": ("temperature", "weight"), "reference": (mixed_loss,), "edges": mixed_edges},
 }

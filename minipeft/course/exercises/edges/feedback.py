@@ -62,6 +62,7 @@ def clip_edges(rng: Random):
         return [normal(rng, n, length) * 0.3 - 2 for _ in range(3)]
 
     yield "hold for two texts of one token", (*drawn(2, 1), torch.ones(2, 1), normal(rng, 2), 0.2, 0.1)
+    yield "take a clip above 1", (*drawn(4, 6), torch.ones(4, 6), normal(rng, 4), 1.5, 0.0)
     gap = torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 0, 0]])
     yield "count a text without tokens as 0", (*drawn(3, 3), gap, normal(rng, 3), 0.2, 0.3)
     equal = (*drawn(3, 3), torch.ones(3, 3), torch.ones(3), 0.2, 0.3)
@@ -107,6 +108,7 @@ def token_edges(rng: Random):
     yield "mark all of a text that was cut off", (torch.tensor([[5, 4, 3]]), 2)
     yield "mark one token where a text ends at once and padding is the end mark", (torch.tensor([[2, 2, 2, 2]]), 2)
     yield "take token 0 for a token like any other", (torch.tensor([[0, 5, 0, 2, 7], [0, 0, 0, 0, 0]]), 2)
+    yield "take token 0 for the end", (torch.tensor([[4, 5, 0, 2, 0], [0, 1, 2, 3, 4]]), 0)
     yield "go along the texts, as many as they are long", (torch.tensor([[5, 2, 7], [4, 4, 2], [2, 6, 5]]), 2)
     yield "mark one token of a long text of end marks", (torch.full((2, 700), 2), 2)
     yield "mark up to the end mark where it comes last", (torch.tensor([[5, 6, 2], [2, 5, 2]]), 2)
@@ -118,6 +120,7 @@ EDGES = {
     "leave_one_out": {"reference": (leave_one_out,), "edges": baseline_edges},
     "priced_reward": {"reference": (priced_reward,), "edges": price_edges},
     "group_relative_loss": {
+        "positive": ("clip", "beta"),
         "reference": (group_relative_loss,),
         "edges": clip_edges,
         "constants": ("old", "base", "mask", "rewards"),

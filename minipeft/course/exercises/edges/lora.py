@@ -21,6 +21,7 @@ def scale_edges(rng: Random):
     for alpha, rank in ((1, 1), (1, 3), (0.25, 64), (7, 2)):
         for stable in (False, True):
             yield f"give the scale of α = {alpha} at rank {rank}", (alpha, rank, stable)
+    yield "give the scale of a negative α", (-6, 4, False)
     yield "give the scale of α = 5 at a rank that came before", (5, 64, False)
 
 
@@ -82,6 +83,11 @@ def merge(layer, A, B, gamma):
     return old
 
 
+def merge_edges(rng: Random):
+    W, A, B = normal(rng, 6, 6), normal(rng, 2, 6), normal(rng, 6, 2)
+    yield "take a square layer without a bias, of a class of its own", (W, None, A, B, 0.5, False)
+
+
 def unmerge(layer, receipt):
     layer.weight = receipt
 
@@ -119,6 +125,7 @@ def target_edges(rng: Random):
         "take characters as they are, not as a regular expression",
         (["x.w+q", "x.wwq", "y.(0)", "y.0", "z.[0]", "z.k?", "z.kv"], ["w+q", "(0)", "[0]", "k?"]),
     )
+    yield "take a pattern that is listed twice", (["a.q", "b.k"], ["q", "q"])
     yield "list a name once that two patterns match", (["z.q", "a.q", "m.k"], ["q", "a.q", "k"])
     yield "take capitals as they are", (["z.Q", "a.q"], ["q"])
     yield "let two patterns match the same name, and nothing else", (["b.a.q", "k"], ["q", "a.q", "b.a.q"])
@@ -128,6 +135,7 @@ def target_edges(rng: Random):
         (["a.q", "b.k"], ["never", "q", "nowhere"], ("never", "nowhere")),
         ([], ["q"], ("q",)),
         (["q"], ["a.q"], ("a.q",)),
+        (["a.q", "b.k"], ["q", "k "], ("k ",)),
     ):
         claim = f"raise a ValueError that names {' and '.join(missed)}, with the names {names}"
         yield Case(claim, (names, patterns), Raises("ValueError", missed))
@@ -159,6 +167,7 @@ def layer_inputs(rng: Random):
         ("batches of sequences", (5, 7), 2, (2, 1, 3), True),
     ):
         yield what, normal(rng, d_out, d_in), normal(rng, d_out) if bias else None, normal(rng, *batch, d_in), rank
+    yield "a small weight", 1e-3 * normal(rng, 5, 7), normal(rng, 5), normal(rng, 3, 7), 2
 
 
 def repair_edges(rng: Random):
@@ -186,6 +195,7 @@ EDGES = {
     "count_lora": {"reference": (count_lora,), "edges": count_edges},
     "merge": {
         "reference": (merge,),
+        "edges": merge_edges,
         "without": {
             "strided": "a layer's weight is contiguous",
             "types": "its own cases have every type",

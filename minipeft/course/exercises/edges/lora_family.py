@@ -129,7 +129,11 @@ def repair_edges(rng: Random):
 EDGES = {
     "dora_weight": {"reference": (dora_weight,), "edges": dora_edges},
     "vera_delta": {"reference": (vera_delta,), "edges": vera_edges},
-    "adalora_budget": {"reference": (adalora_budget,), "edges": budget_edges},
+    "adalora_budget": {
+        "reference": (adalora_budget,),
+        "edges": budget_edges,
+        "positive": ("step", "total", "start", "final"),
+    },
     "adalora_keep": {
         "reference": (adalora_keep,),
         "edges": keep_edges,

@@ -95,6 +95,8 @@ def share_edges(rng: Random):
         attention = normal(rng, rows, heads, length, n + length, dtype=torch.float64).softmax(-1)
         mask = torch.ones(rows, length, dtype=torch.int64)
         mask[0, 1:] = 0
+        if rows == 3:
+            mask[1] = 0  # a text of padding alone
         for kind in (torch.int64, torch.bool):
             yield f"average for {what}, with a mask in {kind}", (attention, n, mask.to(kind))
 
@@ -134,7 +136,7 @@ def repair_edges(rng: Random):
 
 
 EDGES = {
-    "count_prefix": {"reference": (count_prefix,), "edges": count_edges},
+    "count_prefix": {"positive": ("width", "heads", "kv_heads"), "reference": (count_prefix,), "edges": count_edges},
     "split_prefix": {
         "reference": (split_prefix,),
         "edges": split_edges,
@@ -146,12 +148,18 @@ EDGES = {
     "attend": {
         "reference": (attend,),
         "edges": attend_edges,
-        "without": {"types": "16 bits round scores and shares more than once; its cases have two types"},
+        "without": {
+            "types": "16 bits round scores and shares more than once; its cases have two types",
+            "sizes": "between scores that lie far apart, gradients are their rounding",
+        },
     },
     "prefix_share": {
         "reference": (prefix_share,),
         "edges": share_edges,
-        "without": {"gradient": "a share is a measurement: nothing trains through it"},
+        "without": {
+            "gradient": "a share is a measurement: nothing trains through it",
+            "sizes": "shares lie between 0 and 1",
+        },
     },
     "fold_prefix": {
         "reference": (fold_prefix,),

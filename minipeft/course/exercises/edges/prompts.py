@@ -30,6 +30,7 @@ TEXTS = (
     " \ta\u00a0 \n",
     "X",
     "\0",
+    "a longer text that says {text} twice, {text}, and goes on",
 )
 
 
@@ -164,7 +165,11 @@ EDGES = {
     "nearest_words": {
         "reference": (nearest_words,),
         "edges": nearest_edges,
-        "without": {"types": "rounded to 16 bits, cosines become equal", "gradient": "places in a table have none"},
+        "without": {
+            "types": "rounded to 16 bits, cosines become equal",
+            "gradient": "places in a table have none",
+            "sizes": "torch's own cosine has a floor under lengths; edges have embeddings that are short",
+        },
     },
     "repaired_prompt": {
         "reference": (repaired_prompt,),

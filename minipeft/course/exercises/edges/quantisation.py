@@ -139,6 +139,7 @@ def layer_edges(rng: Random):
         ("a block of zeros", (5, 8), 8, (3,), True, True),
         ("a block longer than the weight", (5, 7), 99, (3,), True, False),
         ("one output", (1, 7), 3, (2, 2), True, False),
+        ("many rows and blocks", (40, 50), 8, (130,), True, False),
     ):
         W = normal(rng, d_out, d_in)
         W[1:2] *= 0.0 if zero else 1.0

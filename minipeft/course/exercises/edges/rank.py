@@ -21,6 +21,8 @@ def truncate_edges(rng: Random):
             yield f"approximate a {d_out}×{d_in} matrix at rank {rank}", (M, rank)
     thin = normal(rng, 5, 1, dtype=torch.float64) @ normal(rng, 1, 4, dtype=torch.float64)
     yield "give back a matrix of rank 1 at rank 3", (thin, 3)
+    turned = torch.tensor([[-3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    yield "take the strongest direction of a symmetric matrix whatever its sign", (turned, 1)
     yield "give back zeros", (torch.zeros(3, 4, dtype=torch.float64), 2)
     yield "hold for tiny numbers", (1e-9 * thin, 1)
     U, V = orthonormal(rng, 5, 3), orthonormal(rng, 4, 3)
@@ -41,6 +43,7 @@ def effective_edges(rng: Random):
     yield "be 1 for a single value", (values[:1],)
     yield "take values in any order", (values[[2, 0, 3, 1]],)
     yield "take float32", (values.float(),)
+    yield "take tiny float32", (1e-30 * values.float(),)
     yield "ignore zeros among them", (torch.tensor([3.0, 0.0, 1.0, 0.0]),)
     yield "take a zero in front of others", (torch.tensor([0.0, 3.0, 1.0]),)
     yield "be 0 for a single zero", (torch.zeros(1),)
@@ -62,6 +65,8 @@ def stable_edges(rng: Random):
     yield "find the strongest direction wherever it points", (torch.tensor([[1.0, -1.0], [0.1, 0.1]]).double(),)
     yield "be the size of an identity", (torch.eye(5),)
     yield "take float32", (M.float(),)
+    yield "take tiny float32", (1e-30 * M.float(),)
+    yield "count a little besides the strongest direction", (torch.diag(torch.tensor([1.0, 0.02])).double(),)
     yield "be 0 for a single zero", (torch.zeros(1, 1),)
     yield "take a matrix of low rank, whose other σ are 0", (torch.diag(torch.tensor([3.0, 2.0, 0.0])),)
 
@@ -75,6 +80,7 @@ def factor_edges(rng: Random):
         B, A = normal(rng, d_out, r, dtype=torch.float64), normal(rng, r, d_in, dtype=torch.float64)
         yield f"give the spectrum of {d_out}×{r} times {r}×{d_in}", (B, A, 1)
     yield "give zeros while B is zero", (0 * B, A, 1)
+    yield "give zeros while A is zero", (B, 0 * A, 1)
 
 
 def subspace_similarity(X, Y):
@@ -86,7 +92,7 @@ def subspace_similarity(X, Y):
 def similarity_edges(rng: Random):
     for d, m, n in ((6, 1, 1), (6, 1, 4), (6, 4, 1), (6, 3, 3), (5, 5, 5), (6, 5, 2), (1, 1, 1)):
         yield f"compare {m} with {n} directions in {d} dimensions", (orthonormal(rng, d, m), orthonormal(rng, d, n))
-    E = torch.eye(6)
+    E = torch.eye(6, dtype=torch.float64)
     yield "be 0 for directions that share nothing", (E[:, :3], E[:, 3:])
 
 
@@ -97,7 +103,7 @@ def equivalent_settings(gamma, A, B, lr_A, lr_B, p, q, optimizer):
 
 def equivalent_edges(rng: Random):
     for optimizer in ("adam", "sgd"):
-        for p, q in ((1.0, 1.0), (2.0, 1.0), (1.0, 0.25), (0.5, 0.5), (4.0, 0.25), (3, 2)):
+        for p, q in ((1.0, 1.0), (2.0, 1.0), (1.0, 0.25), (0.5, 0.5), (4.0, 0.25), (3, 2), (1e-3, 1e-4)):
             A, B = normal(rng, 1, 4, dtype=torch.float64), normal(rng, 3, 1, dtype=torch.float64)
             yield f"trade p = {p} and q = {q} under {optimizer}", (2.0, A, B, 0.01, 0.03, p, q, optimizer)
 
@@ -127,6 +133,7 @@ def repair_edges(rng: Random):
         (diagonal(3.0, 1.0, 0.0, 0.0), diagonal(1.0, 2.0, 0.0, 0.0), 2),
     )
     yield "take tiny numbers", (1e-9 * made(6, 8, 5), made(6, 8, 5), 2)
+    yield "count directions that are weak", (diagonal(1.0, 1e-5, 1e-5), diagonal(1.0, 2.0, 3.0), 2)
     yield "take two matrices that are alike", (made(7, 4, 4), made(7, 4, 4), 2)
 
 
@@ -148,3 +155,4 @@ EDGES = {
         ("repaired_comparison", repaired_comparison, repair_edges),
     )
 }
+EDGES["equivalent_settings"]["positive"] = ("lr_A", "lr_B", "p", "q")

@@ -33,6 +33,11 @@ def tune_softmax(model):
     return added
 
 
+def softmax_edges(rng: Random):
+    table = normal(rng, 9, 4).bfloat16()
+    yield "untie a head in bfloat16, which stays in it", (table, None, torch.tensor([1, 8, 3]), 5, False)
+
+
 def magnitude_mask(weights, share):
     flat = torch.cat([w.abs().flatten() for w in weights.values()])
     chosen = torch.zeros(len(flat), dtype=torch.bool)
@@ -55,10 +60,11 @@ def mask_edges(rng: Random):
     close = {"z": step[[3, 6, 0, 5]].view(2, 2), "a": -step[[7, 1, 4, 2]]}
     yield "tell |w| apart that differ by a ten thousandth", (close, 0.375)
     yield "tell the smallest |w| apart too", ({name: 1e-9 * each for name, each in close.items()}, 0.625)
-    equal = {"b": torch.tensor([[1.0, -2.0, 2.0, 2.0]]), "a": torch.tensor([2.0, -1.0, 0.0, -2.0])}
-    for share, count in ((0.25, 2), (0.375, 3), (0.75, 6), (0.875, 7)):
+    few = {"b": torch.tensor([[1.0, -2.0, 2.0, 2.0]]), "a": torch.tensor([2.0, -1.0, 0.0, -2.0])}
+    all_alike = {"z": torch.ones(6, 7), "a": -torch.ones(6)}
+    for equal, share, count in ((few, 0.25, 2), (few, 0.375, 3), (few, 0.75, 6), (few, 0.875, 7), (all_alike, 0.5, 24)):
 
-        def judge(masks, count=count):
+        def judge(masks, count=count, equal=equal):
             flat = torch.cat([equal[name].flatten().abs() for name in equal])
             mask = torch.cat([masks[name].flatten() for name in equal])
             if mask.dtype != torch.bool or [masks[n].shape for n in equal] != [w.shape for w in equal.values()]:
@@ -68,7 +74,7 @@ def mask_edges(rng: Random):
             if flat[mask].sum() != flat.topk(count).values.sum():
                 return "It marks entries that are not the largest."
 
-        claim = f"mark exactly {count} of 8 where |w| are equal, whichever"
+        claim = f"mark exactly {count} of {8 if equal is few else 48} where |w| are equal, whichever"
         yield Case(claim, (equal, share), judge=judge, lenses=False)
 
 
@@ -136,6 +142,8 @@ def range_edges(rng: Random):
         for first, last in ((1, 2), (0, 0), (2, 10), (0, 11)):
             yield f"find layers {first} to {last} of a model that calls them {style}", (names, first, last)
         yield f"raise a ValueError for layers 3 to 9, which a model of {style} has not", (names, 3, 9)
+    long = ["h.100.w", "h.7.w", "h.99.w", "h.1000.w", "h.7.w"]
+    yield "take numbers of any length for numbers, and each name as often as it comes", (long, 7, 100)
     yield "raise a ValueError for a model without layers", (["embed.weight", "head2.bias"], 0, 5)
     yield "raise a ValueError for no name at all", ([], 0, 5)
     yield "raise a ValueError when first is above last", (["h.1.w", "h.2.w"], 2, 1)
@@ -146,6 +154,7 @@ EDGES = {
     "bitfit_names": {"reference": (bitfit_names,), "without": {"memory": "it returns names"}},
     "tune_softmax": {
         "reference": (tune_softmax,),
+        "edges": softmax_edges,
         "without": {
             "strided": MODEL,
             "types": "its numbers are compared bit for bit",
@@ -153,6 +162,7 @@ EDGES = {
         },
     },
     "magnitude_mask": {
+        "positive": ("share",),
         "reference": (magnitude_mask,),
         "edges": mask_edges,
         "without": {

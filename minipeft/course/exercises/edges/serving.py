@@ -107,6 +107,8 @@ def cache_edges(rng: Random):
     yield "find an adapter of no bytes in memory", ([("empty", 0), ("z", 60), ("empty", 0), ("a", 60)], 100)
     large = [("z", 3 * 10**9), ("a", 10**9), ("m", 4 * 10**9), ("b", 10**9)]
     yield "put out by age, not by size", (large, 8 * 10**9)
+    yield "take adapters of no bytes where there is no memory", ([("z", 0), ("a", 0)], 0)
+    yield "raise a ValueError for one byte where there is no memory", ([("z", 0), ("a", 1)], 0)
     yield "raise a ValueError for one byte too many", ([("z", 101)], 100)
 
 
@@ -124,6 +126,9 @@ def beam_edges(rng: Random):
     yield "serve one row with four beams", drawn([2], 4)
     yield "serve a batch in which nobody chose an adapter", drawn([-1, -1], 2)
     yield "take sizes of 1", drawn([0, 1], 1, 1, 1, 1)
+    args = drawn([-1, 1, 2], 2)
+    args[1][0] = math.inf
+    yield spoiling("let adapter 0, which holds ∞, spoil nothing while nobody chose it", repaired_rows, args)
     for own in ([0, -1], [2, 0, -1]):
         args = drawn(own, 2)
         args[1][2, 0, 0] = math.nan

@@ -28,6 +28,7 @@ def pair(rng: Random, r: int, d_out: int, d_in: int):
 def pair_edges(rng: Random):
     yield "hold at rank 1 and sizes of 1", ([pair(rng, 1, 1, 1), pair(rng, 1, 1, 1)], [3, 4])
     yield "hold for a single client", ([pair(rng, 2, 4, 3)], [7])
+    yield "count a client without a row for nothing", ([pair(rng, 2, 3, 4), pair(rng, 2, 3, 4)], [3, 0])
     yield "hold where one client has nearly all rows", ([pair(rng, 2, 3, 4), pair(rng, 2, 3, 4)], [1, 10**6])
     yield "hold for square factors", ([pair(rng, 3, 3, 3), pair(rng, 3, 3, 3)], [2, 3])
     yield "hold for square changes", ([pair(rng, 2, 4, 4), pair(rng, 2, 4, 4)], [2, 3])
@@ -126,6 +127,10 @@ def robust_edges(rng: Random):
     within = updates("ab", "a", "abc")
     within["abc"][0, 0] = math.nan
     yield "take names as wholes", (within, {"a": 1, "ab": 2, "abc": 3})
+    named = updates("b", "B", "a", "Z")
+    for name in ("b", "B", "Z"):
+        named[name][1, 1] = math.nan
+    yield "sort names as Python does, capitals first", (named, {"a": 1, "b": 2, "B": 3, "Z": 4})
     yield "look rows up by name", (updates("a", "b"), {"b": 50, "a": 1})
 
 
@@ -142,7 +147,7 @@ EDGES = {
         },
     },
     "stack": {"reference": (stack,), "edges": product_edges, "without": PARALLEL},
-    "page_hinkley": {"reference": (page_hinkley,), "edges": hinkley_edges},
+    "page_hinkley": {"positive": ("threshold",), "reference": (page_hinkley,), "edges": hinkley_edges},
     "robust_average": {
         "reference": (robust_average,),
         "edges": robust_edges,
