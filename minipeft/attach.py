@@ -29,7 +29,7 @@ from minipeft.front import Front, front, generating
 from minipeft.hook import Seat, State, check_rows, copies, reading_seat, remove_hooks, rows_of, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, merged, unrounded
-from minipeft.stand_in import StandIn, stand_in_for, without_base
+from minipeft.stand_in import StandIn, mark, stand_in_for, unmark, without_base
 from minipeft.steps import Along, listen
 from minipeft.targets import Slot, numbers, slots
 
@@ -80,7 +80,7 @@ class Tuned(StandIn):
         self.training = base.training
         self.register_load_state_dict_post_hook(without_base)
         base.requires_grad_(False)
-        base._tuned = True
+        mark(base)
 
     # -- calling -----------------------------------------------------------------------------------------------------
     def forward(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
@@ -344,7 +344,7 @@ class Tuned(StandIn):
         remove_hooks(self.base, [*self._seats.values(), self._front])
         if untied and hasattr(self.base, "config"):
             self.base.config.tie_word_embeddings = False
-        del self.base._tuned
+        unmark(self.base)
         self.adapters, self.methods, self._seats, self._front, self._merged = nn.ModuleDict(), {}, {}, None, None
         self._state.active = ()
         return self.base

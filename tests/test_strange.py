@@ -225,6 +225,23 @@ def test_all_linear_leaves_the_mixer_of_streams_alone():
     assert tuned.layers() and not [layer.path for layer in tuned.layers() if ".altup." in layer.path]
 
 
+@pytest.mark.parametrize("name", ["OPT", "Gemma", "BERT", "BART", "Bloom"])
+@pytest.mark.parametrize("method", [mp.Softmax(), mp.LoRA(rank=2), mp.Full()], ids=lambda m: type(m).__name__)
+def test_the_vocabulary_does_not_change_behind_an_adapter(method, name):
+    """A trained copy of a tied head would be lost, and detach would leave two sizes in one model."""
+    model, batch = ARCHITECTURES[name].model(), ARCHITECTURES[name].batch()
+    own = vars(model).keys() - {"_tuned"}
+    tuned = attach(model, method)
+    tiny.randomise(tuned)
+    before = outputs(tuned, batch)
+    with pytest.raises(ValueError, match="resize it before attach, or after detach"):
+        model.resize_token_embeddings(70)
+    assert all(map(torch.equal, outputs(tuned, batch), before))
+    assert tuned.detach() is model and vars(model).keys() == own
+    model.resize_token_embeddings(70, mean_resizing=False)
+    assert model.get_input_embeddings().weight.shape[0] == 70
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mixtures of experts
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def describe(base: nn.Module, layers: list[Layer]) -> dict:
         "inference_mode": True,
         "modules_to_save": whole or None,
     } | layout.config(base, others)
-    if whole is None and not config["peft_type"].startswith(OURS):
+    both = any(f".{module}." in f".{layer.path}." for layer in others for module in whole or ())  # PEFT drops its LoRA
+    if (whole is None or both) and not config["peft_type"].startswith(OURS):
         config["peft_type"] = OURS + config["peft_type"]
     return config | {"entries": entries} if config["peft_type"].startswith(OURS) else config
 
