@@ -28,8 +28,8 @@ from minipeft.calls import unheard
 from minipeft.front import Front, front, generating
 from minipeft.hook import Seat, State, check_rows, copies, reading_seat, remove_hooks, rows_of, seat_on
 from minipeft.layer import Layer, Method, WeightLayer
-from minipeft.merging import broken_ties, merged, unrounded
-from minipeft.stand_in import StandIn, stand_in_for, without_base
+from minipeft.merging import broken_ties, installed, merged, unrounded
+from minipeft.stand_in import StandIn, mark, stand_in_for, unmark, without_base
 from minipeft.steps import Along, listen
 from minipeft.targets import Slot, numbers, slots
 
@@ -80,7 +80,7 @@ class Tuned(StandIn):
         self.training = base.training
         self.register_load_state_dict_post_hook(without_base)
         base.requires_grad_(False)
-        base._tuned = True
+        mark(base)
 
     # -- calling -----------------------------------------------------------------------------------------------------
     def forward(self, *args, adapters: Sequence[str | None] | None = None, **kwargs):
@@ -265,7 +265,8 @@ class Tuned(StandIn):
         names = () if self._state.silent else self.active
         methods = [(m, list(self.adapters[name].values())) for name in names for m in self.methods[name]]
         penalty = sum((m.penalty(layers) for m, layers in methods if self.training or m.of_the_call), 0.0)
-        return Along.apply(loss, penalty) if torch.is_tensor(penalty) else loss
+        # a loss on which nothing that trains has an effect stays one, for the penalty alone teaches nothing
+        return Along.apply(loss, penalty) if torch.is_tensor(penalty) and loss.requires_grad else loss
 
     @contextlib.contextmanager
     def by_itself(self):
@@ -344,7 +345,7 @@ class Tuned(StandIn):
         remove_hooks(self.base, [*self._seats.values(), self._front])
         if untied and hasattr(self.base, "config"):
             self.base.config.tie_word_embeddings = False
-        del self.base._tuned
+        unmark(self.base)
         self.adapters, self.methods, self._seats, self._front, self._merged = nn.ModuleDict(), {}, {}, None, None
         self._state.active = ()
         return self.base
@@ -391,18 +392,17 @@ class Tuned(StandIn):
         for seat in self._seats.values():
             seat.heed()
         merged = self._merged or {slot: layer.value for layer in self.layers() for slot in layer.slots}
-        for (path, name), original in self._originals.items():
-            self.base.get_submodule(path)._parameters[name] = original
-        self._originals = {}
-        for (path, name), new in ({} if bare else merged).items():
-            parameters = self.base.get_submodule(path)._parameters
-            self._originals[path, name], parameters[name] = parameters[name], new
+        self._originals = installed(self.base, self._originals, {} if bare else merged)
 
     def check_acting(self, verb: str) -> None:
-        """Like `check_open`, and not disabled: `verb` needs the adapters at work."""
+        """Like `check_open`, and neither disabled nor of weight 0: `verb` needs the adapters at work."""
         self.check_open(verb)
         if self._disabled:
             raise ValueError(f"The adapters are disabled, so {verb} would see the bare base; leave disabled() first.")
+        if self.active and not any(self.weights.values()):
+            raise ValueError(
+                f"{list(self.active)} count with 0, so {verb} would see the bare base; use() them in full."
+            )
 
     @contextlib.contextmanager
     def installed(self, weights: Mapping[Slot, nn.Parameter]):

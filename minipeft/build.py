@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from minipeft.calls import unheard
+from minipeft.calls import unheard, unseen
 from minipeft.front import Front
 from minipeft.hook import Seat, seats
 from minipeft.layer import Layer, Method, WeightLayer
@@ -84,8 +84,9 @@ def build(
 
 
 def heard(model: nn.Module, method: Method, layers: dict[str, Layer]) -> dict[str, Layer]:
-    """Without the layers on modules that are never called."""
-    silent = unheard(model, [layer.path for layer in layers.values() if isinstance(layer, WeightLayer)])
+    """Without the layers on modules that are never called, or in vain."""
+    paths = [layer.path for layer in layers.values() if isinstance(layer, WeightLayer)]
+    silent = unheard(model, paths) | unseen(model, paths)
     left = {key: layer for key, layer in layers.items() if layer.path not in silent}
     if silent and (not left or not isinstance(method.targets, str)):
         path, why = next(iter(silent.items()))

@@ -46,6 +46,31 @@ def unheard(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
         return found
 
 
+def unseen(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """{path: why} for those of the layers at `paths` that a picture goes through in vain: LLaVA reads the states before
+    the last layer of its eye. {} where the model makes nothing of a picture, or wants more than that."""
+    with _trial(model) as run:
+        config = getattr(getattr(model, "config", None), "vision_config", None)
+        if not run or config is None or not hasattr(model, "get_image_features"):
+            return {}
+        like = next(model.parameters())
+        probes: dict[str, torch.Tensor] = {}
+
+        def probe(output: torch.Tensor, at: str) -> torch.Tensor:
+            probes[at] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + probes[at]
+
+        for path in paths:
+            model.get_submodule(path).register_forward_hook(lambda _, __, output, at=path: probe(output, at))
+        with contextlib.suppress(Exception), torch.enable_grad():
+            seen = model.get_image_features(_picture(config, like)).pooler_output
+            total = sum(each.float().sum() for each in (seen if isinstance(seen, list | tuple) else [seen]))
+            gradients = torch.autograd.grad(total, list(probes.values()), allow_unused=True)
+            reached = zip(probes, gradients, strict=True)
+            return {path: "the model leaves its output alone" for path, gradient in reached if gradient is None}
+        return {}
+
+
 def calls(model: nn.Module) -> list[str]:
     """The paths of the modules in the order in which a call of the model is through with them; [] where it cannot be
     tried."""
@@ -120,12 +145,21 @@ def _inputs(model: nn.Module, like: torch.Tensor) -> dict[str, torch.Tensor]:
         ids = torch.full((1, 6), placeholder(model), device=like.device)
         return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if is_pair(model) else {})
     if name == "pixel_values":
-        size = getattr(config, "image_size", 64)  # some take pictures of any size
-        size = size if isinstance(size, list | tuple) else (size, size)
-        film = (config.num_frames,) if hasattr(config, "num_frames") else ()
-        shape = (1, *film, getattr(config, "num_channels", 3), *size)
-    elif hasattr(config, "max_source_positions"):  # the bands of a sound's spectrum, over time
+        return {name: _picture(config, like)}
+    if hasattr(config, "max_source_positions"):  # the bands of a sound's spectrum, over time
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
     else:  # a second of sound
         shape = (1, 16_000)
-    return {name: torch.linspace(-1, 1, math.prod(shape)).view(shape).to(like.device, like.dtype)}
+    return {name: _waves(shape, like)}
+
+
+def _picture(config, like: torch.Tensor) -> torch.Tensor:
+    """One picture, or one film, of the size that the configuration says."""
+    size = getattr(config, "image_size", 64)  # some take pictures of any size
+    size = size if isinstance(size, list | tuple) else (size, size)
+    film = (config.num_frames,) if hasattr(config, "num_frames") else ()
+    return _waves((1, *film, getattr(config, "num_channels", 3), *size), like)
+
+
+def _waves(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).view(shape).to(like.device, like.dtype)

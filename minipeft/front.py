@@ -105,6 +105,8 @@ class Front:
         rows, length = shape_of_text(call)
         check_room(cache, length if begun else n + length, n)
         mask = call.get("attention_mask")
+        if n_prefix:
+            check_near(base, self._empty_cache(base) if cache is None else cache, mask, n_prefix)
         self.turn = extend_mask(call, "attention_mask", n_prompt, n_prefix)
         self._positions(base, call, mask, length, 0 if begun else n_prompt, n if begun else n_prefix)
         if begun:
@@ -426,4 +428,17 @@ def check_room(cache, tokens: int, n: int) -> None:
         raise ValueError(
             f"The cache has room for {min(rooms)} tokens and must hold {n} vectors in front of them as well; "
             "call generate with its default, dynamic cache."
+        )
+
+
+def check_near(base: nn.Module, cache, mask: torch.Tensor | None, n: int) -> None:
+    """Padding on the left lies between a prefix and its text, so it must not count as distance."""
+    config = base.config.get_text_config()
+    windows = [layer.get_max_length() for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    windows += [config.window_size] if "local" in getattr(config, "attention_layers", ()) else []  # GPT-Neo
+    windows += [0] if getattr(getattr(config, "attn_config", None), "alibi", False) else []  # MPT
+    if windows and mask is not None and n + mask.shape[1] > min(windows) and not mask[:, 0].all():
+        raise ValueError(
+            f"A prefix stands before the padding on the left, and {type(base).__name__} would count that as distance; "
+            "pad on the right, put texts of one length into a batch, or use a prompt or LoRA."
         )

@@ -1,8 +1,8 @@
-"""Merging: W' = W + ΔW, computed wide and rounded once to what the base stores."""
+"""Merging: W' = W + ΔW, computed wide and rounded once to what the base stores, and put in W's place."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -92,3 +92,27 @@ def broken_ties(base: nn.Module, new: dict[Slot, nn.Parameter]) -> list[str]:
     everywhere = list(slots(base))
     left = {id(p) for slot, p in everywhere if slot not in new}
     return [".".join(slot) for slot, p in everywhere if slot in new and id(p) in left]
+
+
+def installed(
+    base: nn.Module, before: Mapping[Slot, nn.Parameter], new: Mapping[Slot, nn.Parameter]
+) -> dict[Slot, nn.Parameter]:
+    """Puts back what `before` holds, then `new` in its places; returns what that replaced.
+
+    A module that is not training may keep what it computed from its weights, as LeViT does with its biases; its own
+    `train` forgets it.
+    """
+    replaced: dict[Slot, nn.Parameter] = {}
+    for (path, name), original in before.items():
+        base.get_submodule(path)._parameters[name] = original
+    for (path, name), value in new.items():
+        parameters = base.get_submodule(path)._parameters
+        replaced[path, name], parameters[name] = parameters[name], value
+    for module in {base.get_submodule(path) for path, _ in (*before, *new)}:
+        if type(module).train is not nn.Module.train and not module.training:
+            training = [each for each in module.modules() if each.training]
+            module.train()
+            module.eval()
+            for each in training:
+                each.training = True
+    return replaced

@@ -109,6 +109,22 @@ class StandIn(nn.Module):
         return self
 
 
+def mark(base: nn.Module) -> None:
+    """Notes that the model carries adapters, and that its vocabulary therefore stays as large as it is."""
+    base._tuned = True
+    if hasattr(base, "resize_token_embeddings"):
+        base.resize_token_embeddings = _refuse_to_resize
+
+
+def unmark(base: nn.Module) -> None:
+    for name in ("_tuned", "resize_token_embeddings"):
+        vars(base).pop(name, None)
+
+
+def _refuse_to_resize(*_, **__) -> None:
+    raise ValueError("This model carries adapters that fit its vocabulary; resize it before attach, or after detach().")
+
+
 def collects(module: nn.Module) -> bool:
     """Whether it changes its own buffers in training: a batch norm, and what has numbers in the state dict and trains
     none, as the ranges of a quantiser (I-BERT's) or the vectors of a spectral norm."""

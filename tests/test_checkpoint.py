@@ -12,6 +12,7 @@ import stat
 import pytest
 import tiny
 import torch
+from architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,6 +27,7 @@ from minipeft.methods.vera import VeRA
 from minipeft.serve import checkpoint
 from minipeft.serve.card import CARD
 from minipeft.serve.checkpoint import CONFIG, PREFIX, WEIGHTS, load_adapter
+from minipeft.targets import head
 
 Q0 = PREFIX + "model.layers.0.self_attn.q_proj"
 
@@ -86,6 +88,21 @@ def test_round_trip(family, method, kind, modules, tmp_path):
     assert tied == (tuned.base.get_output_embeddings() is not None and family in ("llama", "gpt2") and not any(
         s[0] == "lm_head" and len(layer.slots) == 1 for layer in tuned.adapters["default"].values() for s in layer.slots
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["StableLM", "Qwen2, tokens", "RoBERTa, classifier", "ViT", "wav2vec 2"])
+@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2)], ids=["LoRA", "DoRA"])
+def test_what_is_trained_whole_and_changed_beside_that_is_a_file_of_our_own(name, method, tmp_path):
+    """PEFT leaves out every target inside modules_to_save, and says nothing."""
+    one = ARCHITECTURES[name]
+    at = head(one.model())[:1]
+    tuned = attach(one.model(), [dataclasses.replace(method, targets=at), Softmax()])
+    tiny.randomise(tuned)
+    tuned.save(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == OWN
+    with torch.no_grad():
+        expected, found = (one.hidden(each(**one.batch())) for each in (tuned, load_adapter(one.model(), tmp_path)))
+    assert torch.equal(expected, found)
 
 
 def test_a_loaded_adapter_joins_a_tuned_model(saved):

@@ -138,6 +138,40 @@ def test_a_callback_can_stop_the_run_and_a_generator_can_be_closed():
     assert not tuned.training and all(p.grad is None for p in tuned.parameters())
 
 
+@pytest.mark.parametrize(
+    "act, message",
+    [
+        (lambda tuned: tuned.merge(), "are merged; call unmerge"),
+        (lambda tuned: tuned.detach(), "is detached"),
+        (lambda tuned: tuned.use(), r"active adapters became \[\], and .* \['default'\]"),
+        (lambda tuned: tuned.use("other"), r"active adapters became \['other'\]"),
+        (lambda tuned: tuned.delete("default"), r"active adapters became \[\]"),
+    ],
+)
+def test_a_callback_takes_nothing_away_from_the_optimizer(act, message):
+    tuned = mp.attach(small(), mp.LoRA(rank=2))
+    tuned.add("other", mp.LoRA(rank=2))
+    before = weights(tuned.adapters["other"])
+    with pytest.raises(ValueError, match=message):
+        fit(tuned, tasks.pirate(), steps=3, callback=lambda *_: act(tuned), progress=False)
+    assert not tuned.training and ("other" not in tuned.adapters or same(weights(tuned.adapters["other"]), before))
+
+
+def test_a_callback_may_look_at_the_base_and_write():
+    """AdaLoRA's schedule goes on, though each look leaves the model in eval mode."""
+
+    def look(step, history):
+        with tuned.disabled():
+            seen.append(evaluate(tuned, tasks.pirate(), n=4).loss)
+        tuned.eval()
+
+    seen, heard = [], []
+    tuned = mp.attach(small(), mp.AdaLoRA(rank=2, steps=4))
+    tuned.stepped = lambda step=None: heard.append(step)
+    fit(tuned, tasks.pirate(), steps=4, callback=look, progress=False)
+    assert len(set(seen)) == 1 and len(heard) == 4
+
+
 def test_a_loss_that_is_not_a_number_stops_with_advice_and_spoils_nothing():
     model = small()
     tuned = mp.attach(model, mp.LoRA(rank=2))

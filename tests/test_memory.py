@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import subprocess
+import os
 import sys
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict
+from processes import ended
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
@@ -243,13 +244,10 @@ print(json.dumps([predicted, peak - before]))
 def test_a_qlora_step_keeps_the_process_within_a_tenth_of_the_prediction():
     """A process of its own, in which the C library returns at once what is freed."""
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    import os
-
-    found = subprocess.run(
-        [sys.executable, "-c", PROCESS, json.dumps(FIFTY)],
-        env=os.environ | environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    predicted, measured = json.loads(found.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", PROCESS, json.dumps(FIFTY)]
+    status, said = ended(command, 900, env=os.environ | environment)
+    assert status == 0, said
+    predicted, measured = json.loads(said.splitlines()[-1])
     assert predicted == pytest.approx(measured, rel=0.1), f"{predicted / 2**20:.0f} and {measured / 2**20:.0f} MiB"
 
 

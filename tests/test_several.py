@@ -128,6 +128,18 @@ def test_weights_are_copied_and_trained():
     assert all(p.grad is None for p in tuned.adapters["b"].parameters())
 
 
+def test_what_counts_in_part_is_saved_in_full_and_said_and_what_counts_for_nothing_does_not_train(tmp_path):
+    tuned, batch = several()
+    tuned.use({"a": 0.5})
+    with pytest.warns(UserWarning, match="'a' counts with 0.5 here; a file holds it in full"):
+        tuned.save(tmp_path)
+    tuned.use("a")
+    assert torch.equal(mp.load_adapter(model(), tmp_path)(**batch).logits, tuned(**batch).logits)
+    tuned.use({"a": 0.0, "c": 0.0})
+    with pytest.raises(ValueError, match=r"\['a', 'c'\] count with 0, so fit would see the bare base"):
+        mp.fit(tuned, ["a text"], steps=1, progress=False)
+
+
 def test_a_small_weight_is_not_rounded_away_in_bfloat16():
     """Half of a small change in bfloat16: nearer to half of float32's than the base is."""
     wide = mp.attach(model(), mp.LoRA(rank=2))

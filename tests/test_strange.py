@@ -151,6 +151,45 @@ def test_a_file_from_elsewhere_may_hold_such_a_layer_and_is_not_merged(tmp_path)
     assert torch.equal(outputs(tuned, one.batch())[0], found)
 
 
+EYE = dict(
+    hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24, image_size=16, patch_size=8
+)
+READS_PICTURES = {  # what of the eye its picture goes through in vain
+    "Llava": (dict(vision_config=EYE | dict(model_type="clip_vision_model")), "tower.encoder.layers.2."),
+    "VipLlava": (
+        dict(vision_config=EYE | dict(model_type="clip_vision_model"), vision_feature_layers=[-2, 1]),
+        "tower.encoder.layers.2.",
+    ),
+    "VideoLlava": (
+        dict(vision_config=EYE | dict(model_type="clip_vision_model"), video_token_id=59),
+        "image_tower.encoder.layers.2.",
+    ),
+    "PaliGemma": (
+        dict(vision_config=EYE | dict(model_type="siglip_vision_model", projection_dim=16), projection_dim=16),
+        "tower.head.mlp.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READS_PICTURES)
+def test_layers_that_a_picture_goes_through_in_vain_are_left_out(name):
+    settings, where = READS_PICTURES[name]
+    text = tiny.llama().config.to_dict()
+    text |= dict(model_type="gemma", head_dim=4, hidden_size=16) if name == "PaliGemma" else {}
+    cls = getattr(transformers, f"{name}ForConditionalGeneration")
+    model = cls(cls.config_class(text_config=text, image_token_id=60, **settings)).eval()
+    vain = [path for path in matrices(model) if where in path]
+    with tiny.untouched(model), pytest.raises(ValueError, match="no effect, because the model leaves its output alone"):
+        attach(model, mp.LoRA(2, targets=vain[:1]))
+    tuned = attach(model, mp.LoRA(2))
+    adapted = {layer.path: layer for layer in tuned.layers() if "tower" in layer.path}
+    assert vain and adapted and not set(vain) & set(adapted)
+    tiny.randomise(tuned)
+    seen = model.get_image_features(torch.randn(1, 3, 16, 16)).pooler_output
+    sum(each.sum() for each in seen).backward()
+    assert all(layer.reached() for path, layer in adapted.items() if "video_tower" not in path), "and no others are"
+
+
 def test_a_model_of_one_s_own_is_asked_when_it_is_merged():
     class Reads(torch.nn.Module):
         def __init__(self):
@@ -223,6 +262,23 @@ def test_all_linear_leaves_the_mixer_of_streams_alone():
     )  # fmt: skip
     tuned = attach(transformers.Gemma3nForCausalLM(config), mp.LoRA(rank=2))
     assert tuned.layers() and not [layer.path for layer in tuned.layers() if ".altup." in layer.path]
+
+
+@pytest.mark.parametrize("name", ["OPT", "Gemma", "BERT", "BART", "Bloom"])
+@pytest.mark.parametrize("method", [mp.Softmax(), mp.LoRA(rank=2), mp.Full()], ids=lambda m: type(m).__name__)
+def test_the_vocabulary_does_not_change_behind_an_adapter(method, name):
+    """A trained copy of a tied head would be lost, and detach would leave two sizes in one model."""
+    model, batch = ARCHITECTURES[name].model(), ARCHITECTURES[name].batch()
+    own = vars(model).keys() - {"_tuned"}
+    tuned = attach(model, method)
+    tiny.randomise(tuned)
+    before = outputs(tuned, batch)
+    with pytest.raises(ValueError, match="resize it before attach, or after detach"):
+        model.resize_token_embeddings(70)
+    assert all(map(torch.equal, outputs(tuned, batch), before))
+    assert tuned.detach() is model and vars(model).keys() == own
+    model.resize_token_embeddings(70, mean_resizing=False)
+    assert model.get_input_embeddings().weight.shape[0] == 70
 
 
 # ---------------------------------------------------------------------------------------------------------------------

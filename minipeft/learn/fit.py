@@ -196,9 +196,14 @@ def loop(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.share)
     started = time.perf_counter()
     model.train()
+    active = model.active if isinstance(model, Tuned) else ()
     try:
         for step in range(plan.steps):
             inputs = next(batches)
+            if isinstance(model, Tuned):
+                _check_still(model, active)
+            if not model.training:  # a callback wrote with it
+                model.train()
             memory = PeakMemory(chain(*kept(model, optimizer).values())) if step == 1 else None  # step 0 makes moments
             with torch.random.fork_rng():  # dropout follows from the seed, whatever else is drawn between two steps
                 torch.manual_seed(plan.seed * 1_000_003 + step)
@@ -256,6 +261,16 @@ def _step(model, inputs, optimizer, objective: Objective = own_loss) -> float:
         total.backward()
         optimizer.step()
     return loss.item() if torch.isfinite(loss) else math.nan
+
+
+def _check_still(model: Tuned, active: tuple[str, ...]) -> None:
+    """Raises ValueError where a callback took away what the optimizer moves."""
+    model.check_acting("fit")
+    if model.active != active:
+        raise ValueError(
+            f"Between two steps the active adapters became {list(model.active)}, and the optimizer moves those of "
+            f"{list(active)}; in a callback use tuned.disabled() or tuned.using(), which put back what was."
+        )
 
 
 def _warn_of_idle(layers: list[Layer]) -> None:

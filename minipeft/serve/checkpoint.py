@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -42,11 +43,14 @@ def save_adapter(tuned: Tuned, path: str | os.PathLike, name: str | None = None)
     """Writes adapter `name`, or the active one, to the directory `path`: both files, or nothing.
 
     Raises ValueError when no name is given and not exactly one adapter is active, and for a layer that it cannot write.
+    Warns when the active one counts in part, for the file holds it in full.
     """
     if not os.fspath(path):
         raise ValueError("The path is empty; name the folder that the adapter shall be in.")
     if name is None and len(tuned.active) != 1:
         raise ValueError(f"{len(tuned.active)} adapters are active; say which to save, one of {list(tuned.adapters)}.")
+    if name is None and (share := tuned.weights[tuned.active[0]]) != 1:
+        warnings.warn(f"{tuned.active[0]!r} counts with {share:g} here; a file holds it in full.", stacklevel=3)
     config, tensors = packed(tuned, tuned.active[0] if name is None else name)
     write(Path(path), config, tensors)
 
@@ -84,7 +88,8 @@ def describe(base: nn.Module, layers: list[Layer]) -> dict:
         "inference_mode": True,
         "modules_to_save": whole or None,
     } | layout.config(base, others)
-    if whole is None and not config["peft_type"].startswith(OURS):
+    both = any(f".{module}." in f".{layer.path}." for layer in others for module in whole or ())  # PEFT drops its LoRA
+    if (whole is None or both) and not config["peft_type"].startswith(OURS):
         config["peft_type"] = OURS + config["peft_type"]
     return config | {"entries": entries} if config["peft_type"].startswith(OURS) else config
 

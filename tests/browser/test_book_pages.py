@@ -6,7 +6,6 @@ Skipped, with the reason, where Sphinx or Chromium is missing. The book is built
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 from chromium import CHROMIUM, FLAGS
+from processes import ended
 
 ROOT = Path(__file__).parents[2]
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
@@ -29,10 +29,10 @@ chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installe
 def site(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("book") / "a folder with spaces"
     command = [sys.executable, str(ROOT / "book" / "make_book.py"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said = ended(command, 1800)
+    assert status == 0, said
     assert [path.name for path in out.parent.iterdir()] == [out.name], "nothing else is left"
-    assert f"open {out / 'index.html'} in a browser" in done.stdout and "To publish it" in done.stdout
+    assert f"open {out / 'index.html'} in a browser" in said and "To publish it" in said
     return out
 
 

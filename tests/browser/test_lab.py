@@ -3,6 +3,7 @@
 Skipped, with the reason, where there is no Chromium. The last screenshots are kept in the folder that pytest names.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, FLAGS
+from processes import until
 
 ROOT = Path(__file__).parents[2]
 FIRST = "00_start_here"
@@ -52,19 +54,23 @@ def lab(tmp_path_factory):
     log = (home / "log").open("wb")
     server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=home)
     address = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"{address}/api", timeout=1).read()
-            break
-        except OSError:
-            assert server.poll() is None, (home / "log").read_text()
-            time.sleep(0.25)
-    yield address
-    server.terminate()
+
+    def answers() -> bool:
+        assert server.poll() is None, (home / "log").read_text()
+        with contextlib.suppress(OSError):
+            return bool(urllib.request.urlopen(f"{address}/api", timeout=1).read())
+        return False
+
     try:
-        server.wait(20)
-    except subprocess.TimeoutExpired:  # it waits for a kernel that was restarted
-        server.kill()
+        until(answers, "JupyterLab's answer", 300, pause=0.25)
+        yield address
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:  # it waits for a kernel that was restarted
+            server.kill()
+            server.wait(20)
 
 
 def up_to_the_explorer(lesson: Path) -> None:
@@ -102,10 +108,11 @@ def picture_after(page, image, before: str, seconds: float) -> tuple[str, float]
     raise AssertionError(f"the picture did not change within {seconds} s")
 
 
-def idle_for(page, seconds: float) -> None:
+def idle_for(page, seconds: float, limit: float = 1800) -> None:
     """Wait until no cell has been waiting or running, and the kernel has been idle, for some seconds."""
-    since = time.perf_counter()
+    since = started = time.perf_counter()
     while time.perf_counter() - since < seconds:
+        assert time.perf_counter() - started < limit, f"In {limit:g} seconds the kernel was not idle."
         page.wait_for_timeout(200)
         waiting = page.locator(".jp-InputPrompt", has_text="[*]").count()
         if waiting or "Python 3 (ipykernel) | Idle" not in page.inner_text("body"):
@@ -142,8 +149,7 @@ def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, 
     first, second = (page.locator(".minipeft-box", has=page.locator("img")).nth(i) for i in range(2))
     second.locator("img").wait_for(state="attached")
     running = page.locator(".jp-InputPrompt", has_text="[*]")
-    while running.count() > 1:
-        page.wait_for_timeout(50)
+    until(lambda: running.count() <= 1, "the end of all cells but the busy one", 600, pause=0.05)
 
     # the rank of LoRA and the bottleneck of adapters begin at 8, and one step to the right is 16
     waited = []
@@ -174,8 +180,7 @@ def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, 
     page.wait_for_function("getComputedStyle(document.querySelector('.minipeft-box img')).filter.includes('invert')")
     page.screenshot(path=tmp_path / "dark.png")
     menu(page, "Kernel", "Interrupt Kernel")
-    while running.count():
-        page.wait_for_timeout(50)
+    until(lambda: not running.count(), "the end of the interrupted cell", 120, pause=0.05)
     settled(page, box, 300)  # the interrupt was for the cell alone
     menu(page, "Kernel", "Restart Kernel…")
     page.locator(".jp-Dialog button", has_text="Restart").first.click()

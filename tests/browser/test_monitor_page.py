@@ -1,18 +1,26 @@
 """The opinion monitor as Voilà serves it: a page without a notebook, whose slider changes picture and text."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, FLAGS
+from processes import until
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("voila", reason='needs `pip install "minipeft[page]"`')
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    return False
 
 
 @pytest.fixture
@@ -28,13 +36,8 @@ def address(tmp_path):
     page = [*command, str(ROOT / "docs" / "opinion_monitor.ipynb")]
     server = subprocess.Popen(page, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
-        for _ in range(240):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.25)
+        until(lambda: server.poll() is not None or answers(port), "Voilà's answer", 300, pause=0.25)
+        assert server.poll() is None, (tmp_path / "log").read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
