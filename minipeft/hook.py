@@ -116,9 +116,10 @@ class WeightSeat(Seat):
     def forward(self, *args, **kwargs) -> torch.Tensor:
         state = self.state
         if not (state.silent or state.weights or state.rows):
-            here = [layer for name in state.active for layer, _ in self.layers.get(name, ())]
+            names, layers = state.active, self.layers
+            here = layers.get(names[0], ()) if len(names) == 1 else [x for name in names for x in layers.get(name, ())]
             x = args[0] if args else next(iter(kwargs.values()))
-            if len(here) == 1 and (output := here[0].whole(x)) is not None:
+            if len(here) == 1 and (output := here[0][0].whole(x)) is not None:
                 self.acted = True
                 return output
         return self.hook(self.module, args, kwargs, type(self.module).forward(self.module, *args, **kwargs))

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from worker_jobs import careless, count, deaf, echo, endless, importing, odd, silent
+from worker_jobs import careless, count, deaf, echo, endless, importing, odd, silent, threads
 
 from minipeft.explore import worker
 from minipeft.explore.worker import Elsewhere, Failed, Stopped, Worker
@@ -38,6 +38,16 @@ def gone(pid: int) -> bool:
 def test_jobs_are_answered_one_after_the_other(process):
     first, second = process.submit(count, 3), process.submit(count, 2)
     assert list(second) == [0, 1] and list(first) == [0, 1, 2] and not process.jobs
+
+
+@pytest.mark.parametrize("kernels, left", [(1, "1"), (4, "3")])
+def test_it_leaves_a_core_to_the_kernel(monkeypatch, kernels, left):
+    monkeypatch.setattr("torch.get_num_threads", lambda: kernels)
+    started = Worker()
+    try:
+        assert list(started.submit(threads)) == [left]
+    finally:
+        started.process.kill()
 
 
 def test_a_cancelled_job_wakes_whoever_waits_and_makes_way(process):

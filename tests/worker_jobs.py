@@ -10,6 +10,10 @@ def count(n):
     yield from range(n)
 
 
+def threads():
+    yield os.environ["OMP_NUM_THREADS"]
+
+
 def endless():
     while True:
         yield len(os.urandom(1000))

@@ -115,14 +115,22 @@ class SliderPlot:
             job.cancel()
 
     def elsewhere(self, function: Callable[..., Iterator], *args, spare: bool = False) -> Iterator:
-        """What the generator `function(*args)` yields in the process that trains for the kernel; see `Worker.submit`.
+        """What the generator `function(*args)` yields in the process that trains for the kernel, which begins at once;
+        see `Worker.submit`.
 
         Raises Elsewhere where that process cannot have it, and Stopped when the work is cancelled.
         """
-        self.job = job = WORKER.submit(function, *args, spare=spare)
+        answers = self._answers(WORKER.submit(function, *args, spare=spare))
+        next(answers)
+        return answers
+
+    def _answers(self, job: Job) -> Iterator:
+        """None at first; the job ends with whoever reads it."""
+        self.job = job
         if not self._mine():  # a move came while the job was being sent
             job.cancel()
         try:
+            yield
             yield from job
         finally:
             self.job = None
@@ -166,7 +174,7 @@ class SliderPlot:
             if (job := self.job) is not None:
                 job.cancel()
             before.join()
-        time.sleep(0.05)  # while a slider is dragged, only its last value is worked on
+        time.sleep(0.03)  # while a slider is dragged, only its last value is worked on
         if self._mine():
             self._say_errors(self._through)
 

@@ -156,7 +156,6 @@ class TrainingExplorer(SliderPlot):
             self.tuned = attach(self.model, method)
         known = self.trained.get(key := (task, lr, *knobs.values()))
         if known is None:
-            yield 0.0  # a picture of what is known before the first step
             for known in self._moments(outside, method, task, Plan(STEPS, lr, BATCH)):
                 self.history = known.history
                 if known.score is None:
@@ -173,12 +172,15 @@ class TrainingExplorer(SliderPlot):
         self.points[task][settings] = (self.tuned.count().trainable, self.score.loss)
 
     def _moments(self, outside: bool, method: Method, task: str, plan: Plan) -> Iterator[Moment]:
-        """The run of `self.tuned`, in the process of `worker.py` where it is wanted and can be."""
-        if outside:
-            try:
-                return (yield from self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan))
-            except Elsewhere as why:
-                self.here = repr(why)
+        """The run of `self.tuned`, in the process of `worker.py` where it is wanted and can be; the first moment is for
+        a picture of what is known before the first step."""
+        try:
+            answers = self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan) if outside else None
+            yield Moment(History())  # while the other process begins
+            if answers is not None:
+                return (yield from answers)
+        except Elsewhere as why:
+            self.here = repr(why)
         yield from run(self.tuned, self.tasks[task](), plan)
 
     def _packed(self) -> bool:

@@ -98,10 +98,13 @@ class Worker:
         with self.lock:
             if self.process is not None and self.process.poll() is None:
                 return
+            import torch  # which a kernel has, and this file as a program does without
+
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # what the kernel can import
+            threads = max(1, torch.get_num_threads() - 1)  # a core stays with the kernel, which draws meanwhile
             self.process = subprocess.Popen(
                 [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths},
+                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
             )  # fmt: skip
             self.jobs, self.heard = {}, time.monotonic()
             threading.Thread(target=self._listen, args=(self.process, self.jobs), daemon=True).start()

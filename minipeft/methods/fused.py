@@ -46,13 +46,15 @@ def product(
     one = quicker(x.numel() // d_in, d_in, d_out, r, learning)
     if not one and (learning or d_in * d_out < SMALL):
         return None
-    W, b = module.weight, module.bias
+    try:  # past the module's own look-up, which takes as long as all that is asked below
+        W, b = module._parameters["weight"], module._parameters["bias"]
+    except KeyError:  # one of them is computed from others
+        return None
     if (
         not x.dtype == W.dtype == A.dtype  # a W' in bfloat16 would lose what is small beside W,
-        or x.device.type != "cpu"  # in TensorFloat-32, too,
+        or not x.is_cpu  # in TensorFloat-32, too,
         or torch.is_autocast_enabled("cpu")  # and here
-        or W.requires_grad
-        or (b is not None and b.requires_grad)
+        or (learning and (W.requires_grad or (b is not None and b.requires_grad)))
         or layer.padding != (0, 0)
         or layer._forward_hooks  # somebody wants to see γ·B·A·x
         or layer._forward_pre_hooks
