@@ -125,6 +125,9 @@ OTHER = {  # pictures, films, series, and pictures beside text
     "FocalNet": ("FocalNetForImageClassification", dict(
         image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], hidden_sizes=[8, 16], focal_levels=[1, 1],
         focal_windows=[3, 3], num_labels=3)),
+    "LeViT": ("LevitForImageClassification", dict(
+        image_size=128, hidden_sizes=[D, D, D], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[4, 4, 4],
+        num_labels=3)),
     "DINOv3": ("DINOv3ViTModel", SEEN),
     "SigLIP": ("SiglipForImageClassification", dict(
         vision_config=SEEN, text_config=IDS | BODY | dict(projection_size=D), num_labels=3)),
@@ -173,6 +176,7 @@ READ = {  # what these read beside what `Architecture.batch` gives, or in its pl
     "Moonshine": dict(input_values=normal(2000), input_ids=None),
     "VideoMAE": dict(pixel_values=normal(4, 3, 16, 16)),
     "TimeSformer": dict(pixel_values=normal(2, 3, 16, 16)),
+    "LeViT": dict(pixel_values=normal(3, 128, 128)),
     "CLIP": dict(input_ids=ids().sort().values),  # it looks at the last of the largest ids
     "PatchTST": dict(past_values=normal(16, 2), pixel_values=None),
     "PatchTSMixer": dict(past_values=normal(16, 2), pixel_values=None),
@@ -183,6 +187,7 @@ OTHERWISE = ("Doge", "CPM-Ant", "GIT")  # generate other tokens with their cache
 KEYS = {  # what IA3 scales where none of its own names is there
     "DeepSeek-V2": dict(targets=["kv_b_proj"], feedforward=["mlp.down_proj"]),
     "CPM-Ant": dict(targets=["project_k", "project_v"], feedforward=["w_out"]),
+    "LeViT": dict(targets=["queries_keys_values.linear", "keys_values.linear"], feedforward=["linear_down.linear"]),
     "FocalNet": dict(targets=["projection_in"], feedforward=["fc2"]),
     "PatchTSMixer": dict(targets=["fc1"], feedforward=["fc2"]),
     "wav2vec 2, Conformer": dict(targets=["linear_k", "linear_v"], feedforward=["output_dense"]),
@@ -271,7 +276,10 @@ def generated(tuned: Tuned, ids: torch.Tensor, **more) -> torch.Tensor:
 
 
 # A part for text and one for pictures stand in one block, and the adapter would lead from the one to the other.
-REFUSED_WHEN_CALLED = {("parallel Adapter", "LXMERT"): "for other tokens stand there"}
+# LeViT's second kind of layer has fewer places for its answers than it reads.
+REFUSED_WHEN_CALLED = dict.fromkeys(
+    (("parallel Adapter", "LXMERT"), ("parallel Adapter", "LeViT")), "for other tokens stand there"
+)
 
 
 def keeps_its_promises(name: str, bare: Bare, method: mp.methods.Method, path) -> None:

@@ -138,3 +138,16 @@ def test_a_shared_parameter_stands_once_in_the_state(tmp_path):
     batch = tiny.batch(tuned)
     assert torch.equal(again(**batch).logits, tuned(**batch).logits)
     assert tuned.count().trainable == 8
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("method", [mp.AdaLoRA(rank=2, steps=9), mp.Experts(2)], ids=lambda m: type(m).__name__)
+def test_a_penalty_alone_teaches_nothing(method, name):
+    """Reformer's layers, and a checkpoint whose input needs no gradient, pass none on: a loop shall hear of it."""
+    model = tiny.MODELS[name]()
+    model.register_forward_hook(lambda _, __, output: setattr(output, "loss", output.loss.detach()) or output)
+    tuned = mp.attach(model, method).train()
+    loss = tuned(**tiny.batch(model)).loss
+    assert not loss.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
