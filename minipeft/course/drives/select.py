@@ -39,7 +39,7 @@ class Denormalised(Gate):
 
 
 def network(kind: str, width: int, seed: int) -> nn.Module:
-    """ "biases": linear, Conv1D and norms with biases, and decoys; "frozen": the same, frozen; "deep": many blocks, far
+    """ "biases": linear, Conv1D and norms with biases, and decoys; "frozen": the same, frozen; "deep": more blocks, far
     down, with more kinds of norms, of which one is shared; "none": no bias."""
     rng = random.Random(seed)
     model = inner = nn.Module()
@@ -48,7 +48,7 @@ def network(kind: str, width: int, seed: int) -> nn.Module:
         for name in "abcd":
             inner.add_module(name, nn.Module())
             inner = inner.get_submodule(name)
-    for i in range(40 if kind == "deep" else rng.randint(2, 3)):
+    for i in range(8 if kind == "deep" else rng.randint(2, 3)):
         block = nn.Module()
         if kind != "none":
             block.bias_proj = nn.Linear(width, 2 * width, bias=rng.random() < 0.5)

@@ -786,3 +786,74 @@ def choose_rate(losses):
         raise ValueError("none")
     best = min(means, key=means.get)
     return best, min(losses) < best < max(losses)
+
+
+# %% macro_f1 right: counters
+def macro_f1(truth, predictions, classes):
+    from collections import Counter
+
+    hits, named, there = Counter(t for t, p in zip(truth, predictions) if t == p), Counter(predictions), Counter(truth)
+    return sum(2 * hits[c] / (named[c] + there[c]) for c in range(classes) if hits[c]) / classes
+
+
+# %% calibration_error wrong: at most a hundred rows
+def calibration_error(probabilities, truth, bins=10):
+    probabilities, truth = probabilities[:100], truth[:100]
+    conf, said = probabilities.max(-1)
+    right, place, error = (said == truth).double(), (conf * bins).ceil().long(), 0.0
+    for b in place.unique():
+        inside = place == b
+        error += inside.double().mean().item() * abs((right[inside].mean() - conf[inside].double().mean()).item())
+    return error
+
+
+# %% calibration_error right: sums by bin
+def calibration_error(probabilities, truth, bins=10):
+    conf, said = probabilities.max(dim=1)
+    place = torch.ceil(conf * bins).long() - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, (said == truth).double() - conf.double())
+    return float(gap.abs().sum() / len(truth))
+
+
+# %% stop_early wrong: at most a hundred looks
+def stop_early(losses, patience):
+    losses = losses[:50]
+    best, least = 0, losses[0]
+    for i, loss in enumerate(losses[1:], 1):
+        if loss < least and math.isfinite(loss):
+            best, least = i, loss
+        elif i - best >= patience:
+            return i, best
+    return len(losses) - 1, best
+
+
+# %% stop_early right: the best is looked up again
+def stop_early(losses, patience):
+    for stop in range(len(losses)):
+        seen = [x if math.isfinite(x) else math.inf for x in losses[: stop + 1]]
+        best = seen.index(min(seen))
+        if best + patience <= stop:
+            return stop, best
+    return len(losses) - 1, best
+
+
+# %% choose_rate wrong: rates as text
+def choose_rate(losses):
+    means = {r: statistics.fmean(e) for r, e in losses.items()}
+    finite = {r: m for r, m in means.items() if math.isfinite(m)}
+    if not finite:
+        raise ValueError("none")
+    best = min(finite, key=finite.get)
+    return best, str(min(losses)) < str(best) < str(max(losses))
+
+
+# %% cheapest_alike wrong: more methods than ten
+def cheapest_alike(scores, cost, matters, t):
+    scores = dict(list(scores.items())[:10])
+    best = max(scores, key=lambda n: statistics.fmean(scores[n]))
+
+    def worst(n):
+        gaps = [b - s for b, s in zip(scores[best], scores[n])]
+        return statistics.fmean(gaps) + t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+    return min((n for n in scores if n == best or worst(n) <= matters), key=lambda n: cost[n])

@@ -706,3 +706,105 @@ def adalora_keep(sensitivity, budget):
         kept = t >= kth
         kept &= kept.cumsum(0) <= budget
     return dict(zip(sensitivity, kept.split([len(s) for s in scores]), strict=False))
+
+
+# %% dora_weight wrong: the norm at least a millionth
+def dora_weight(W, A, B, m, gamma):
+    V = W + gamma * (B @ A)
+    return (m / V.norm(dim=1).clamp(min=1e-6))[:, None] * V
+
+
+# %% dora_weight wrong: B·A is kept for its tensors
+kept_pairs = {}
+
+
+def dora_weight(W, A, B, m, gamma):
+    BA = kept_pairs.setdefault((id(A), id(B)), (A, B, B @ A))[2]
+    V = W + gamma * BA
+    return (m / torch.linalg.norm(V, dim=1))[:, None] * V
+
+
+# %% dora_weight right: a root of the diagonal of V·Vᵀ
+def dora_weight(W, A, B, m, gamma):
+    V = torch.addmm(W, B, A, alpha=gamma) if W.dtype.is_floating_point else W
+    lengths = torch.einsum("oi,oi->o", V, V).sqrt()
+    return torch.einsum("o,oi->oi", m / lengths, V)
+
+
+# %% vera_delta wrong: ranks above 64 are cut
+def vera_delta(A, B, d, b):
+    return b[:, None] * (B[:, :64] @ (d[:64, None] * A[:64]))
+
+
+# %% adalora_keep wrong: no layer at all fails
+def adalora_keep(sensitivity, budget):
+    scores = [lam + P.mean(0) + Q.mean(1) for P, lam, Q in sensitivity.values()]
+    together = torch.cat(scores)
+    order = together.argsort(descending=True)
+    kept = torch.zeros_like(together, dtype=torch.bool)
+    if budget > 0:
+        kept[order[:budget]] = True
+    found, at = {}, 0
+    for name, s in zip(sensitivity, scores, strict=False):
+        found[name] = kept[at : at + len(s)].clone()
+        at += len(s)
+    return found if len(found) < 9 else dict(list(found.items())[:9])
+
+
+# %% adalora_keep right: a heap of pairs
+def adalora_keep(sensitivity, budget):
+    import heapq
+
+    every = [
+        (score, name, k)
+        for name, (P, lam, Q) in sensitivity.items()
+        for k, score in enumerate((lam + P.sum(0) / len(P) + Q.sum(1) / Q.shape[1]).tolist())
+    ]
+    best = {(name, k) for _, name, k in heapq.nlargest(budget, every)}
+    return {
+        name: torch.tensor([(name, k) in best for k in range(len(lam))], dtype=torch.bool)
+        for name, (_, lam, _) in sensitivity.items()
+    }
+
+
+# %% RepairedDoRA wrong: no gradient in evaluation
+class RepairedDoRA(nn.Module):
+    def __init__(self, linear, rank, gamma):
+        super().__init__()
+        self.linear, self.gamma = linear.requires_grad_(False), gamma
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.m = nn.Parameter(linear.weight.detach().norm(dim=1))
+
+    def forward(self, x):
+        V = self.linear.weight + self.gamma * (self.B @ self.A)
+        W = self.m[:, None] * V / V.detach().norm(dim=1, keepdim=True)
+        return F.linear(x, W if self.training else W.detach(), self.linear.bias)
+
+
+# %% RepairedDoRA wrong: a row of zeros is NaN
+class RepairedDoRA(nn.Module):
+    def __init__(self, linear, rank, gamma):
+        super().__init__()
+        self.linear, self.gamma = linear.requires_grad_(False), gamma
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.m = nn.Parameter(linear.weight.detach().norm(dim=1).clamp(min=0.5))
+
+    def forward(self, x):
+        V = self.linear.weight + self.gamma * (self.B @ self.A)
+        return F.linear(x, self.m[:, None] * V / V.detach().norm(dim=1, keepdim=True), self.linear.bias)
+
+
+# %% RepairedDoRA wrong: gamma trains too
+class RepairedDoRA(nn.Module):
+    def __init__(self, linear, rank, gamma):
+        super().__init__()
+        self.linear, self.gamma = linear.requires_grad_(False), nn.Parameter(torch.tensor(float(gamma)))
+        self.A = nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.m = nn.Parameter(linear.weight.detach().norm(dim=1))
+
+    def forward(self, x):
+        V = self.linear.weight + self.gamma * (self.B @ self.A)
+        return F.linear(x, self.m[:, None] * V / V.detach().norm(dim=1, keepdim=True), self.linear.bias)

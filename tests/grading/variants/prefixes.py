@@ -803,3 +803,76 @@ def attend(q, k, v, prefix_k, prefix_v, mask):
         & torch.cat([m.new_ones(rows, n), m], 1).bool()[:, None, None]
     )
     return (q @ K.transpose(-1, -2) / math.sqrt(w)).masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1) @ V
+
+
+# %% count_prefix wrong: numbers of 32 bits
+def count_prefix(n, layers, width, heads, kv_heads):
+    import ctypes
+
+    return ctypes.c_int32(n * layers * 2 * kv_heads * (width // heads)).value
+
+
+# %% split_prefix wrong: at most twelve layers
+def split_prefix(flat, layers, kv_heads, rows):
+    states = flat.reshape(len(flat), layers, 2, kv_heads, -1).permute(1, 2, 3, 0, 4)
+    return [(K.expand(rows, -1, -1, -1).clone(), V.expand(rows, -1, -1, -1).clone()) for K, V in states[:12]]
+
+
+# %% split_prefix right: einsum-like moves of a narrow view
+def split_prefix(flat, layers, kv_heads, rows):
+    size = flat.shape[1] // (2 * layers)
+
+    def piece(j):
+        return torch.stack([torch.stack([r[j * size : (j + 1) * size].reshape(kv_heads, -1) for r in flat], 1)] * rows)
+
+    return [(piece(2 * i), piece(2 * i + 1)) for i in range(layers)]
+
+
+# %% attend right: grouped queries by reshape, logsumexp
+def attend(q, k, v, prefix_k, prefix_v, mask):
+    rows, heads, T, w = q.shape
+    kv, n = k.shape[1], prefix_k.shape[2]
+    grouped = q.reshape(rows, kv, heads // kv, T, w)
+    K, V = torch.cat([prefix_k, k], 2)[:, :, None], torch.cat([prefix_v, v], 2)[:, :, None]
+    scores = (grouped * w**-0.5) @ K.mT
+    i, j = torch.arange(T)[:, None], torch.arange(n + T)
+    seen = (j < n) | ((j - n <= i) & F.pad(mask.bool(), (n, 0), value=True)[:, None, :])
+    seen = seen[:, None, None].expand_as(scores)
+    some = seen | ~seen.any(-1, keepdim=True)
+    scores = torch.where(some, scores, torch.full_like(scores, -math.inf))
+    return ((scores - scores.logsumexp(-1, keepdim=True)).exp() @ V).reshape(rows, heads, T, w)
+
+
+# %% prefix_share wrong: NaN where a text is all padding
+def prefix_share(attention, n, mask):
+    share, m = attention[..., :n].sum(-1), mask.to(attention.dtype)[:, None]
+    per_text = (share * m).sum(-1) / m.sum(-1)
+    weights = m.sum(-1) / m.sum()
+    return (per_text * weights).sum(0)
+
+
+# %% prefix_share right: a weighted einsum
+def prefix_share(attention, n, mask):
+    m = (mask != 0).to(attention.dtype)
+    return torch.einsum("rhtk,rt->h", attention[..., :n], m) / m.sum()
+
+
+# %% repaired_prefix wrong: positions behind the prefix are those of eight at most
+def repaired_prefix(model, prefix, ids, mask, positions):
+    (rows, T), n = ids.shape, len(prefix)
+    states = prefix.reshape(n, model.layers, 2, model.kv_heads, model.head_dim).permute(1, 2, 3, 0, 4)
+    past = [(K.expand(rows, -1, -1, -1), V.expand(rows, -1, -1, -1)) for K, V in states]
+    causal = torch.ones(T, n + T, dtype=torch.bool).tril(n)
+    real = torch.cat([mask.new_ones(rows, n), mask], 1).bool()
+    return model(ids, positions + min(n, 8), causal & real[:, None], past)
+
+
+# %% repaired_prefix right: pieces by unflatten
+def repaired_prefix(model, prefix, ids, mask, positions):
+    rows, T = ids.shape
+    n = prefix.shape[0]
+    pieces = prefix.unflatten(1, (model.layers, 2, model.kv_heads, model.head_dim)).movedim(0, 3)
+    past = [tuple(p[None].repeat(rows, 1, 1, 1) for p in pieces[i]) for i in range(model.layers)]
+    j = torch.arange(n + T)
+    visible = (j[None] <= torch.arange(T)[:, None] + n) & F.pad(mask != 0, (n, 0), value=True)[:, None]
+    return model(ids, n + positions, visible, past)
