@@ -120,9 +120,9 @@ def test_mistakes_are_said(make, message):
         make()
 
 
-def test_the_grid_has_more_than_1500_runs_and_the_explorers_own():
+def test_the_grid_has_four_thousand_runs_and_the_explorers_own():
     points = grid.grid()
-    assert len(points) == len(set(points)) >= 1500
+    assert len(points) == len(set(points)) >= 4000
     from minipeft.explore import training
 
     assert (s.Point.steps, s.Point.batch) == (training.STEPS, training.BATCH)
