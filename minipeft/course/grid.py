@@ -119,7 +119,7 @@ GAMMAS = {  # LoRA: {task: {rank: {γ: the best rate}}}
         1: {1/8: 3e-2, 1/2: 3e-2, 2.0: 1e-2, 8.0: 1e-2, 16.0: 3e-3},
         4: {1/8: 3e-2, 1/2: 1e-2, 2.0: 1e-2, 8.0: 3e-3, 16.0: 3e-3},
         16: {1/8: 1e-2, 1/2: 1e-2, 2.0: 3e-3, 8.0: 3e-3, 16.0: 1e-3},
-        64: {1/8: 1e-2, 1/2: 3e-2, 2.0: 3e-3, 8.0: 1e-3, 16.0: 3e-4},
+        64: {1/8: 1e-2, 1/2: 3e-3, 2.0: 3e-3, 8.0: 1e-3, 16.0: 3e-4},
     },
     "cipher": {
         1: {1/8: 1e-1, 1/2: 3e-2, 2.0: 3e-2, 8.0: 1e-2, 16.0: 1e-2},
@@ -182,10 +182,11 @@ def searched() -> list[tuple[str, dict, str, tuple[int, int], float]]:
 
 
 def beside(best: float, settings: dict) -> list[float]:
-    """The rates that SEARCH_SEED runs: the best and those beside it; for LoRA all from there to FIXED."""
+    """The rates that SEARCH_SEED runs: the best and those beside it; for LoRA from one more below, lest the search end
+    among rates that are all unsteady, to FIXED or beyond."""
     least, largest = (half_decade(best, up) for up in (False, True))
     if "gamma" in settings:
-        least, largest = min(least, FIXED), max(largest, FIXED)
+        least, largest = min(half_decade(least, False), FIXED), max(largest, FIXED)
     return [lr for lr in RATES if least <= lr <= largest]
 
 
