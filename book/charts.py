@@ -175,7 +175,7 @@ def gammas(runs: pd.DataFrame, measured: str) -> Chart:
     ]  # fmt: skip
     return Chart(
         "gamma",
-        {"06_lora": "GAMMAS = ("},
+        {"06_lora": "gammas = list("},
         title="Move the rank: at one learning rate γ decides, at its own best rate it hardly does",
         alt="Test loss by γ on logarithmic axes: one line at the learning rate 0.01 and one at each γ's own best rate,"
         " with a bar over seeds.",

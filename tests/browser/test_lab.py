@@ -161,7 +161,7 @@ def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, 
         page.keyboard.press("ArrowRight")
         waited.append(picture_after(page, image, before, 20)[1])
         assert box.locator(".widget-readout").first.inner_text() == "16"
-        assert "= 16 ·" in image.get_attribute("title"), "the picture has a name"
+        until(lambda: "= 16 ·" in image.get_attribute("title"), "a picture that is named by the move", 20, pause=0.05)  # noqa: B023
         box.get_by_role("button", name="stop").click()
         box.get_by_text("Stopped; move a control").wait_for()
     before = image.get_attribute("src")

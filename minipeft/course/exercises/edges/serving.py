@@ -126,7 +126,8 @@ def beam_edges(rng: Random):
     yield "serve one row with four beams", drawn([2], 4)
     yield "serve a batch in which nobody chose an adapter", drawn([-1, -1], 2)
     yield "take sizes of 1", drawn([0, 1], 1, 1, 1, 1)
-    args = drawn([-1, 1, 2], 2)
+    args = drawn([-1, 1, 2], 2, r=1)
+    args[0].abs_()  # so that what it would spoil is ∞ and no ∞ − ∞
     args[1][0] = math.inf
     yield spoiling("let adapter 0, which holds ∞, spoil nothing while nobody chose it", repaired_rows, args)
     for own in ([0, -1], [2, 0, -1]):
