@@ -94,3 +94,11 @@ def test_the_regression_beside_it_comes_back():
     small = board.Task("films", "class", {"train": task.data["train"].select(range(300)), "test": task.data["test"]})
     first, again = (board.regression(small, 0, train, test) for _ in range(2))
     assert first == again > 0.6
+
+
+@pytest.mark.slow
+def test_a_run_of_the_board_comes_back():
+    stored = board.board()["head only"]
+    again = board.run("head only", stored["rate"], 0, board.films())
+    assert again["accuracy"] == pytest.approx(stored["accuracy"][0], abs=0.005)
+    assert len(set(again["wrong"]) ^ set(stored["wrong"][0])) <= 10, "the same sentences"
