@@ -7,7 +7,8 @@ import json
 import pytest
 
 from minipeft.course import claims
-from minipeft.course.claims import CLAIMS, load
+from minipeft.course.claims import CLAIMS, comparing, load
+from minipeft.learn import protocol
 
 STORED = {row["id"]: row for row in load()}
 
@@ -24,10 +25,28 @@ def test_a_stored_verdict_follows_from_its_figures(id):
     assert stored["verdict"].startswith(("holds", "wrong", "cannot tell")) and stored["check"]
 
 
+COMPARED = [id for id, c in CLAIMS.items() if c.kind == "atlas" and id != "C17"]  # over seeds, here
+
+
+@pytest.mark.parametrize(
+    "id, sides", (("C07", ["A and B random"]), ("C22", ["full", "LoRA r=8"]), ("C26", ["together"]))
+)
+def test_what_was_measured_for_the_ledger_has_five_seeds(id, sides):
+    for each in (STORED[id]["figures"][side] for side in sides):
+        for losses in [one["losses"] for one in each.values()] if isinstance(each, dict) else [each]:
+            assert len(losses) == 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("id", [id for id, c in CLAIMS.items() if c.kind in ("exact", "code", "atlas")])
-def test_quick_rows_come_out_as_stored(id):
+def test_quick_rows_come_out_as_stored(id, monkeypatch):
+    """And no interval that a verdict rests on has fewer than five seeds."""
+    seeds = []
+    of_all = protocol.interval
+    for module in (protocol, comparing):
+        monkeypatch.setattr(module, "interval", lambda values: seeds.append(len(values)) or of_all(values))
     fresh = json.loads(json.dumps(CLAIMS[id].check()))
+    assert min(seeds, default=5) >= 5 and bool(seeds) == (id in COMPARED)
     figures = STORED[id]["figures"]
     assert CLAIMS[id].rule(fresh) == STORED[id]["verdict"]
     assert near(fresh, figures)
