@@ -203,6 +203,8 @@ def test_every_vote_lies_inside_where_the_rate_is_what_is_asked_for():
             assert set(found) <= coarse | {quarter_decade(vote, up) for up in (False, True)}
             assert min(coarse & found.keys(), key=found.get) == vote
             assert half_decade(vote, False) < rate < half_decade(vote, True)
+    with pytest.raises(ValueError, match="Only one seed chose a rate for LoRA.rank=2,.*VOTES"):
+        atlas.best_rates(runs, "pirate", mp.LoRA(rank=2, gamma=2.0))
 
 
 def test_an_explorer_finds_the_runs_of_every_gamma():

@@ -102,8 +102,13 @@ def chosen(runs, task: str, method: Method, **shape) -> tuple[float, str]:
 
 
 def best_rates(runs, task: str, method: Method, **shape) -> list[float]:
-    """The best rate by each of `VOTERS`, read between the rates that it tried (`protocol.bottom`)."""
+    """The best rate by each of `VOTERS`, read between the rates that it tried (`protocol.bottom`). Raises ValueError
+    where they chose none."""
     by_seed, _ = searches(runs, task, method, **shape)
+    if not by_seed.keys() >= set(VOTERS):
+        raise ValueError(
+            f"Only one seed chose a rate for {method!r} on {task}; minipeft.course.grid.VOTES lists what five chose for."
+        )
     return [bottom(by_seed[seed]) for seed in VOTERS]
 
 

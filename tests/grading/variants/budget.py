@@ -1189,3 +1189,16 @@ def target_shapes(model, targets):
         for name, layer in model.named_modules()
         if name.split(".")[-1] in text and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
     ]
+
+
+# %% largest_rank wrong: tries ranks one by one and stops at 4096
+def largest_rank(base, shapes, memory, width=2):
+    S = sum(a + b for a, b in shapes)
+    P = sum(a * b for a, b in shapes)
+    best = 0
+    for r in range(1, 4097):
+        if width * base + 16 * r * S <= memory and 3 * r * S < P:
+            best = r
+    if not best:
+        raise ValueError("none")
+    return best

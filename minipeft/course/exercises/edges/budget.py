@@ -114,6 +114,7 @@ def rank_edges(rng: Random):
     yield "take layers of which rank 1 is just cheaper", (10, [(6, 8)], 10**6, 2)
     yield "take layers of which rank 1 saves a single multiply-add", (10, [(5, 8)], 10**6, 2)
     yield "take layers of which rank 1 costs the same", (10, [(6, 6)], 10**6, 2)
+    yield "find a rank of six digits", (10**6, [(10**6, 10**6)], 10**14, 2)
     yield "look beyond the smallest side, for a larger layer pays for it", (10, [(2, 3), (300, 300)], 10**7, 2)
     yield "find a rank of some thousands", (10, [(20_000, 20_000)], 10**10, 2)
     large = [(4096, 4096), (4096, 11_008)] * 32
