@@ -107,7 +107,7 @@ def best_rates(runs, task: str, method: Method, **shape) -> list[float]:
     by_seed, _ = searches(runs, task, method, **shape)
     if not by_seed.keys() >= set(VOTERS):
         raise ValueError(
-            f"Only one seed chose a rate for {method!r} on {task}; minipeft.course.grid.VOTES lists what five chose for."
+            f"Only one seed chose a rate for {method!r} on {task}; `minipeft.course.grid` lists its VOTES."
         )
     return [bottom(by_seed[seed]) for seed in VOTERS]
 
