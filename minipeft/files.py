@@ -160,9 +160,9 @@ class WeightLayout(Layout):
 
 
 def target_modules(base: nn.Module, paths: list[str]) -> list[str] | str:
-    """The paths, or one expression where PEFT, which matches list entries as suffixes, would find further layers."""
+    """The paths, or one expression where PEFT, which matches list entries as suffixes, would find further modules."""
     suffixes = tuple(f".{path}" for path in paths)
-    found = [path for path, module in base.named_modules() if adaptable(module) and f".{path}".endswith(suffixes)]
+    found = [path for path, _ in base.named_modules() if f".{path}".endswith(suffixes)]
     return paths if len(found) == len(paths) else "|".join(map(re.escape, paths))
 
 

@@ -9,6 +9,7 @@ import copy
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -19,6 +20,8 @@ from minipeft.methods.adalora import AdaLoRA, ranks
 from minipeft.methods.dora import DoRA
 from minipeft.methods.ia3 import IA3
 from minipeft.methods.lora import LoRA
+from minipeft.methods.miss import MiSS
+from minipeft.methods.oft import OFT
 from minipeft.methods.projected import ProjectedLoRA
 from minipeft.methods.select import Softmax
 from minipeft.methods.vera import VeRA
@@ -352,3 +355,37 @@ def test_adalora_allocates_the_same_ranks_in_200_steps(targets, interval, tmp_pa
         assert (load_adapter(tiny.llama().double(), tmp_path / "theirs")(ids).logits - expected).abs().max() < 1e-12
         other = peft.PeftModel.from_pretrained(tiny.llama().double(), tmp_path / "ours").eval().double()
         assert (other(input_ids=ids).logits - tuned(ids).logits).abs().max() < 1e-6
+
+
+class Deep(torch.nn.Module):
+    """Two blocks, in each a module of no adaptable kind under `name`, and a head of that name."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        for block in "ab":
+            part = torch.nn.ModuleDict(
+                {"dense": torch.nn.Linear(8, 8), name: torch.nn.Sequential(torch.nn.Linear(8, 8))}
+            )
+            self.add_module(block, part)
+        self.add_module(name, torch.nn.Linear(8, 8))
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in (self.a, self.b):
+            x = part[self.name](part["dense"](x))
+        return getattr(self, self.name)(x)
+
+
+@pytest.mark.parametrize("name", ("output", "head", "classifier", "proj", "fc"))
+@pytest.mark.parametrize("method", (LoRA(rank=2), IA3(feedforward=()), OFT(4), MiSS(2)), ids=repr)
+def test_peft_finds_no_more_than_was_adapted_where_a_block_has_the_heads_name(name, method, tmp_path):
+    method = replace(method, targets=re.compile(name))
+    torch.manual_seed(0)
+    base, x = Deep(name), torch.randn(3, 8)
+    tuned = attach(copy.deepcopy(base), method, seed=0)
+    with torch.no_grad():
+        for p in tuned.adapters.parameters():
+            p += 0.1 * torch.randn(p.shape)
+    tuned.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(theirs(x), tuned(x), rtol=1e-6, atol=1e-6)
