@@ -83,7 +83,7 @@ def swept(name, places, label, runs, measured, method, knob, start, fixed=None) 
     both = pd.concat([mine, whole])
     rows = [
         {"task": task, "size": int(size), "lr": lr, **spread(group.loss)}
-        for (task, size, lr), group in both[~both.seed.isin(atlas.CHOOSE)].groupby(["task", "size", "lr"])
+        for (task, size, lr), group in both[~both.seed.isin(atlas.CHOOSERS)].groupby(["task", "size", "lr"])
     ]
     rates = {at: chosen(runs, tried) for at, tried in both.groupby(["task", "size"])}
     floors = {task: round(runs[runs.task == task].floor.iloc[0], 4) for task in tasks}
@@ -153,7 +153,7 @@ def gammas(runs: pd.DataFrame, measured: str) -> Chart:
     for (rank, gamma), tried in mine.groupby(["rank", "gamma"]):
         if (rate := chosen(runs, tried)) is None:
             continue
-        found = {one: tried[tried.lr == 1e-2], own: tried[(tried.lr == rate) & ~tried.seed.isin(atlas.CHOOSE)]}
+        found = {one: tried[tried.lr == 1e-2], own: tried[(tried.lr == rate) & ~tried.seed.isin(atlas.CHOOSERS)]}
         rows += [
             {"rank": int(rank), "gamma": gamma, "series": label, "rate": rate, **spread(which.loss)}
             for label, which in found.items()

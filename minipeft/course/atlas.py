@@ -17,10 +17,9 @@ from functools import cache
 from pathlib import Path
 
 from minipeft.layer import Method
-from minipeft.learn.protocol import SEARCH_SEED, VOTERS, bottom
+from minipeft.learn.protocol import CHOOSERS, SEARCH_SEED, VOTERS, bottom
 from minipeft.learn.sweep import Point, method_of, run, task_of
 
-CHOOSE = (SEARCH_SEED, *VOTERS)  # the seeds that report nothing
 PATH = Path(__file__).with_name("atlas.parquet")
 
 
@@ -59,7 +58,7 @@ def describe(runs) -> str:
 
 def all_of(runs, task: str, method: Method, steps: int = 60, batch: int = 10):
     """The runs of `method`, given as to `attach`, on `task`: a row for each learning rate and seed, those of
-    `CHOOSE` too, which chose a rate. Raises ValueError where there are none."""
+    `CHOOSERS` too, which chose a rate. Raises ValueError where there are none."""
     alike = (runs.task == task) & (runs.steps == steps) & (runs.batch == batch)
     found = runs[alike & (runs.attached == repr(method))]
     if found.empty:
@@ -72,9 +71,9 @@ def all_of(runs, task: str, method: Method, steps: int = 60, batch: int = 10):
 
 
 def of(runs, task: str, method: Method, **shape):
-    """The runs of `all_of` that report: all but those of `CHOOSE`."""
+    """The runs of `all_of` that report: all but those of `CHOOSERS`."""
     found = all_of(runs, task, method, **shape)
-    return found[~found.seed.isin(CHOOSE)]
+    return found[~found.seed.isin(CHOOSERS)]
 
 
 def curve(runs, task: str, method: Method, value: str = "loss", **shape):
@@ -86,7 +85,7 @@ def searches(runs, task: str, method: Method, **shape) -> tuple[dict[int, dict[f
     """({seed that chooses: {rate: its loss}}, what that loss is of): of validation rows ("validation"), or of the facts
     themselves where they are learnt by heart, which leave nothing to hold out ("the facts"). Without what diverged."""
     found = all_of(runs, task, method, **shape)
-    found = found[found.seed.isin(CHOOSE) & (found.stopped == "finished")].sort_values("lr")
+    found = found[found.seed.isin(CHOOSERS) & (found.stopped == "finished")].sort_values("lr")
     column, where = ("valid_loss", "validation") if found.valid_loss.notna().all() else ("loss", "the facts")
     return {int(seed): dict(zip(rows.lr, rows[column], strict=True)) for seed, rows in found.groupby("seed")}, where
 
@@ -152,7 +151,7 @@ def measured() -> tuple[dict[tuple[str, str, float], tuple[int, list[float]]], s
     runs = load()
     alike = runs[(runs.steps == 60) & (runs.batch == 10)]
     found: dict[tuple[str, str, float], tuple[int, list[float]]] = {}
-    for row in alike[~alike.seed.isin(CHOOSE)].itertuples():
+    for row in alike[~alike.seed.isin(CHOOSERS)].itertuples():
         found.setdefault((row.attached, row.task, row.lr), (row.trainable, []))[1].append(row.loss)
     for row in alike[alike.seed == SEARCH_SEED].itertuples():
         found.setdefault((row.attached, row.task, row.lr), (row.trainable, [row.loss]))

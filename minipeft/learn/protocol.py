@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 SEARCH_SEED = 100  # chooses a rate, and reports nothing
 VOTERS = (101, 102, 103, 104, 105)  # each chooses one where the rate itself is what is asked for; they report no loss
+CHOOSERS = (SEARCH_SEED, *VOTERS)
 SEEDS = (0, 1, 2, 3, 4)  # report, and choose nothing
 LOWEST, HIGHEST = 1e-7, 100.0  # beyond which no rate is tried
 

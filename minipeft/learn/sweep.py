@@ -36,7 +36,7 @@ from minipeft.front import IGNORE
 from minipeft.layer import Layer, Method
 from minipeft.learn.fit import History, evaluate, training
 from minipeft.learn.plan import Plan
-from minipeft.learn.protocol import SEARCH_SEED, VOTERS
+from minipeft.learn.protocol import CHOOSERS
 from minipeft.learn.rows import collate, read
 from minipeft.methods import METHODS
 from minipeft.whole import HALF, write_whole
@@ -290,7 +290,7 @@ def provenance(rows: Sequence[dict], device: str | None = None) -> dict:
     return {
         "runs": len(rows),
         "model": "pocket",
-        "seeds": sorted({row["seed"] for row in rows} - {SEARCH_SEED, *VOTERS}),
+        "seeds": sorted({row["seed"] for row in rows} - set(CHOOSERS)),
         "device": device or f"CPU, 1 thread ({platform.machine()})",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -135,13 +135,14 @@ def types(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
 
 
 def near(got, want, loose: float, floor: float | None = None) -> bool:
-    """Equal in form and type, and roughly in value: by `loose` of the largest number, or of 1 without a `floor`."""
-    least = 1.0 if floor is None else floor / loose
+    """Equal in form and type, and roughly in value: to `loose` of the largest number, but no closer than to `floor`, by
+    default `loose`."""
+    floor = loose if floor is None else floor
     if isinstance(want, torch.Tensor):
         alike = isinstance(got, torch.Tensor) and got.shape == want.shape and got.dtype == want.dtype
         if not alike or not want.is_floating_point():
             return alike and torch.equal(got, want)
-        size = loose * max(least, want.double().abs().max().item() if want.numel() else least)
+        size = max(floor, loose * want.double().abs().max().item() if want.numel() else 0.0)
         return bool(((got.double() - want.double()).abs() <= size).all())
     if isinstance(want, dict):
         return (
@@ -155,7 +156,7 @@ def near(got, want, loose: float, floor: float | None = None) -> bool:
         )
     if isinstance(want, float):
         got = got.item() if isinstance(got, torch.Tensor) and got.numel() == 1 else got
-        return isinstance(got, float | int) and abs(got - want) <= loose * max(least, abs(want))
+        return isinstance(got, float | int) and abs(got - want) <= max(floor, loose * abs(want))
     return not differ(got, want)
 
 
