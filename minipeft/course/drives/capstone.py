@@ -111,10 +111,14 @@ def adapt(
     y: torch.Tensor,
     hidden: torch.Tensor,
 ) -> dict:
-    """What the learner's recipe for these shapes and this budget trains, and what the trained network calls the hidden
-    pictures: {"trains": numbers, "classes": [n]}."""
+    """What the learner's recipe for these shapes and this budget trains, and what the networks that it trained on each
+    of the k sets of pictures x (k, n, 64) with labels y (k, n) call the hidden ones: {"trains": numbers,
+    "classes": [k][m]}."""
     method, plan = checked(recipe(dict(shapes), budget))
-    tuned = attach(network(weights), method)
-    train(tuned, [p for p in tuned.parameters() if p.requires_grad], x, y, plan)
-    with torch.no_grad():
-        return {"trains": tuned.count().trainable, "classes": tuned(hidden).argmax(-1).tolist()}
+    classes = []
+    for pictures, labels, others in zip(x, y, hidden, strict=True):
+        tuned = attach(network(weights), method)
+        train(tuned, [p for p in tuned.parameters() if p.requires_grad], pictures, labels, plan)
+        with torch.no_grad():
+            classes.append(tuned(others).argmax(-1).tolist())
+    return {"trains": tuned.count().trainable, "classes": classes}

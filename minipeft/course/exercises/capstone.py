@@ -202,37 +202,48 @@ def rate_cases(rng: Random):
 
 
 # the recipe ----------------------------------------------------------------------------------------------------------
-# Above a new head on the frozen network, at the best of HEADS. Over eight draws, right recipes came out at 0.20 or
-# more above it; rank 1 or 2, other layers and all layers at 0.08 or less. One standard error is 0.02.
-MARGIN = 0.15
+# A mean over DRAWS lights and splits, above a new head on the frozen network at the best of HEADS. Over sixty draws a
+# right recipe of rank 4 is 0.247 above it, with a standard deviation of 0.044: 0.02 for the mean of five, so six of
+# those lie between it and MARGIN. Rank 1 or 2, other layers and all layers are at 0.05 or less.
+MARGIN, DRAWS = 0.12, 5
 HEADS = (1e-2, 3e-2, 1e-1)
 SHAPES = {"lower": (64, 64), "upper": (64, 64), "head": (10, 64)}
 BUDGETS = ((512, 639), (1024, 2900))
 
 
-def accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+def new_heads(x: torch.Tensor, y: torch.Tensor, hidden: torch.Tensor, truth: torch.Tensor) -> float:
+    """The accuracy of a new head on what the frozen layers make of x (k, n, 64): the mean over k at the best rate."""
+    model = drive.network(drive.base())
+    head = model.head
     with torch.no_grad():
-        return (model(x).argmax(-1) == y).double().mean().item()
+        x, hidden = model[:-1](x), model[:-1](hidden)
+    reached = []
+    for lr in HEADS:
+        right = []
+        for rows, labels, others, classes in zip(x, y, hidden, truth, strict=True):
+            model.load_state_dict(drive.base())
+            drive.train(head, head.parameters(), rows, labels, Plan(drive.STEPS, lr, drive.BATCH, 0, "linear"))
+            right.append((head(others).argmax(-1) == classes).double().mean().item())
+        reached.append(statistics.fmean(right))
+    return max(reached)
 
 
 def recipe_cases(rng: Random):
     pictures, labels = drive.digits()
-    weights, seed = drive.base(), rng.randrange(10**6)
-    rows = drive.READ + torch.randperm(len(labels) - drive.READ, generator=torch.Generator().manual_seed(seed))
-    x, y = drive.lit(pictures[rows], seed), labels[rows]
-    frozen = []
-    for lr in HEADS:
-        model = drive.network(weights)
-        drive.train(model, model.head.parameters(), x[:200], y[:200], Plan(drive.STEPS, lr, drive.BATCH, 0, "linear"))
-        frozen.append(accuracy(model, x[300:], y[300:]))
-    head, truth = max(frozen), y[300:].tolist()
+    draws = []
+    for seed in rng.sample(range(10**6), DRAWS):
+        rows = drive.READ + torch.randperm(len(labels) - drive.READ, generator=torch.Generator().manual_seed(seed))
+        draws.append((drive.lit(pictures[rows], seed), labels[rows]))
+    x, y = (torch.stack(each) for each in zip(*draws, strict=True))
+    x, y, hidden, truth = x[:, :200], y[:, :200], x[:, 300:], y[:, 300:]
+    head = new_heads(x, y, hidden, truth)
     for low, high in BUDGETS:
         budget = rng.randint(low, high)
 
-        def judge(seen, budget=budget, head=head, truth=truth):
+        def judge(seen, budget=budget):
             if seen["trains"] > budget:
                 return f"It trains {seen['trains']:,} numbers, and the budget is {budget:,}."
-            reached = statistics.fmean(a == b for a, b in zip(seen["classes"], truth, strict=True))
+            reached = (torch.tensor(seen["classes"]).view_as(truth) == truth).double().mean().item()
             if not reached >= head + MARGIN:
                 return (
                     f"It reads {reached:.1%} of the hidden pictures; {head + MARGIN:.1%} are asked for, which is "
@@ -241,7 +252,7 @@ def recipe_cases(rng: Random):
 
         yield Case(
             f"train at most {budget:,} numbers and read hidden pictures much better than a new head does",
-            (dict(SHAPES), budget, weights, x[:200], y[:200], x[300:]),
+            (dict(SHAPES), budget, drive.base(), x, y, hidden),
             judge=judge,
             lenses=False,
         )
