@@ -269,11 +269,12 @@ def test_validation_rows_of_another_seed_choose_the_rate_and_test_rows_report():
 
 def test_a_run_that_came_back_and_one_that_did_not():
     good = {"stopped": "finished", "trainable": 5, "loss": 1.0, "lr": 1e-2}
-    assert atlas.agree(good, good | {"loss": 1.02}) and not atlas.agree(good, good | {"loss": 1.04})
-    assert not atlas.agree(good, good | {"stopped": "diverged"}) and not atlas.agree(good, good | {"trainable": 6})
-    wild = good | {"loss": 5.0}
-    assert atlas.agree(wild, good | {"loss": 3.0}) and not atlas.agree(wild, good | {"loss": 1.9})
-    assert not atlas.agree(wild | {"lr": 3e-3}, good | {"loss": 4.0}), "a slow run is a steady one"
+    for best in (1e-2, 1e-3):  # at the best rate, and above it
+        assert atlas.came_back(good, good | {"loss": 1.02}, best, 0.8) == "same"
+        assert atlas.came_back(good, good | {"trainable": 6}, best, 0.8) == "OTHER"
+        assert atlas.came_back(good, good | {"loss": 0.7}, best, 0.8) == "OTHER", "no overshooting is better than best"
+        for other in ({"loss": 1.04}, {"loss": 0.79}, {"loss": 5.0}, {"stopped": "diverged"}):
+            assert atlas.came_back(good, good | other, best, 0.8) == ("unsteady" if best < 1e-2 else "OTHER")
     runs = atlas.load()
     kinds = runs[runs.steps <= 120].method.nunique()
     drawn = atlas.sample(runs, kinds, 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -165,27 +166,40 @@ def sample(runs, n: int, seed: int) -> list[dict]:
     return drawn.assign(turn=turn).sort_values("turn", kind="stable").head(n).to_dict("records")
 
 
-def agree(stored: dict, again: dict) -> bool:
-    """Whether a run came back: it ended the same way, trained as many numbers, and its loss is the same to 0.03 nats or
-    3 %. A rate that is too high makes steps so unsteady that rounding grows without bound: a run at 0.01 or more whose
-    loss is above 3 nats needs only to come back above 2."""
-    if (stored["stopped"], stored["trainable"]) != (again["stopped"], again["trainable"]):
-        return False
-    unsteady = stored["lr"] >= 1e-2 and stored["loss"] > 3 and again["loss"] > 2
-    return unsteady or abs(stored["loss"] - again["loss"]) <= max(0.03, 0.03 * stored["loss"])
+def came_back(stored: dict, again: dict, best: float, least: float) -> str:
+    """How a run compares with itself run again, where its setting's best rate is `best`, and the least loss there
+    `least`.
+
+    "same": it ended the same way and trained as many numbers, and its loss is the same to 0.03 nats or 3 %. "unsteady":
+    at a rate above the best, steps overshoot, and rounding, which is not the same on two processors, grows without
+    bound. Such a run trains as many numbers, and need not come back to its loss, but does not beat `least`. Else
+    "OTHER".
+    """
+
+    def near(loss: float) -> float:
+        return max(0.03, 0.03 * loss)
+
+    if stored["trainable"] != again["trainable"]:
+        return "OTHER"
+    if stored["stopped"] == again["stopped"] and abs(stored["loss"] - again["loss"]) <= near(stored["loss"]):
+        return "same"
+    return "unsteady" if stored["lr"] > best and not again["loss"] < least - near(least) else "OTHER"
 
 
 def rerun(n: int, seed: int, report=print) -> int:
-    """Runs `sample` again, reports each, and returns how many did not come back."""
-    failed = 0
-    for stored in sample(load(), n, seed):
+    """Runs `sample` again, reports each, and returns how many are another's."""
+    runs, found = load(), Counter()
+    for stored in sample(runs, n, seed):
         again = run(Point(**{name: stored[name] for name in Point.__dataclass_fields__}))
-        fine = agree(stored, again)
-        failed += not fine
+        which = stored["task"], method_of(stored["method"], stored["settings"])
+        shape = {name: stored[name] for name in ("steps", "batch")}
+        best, alike = chosen(runs, *which, **shape)[0], all_of(runs, *which, **shape)
+        found[how := came_back(stored, again, best, alike[alike.lr == best].loss.min())] += 1
         where = f"{stored['method']} {stored['settings']} {stored['task']} {stored['lr']:g} seed {stored['seed']}"
-        report(f"{'same ' if fine else 'OTHER'} {stored['loss']:.4f} {again['loss']:.4f}  {where}")
-    report(f"{n - failed} of {n} runs came back")
-    return failed
+        report(f"{how:8} {stored['loss']:.4f} {again['loss']:.4f}  {where}, best rate {best:g}")
+    above = "more have a rate above their setting's best, where rounding grows"
+    report(f"{found['same']} of {n} runs came back; {found['unsteady']} {above}; {found['OTHER']} are others.")
+    return found["OTHER"]
 
 
 if __name__ == "__main__":
