@@ -70,7 +70,7 @@ CAUSAL = {
         use_mamba_kernels=False, layers_block_type=["mamba", "mamba", "hybrid"], num_mem_blocks=1, use_mem_rope=True,
         adapter_rank=4)),
     "MiniMax": ("MiniMaxForCausalLM", FEW | dict(
-        layer_types=["linear_attention", "full_attention"], num_local_experts=2, num_experts_per_tok=1, block_size=4)),
+        layer_types=["linear_attention", "full_attention"], num_local_experts=4, num_experts_per_tok=2, block_size=4)),
     "dots-1": ("Dots1ForCausalLM", FEW | ROUTED),
     "AFMoE": ("AfmoeForCausalLM", WIDE | WINDOW | EXPERTS | dict(num_dense_layers=1)),
     "LFM2, experts": ("Lfm2MoeForCausalLM", FEW | EXPERTS | dict(
