@@ -61,11 +61,21 @@ def bytes_before_training(function, parameters: list, ties: list, buffers: list)
     return keeping(function, holding(parameters, ties, buffers))
 
 
+class Counting(torch.optim.SGD):
+    """Plain SGD, which counts the steps of each parameter in a plain number."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
+
+
 def bytes_after_a_step(function, parameters: list, ties: list, buffers: list, optimizer: str, settings: dict) -> object:
     """One step of training on the sum of squares of all that is not idle; then the function is called."""
     model = holding(parameters, ties, buffers)
     used = [model.get_parameter(name) for name, _, _, part in parameters if part != "idle"]
-    steps = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], **settings)
+    steps = getattr(torch.optim, optimizer, Counting)([p for p in model.parameters() if p.requires_grad], **settings)
     sum(p.float().square().sum() for p in used).backward()
     steps.step()
     return keeping(function, model, steps)

@@ -6,7 +6,9 @@
 "gradient"  what comes out is the gradient that reaches each tensor, instead of the result
 "strided"   the tensors are slices of larger ones, which are not contiguous
 "changed"   what comes out is that of a second call, before which the tensors got other numbers in place
+"rehearsed" the answer is called with its very arguments before, while these hold something else
 "no_grad"   it is called while gradients are switched off
+"products"  what comes out is how many multiply-adds its matrix products take, instead of the result
 
 Whatever is promised, an argument's `requires_grad` stays as it was.
 """
@@ -16,10 +18,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from minipeft.course.drives.plain import MANY, plain
 
@@ -34,6 +38,10 @@ def look(act: Callable, objects: tuple, asked: list[str], given: tuple, keywords
         given = tuple(replaced(given, scattered))
     if "gradient" in asked:
         return slopes(act, objects, given)
+    if "products" in asked:
+        with FlopCounterMode(display=False) as counter:
+            listed(act(*objects, *given, **keywords))
+        return counter.get_total_flops() // 2
     if "no_grad" in asked:
         with torch.no_grad():
             return look(act, objects, [each for each in asked if each != "no_grad"], given, keywords)
@@ -42,6 +50,8 @@ def look(act: Callable, objects: tuple, asked: list[str], given: tuple, keywords
         act(*objects, *given, **keywords)
         for tensor in tensors(given):
             tensor.copy_(turned(tensor))
+    if "rehearsed" in asked:
+        objects = (*objects[:-1], rehearsed(objects[-1]))
     fresh = copy.deepcopy((given, keywords))
     modes, flags = state_of_torch(), [t.requires_grad for t in tensors(given)]
     value = plain(listed(act(*objects, *given, **keywords)))
@@ -186,9 +196,71 @@ def replaced(value, change: Callable[[torch.Tensor], torch.Tensor]):
     return value
 
 
+def rehearsed(function: Callable) -> Callable:
+    """The same function, called with its very arguments before: while tensors hold other numbers, and lists and
+    dictionaries fewer entries, then in another order."""
+
+    def last(*args, **keywords):
+        for numbers, entries in ((grown, lambda several: several[: len(several) // 2]), (turned, reversed)):
+            undo = list(disturbed((args, keywords), numbers, entries))
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    listed(function(*args, **keywords))
+            except TimeoutError:
+                raise
+            except Exception:  # what they hold meanwhile may make no sense
+                pass
+            finally:
+                for back in undo:
+                    back()
+        return function(*args, **keywords)
+
+    return last
+
+
+def disturbed(value, numbers: Callable, entries: Callable) -> Iterator[Callable[[], None]]:
+    """Changes what these objects hold, in place, and gives what undoes it."""
+    if isinstance(value, torch.Tensor) and not overlap([value]):
+        kept, grad = value.detach().clone(), None if not value.is_leaf or value.grad is None else value.grad.clone()
+        flag = value.requires_grad
+        value.data.copy_(numbers(kept))
+
+        def back():
+            value.data.copy_(kept)
+            if value.is_leaf:
+                value.requires_grad_(flag).grad = grad
+
+        yield back
+    elif isinstance(value, torch.Generator):
+        yield partial(value.set_state, value.get_state())
+    elif isinstance(value, nn.Module):
+        yield from (partial(setattr, each, "training", each.training) for each in value.modules())
+        for each in (*value.parameters(), *value.buffers()):
+            yield from disturbed(each, numbers, entries)
+    elif isinstance(value, dict | list | tuple):
+        held = list(value.items() if isinstance(value, dict) else value)
+        for each in held:
+            yield from disturbed(each, numbers, entries)
+        if not isinstance(value, tuple):
+            refill(value, entries(held))
+            yield partial(refill, value, held)
+
+
+def refill(several: dict | list, held: Iterable) -> None:
+    several.clear()
+    (several.update if isinstance(several, dict) else several.extend)(held)
+
+
 def turned(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers, the last row first."""
     return tensor.flip(0) if tensor.ndim else tensor.clone()
+
+
+def grown(tensor: torch.Tensor) -> torch.Tensor:
+    """Each number times another one from 1 to 2; what is whole, and may be a place, is turned."""
+    if not tensor.is_floating_point():
+        return turned(tensor)
+    return tensor * torch.linspace(1, 2, tensor.numel(), dtype=tensor.dtype, device=tensor.device).view(tensor.shape)
 
 
 def scattered(tensor: torch.Tensor) -> torch.Tensor:

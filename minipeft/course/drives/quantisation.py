@@ -10,6 +10,7 @@ import types
 import torch
 
 from minipeft.course.drives.common import layer, leaf
+from minipeft.course.drives.promises import NotKept, same
 
 
 def quantise(function, weight, code, block: int) -> dict:
@@ -59,6 +60,8 @@ def quantised_layer(cls, weight, bias, code, block: int, x, g) -> dict:
     """A quantised layer: what it holds, its output, and the gradient of x when that of the output is g."""
     linear = layer(weight, bias)
     made = cls(linear, code, block)
+    if any(p.requires_grad and not (bias is not None and same(p.detach(), bias)) for p in made.parameters()):
+        raise NotKept("Something trains beside the bias: codes and scales stay as they are.")
     x = leaf(x)
     bytes_before = held_bytes(made)
     y = made(x)

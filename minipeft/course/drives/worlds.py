@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+
 from minipeft.course.drives.promises import owned
+
+
+def halves(function, *args) -> dict:
+    """The same of two factors of which each has half of every σ, so that A·Aᵀ is Bᵀ·B."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    seen = product(lambda *given: found.append(function(*given)) or found[0], *args)
+    (A, B), size = found[0], 0.0
+    if seen["B·A"] is not None:
+        size = (A @ A.T - B.T @ B).abs().max() / (A.norm() * B.norm()).clamp(min=torch.finfo(A.dtype).tiny)
+    return seen | {"√σ is in each of the two factors": bool(size < 1e-3)}
 
 
 def product(function, *args) -> dict:

@@ -84,7 +84,7 @@ def cut_cases(rng: Random):
                 part = list(which)
                 product = assemble(U[:, part], scale(s[part]), V[:, part])
                 shapes = {"A": ((rank, len(V)), str(DOUBLE)), "B": ((len(U), rank), str(DOUBLE))}
-                return shapes | {"B·A": product}
+                return shapes | {"B·A": product, "√σ is in each of the two factors": True}
 
             yield Case(
                 f"give the best rank-{rank} approximation of a {d_out}×{d_in} matrix",
@@ -240,7 +240,7 @@ EXERCISES = (
             "torch.linalg.svd(delta, full_matrices=False) gives U, σ and Vᵀ, the largest σ first.",
             "σ = √σ·√σ: one root scales the columns of U, the other the rows of Vᵀ. How many of each are kept?",
         ),
-        ("cut_back",), "worlds.product",
+        ("cut_back",), "worlds.halves",
     ),
     Exercise(
         "stack", "Stacking", stack_cases,

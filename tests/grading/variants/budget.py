@@ -1088,6 +1088,14 @@ def step_multiply_adds(shapes, rank, tokens):
     return tokens * sum(2 * a * b + 3 * rank * (a + b) for a, b in set(shapes))
 
 
+# %% step_multiply_adds wrong: added up in float32
+def step_multiply_adds(shapes, rank, tokens):
+    total = torch.zeros((), dtype=torch.float32)
+    for d_in, d_out in shapes:
+        total += tokens * (3 * d_in * d_out if rank is None else 2 * d_in * d_out + 3 * rank * (d_in + d_out))
+    return int(total)
+
+
 # %% kept_bytes wrong: gradients that do not exist are made
 def kept_bytes(model, optimizer):
     for p in model.parameters():
@@ -1159,6 +1167,16 @@ def kept_bytes(model, optimizer):
     }
 
 
+# %% kept_bytes wrong: plain numbers have bytes
+def kept_bytes(model, optimizer):
+    held = [*model.parameters(), *model.buffers()]
+    return {
+        "weights": sum(t.nbytes for t in held),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "optimizer": sum(v.nbytes for state in optimizer.state.values() for v in state.values()),
+    }
+
+
 # %% largest_rank wrong: at most a thousand
 def largest_rank(base, shapes, memory, width=2):
     S, P = sum(a + b for a, b in shapes), sum(a * b for a, b in shapes)
@@ -1191,6 +1209,16 @@ def target_shapes(model, targets):
     ]
 
 
+# %% target_shapes wrong: targets in small letters
+def target_shapes(model, targets):
+    wanted, found = {target.lower() for target in targets}, []
+    for name, layer in model.named_modules():
+        if name.split(".")[-1] in wanted and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
+            shape = tuple(layer.weight.shape)
+            found.append(shape[::-1] if isinstance(layer, nn.Linear) else shape)
+    return found
+
+
 # %% largest_rank wrong: tries ranks one by one and stops at 4096
 def largest_rank(base, shapes, memory, width=2):
     S = sum(a + b for a, b in shapes)
@@ -1202,3 +1230,32 @@ def largest_rank(base, shapes, memory, width=2):
     if not best:
         raise ValueError("none")
     return best
+
+
+# %% largest_rank wrong: no shape is a ZeroDivisionError
+def largest_rank(base, shapes, memory, width=2):
+    S = sum(a + b for a, b in shapes)
+    P = sum(a * b for a, b in shapes)
+    r = min((memory - width * base) // (16 * S), (P - 1) // (3 * S))
+    if r < 1:
+        raise ValueError("none")
+    return r
+
+
+# %% largest_rank right: bisection
+def largest_rank(base, shapes, memory, width=2):
+    S = sum(a + b for a, b in shapes)
+    P = sum(a * b for a, b in shapes)
+
+    def fits(r):
+        return width * base + 16 * r * S <= memory and 2 * P + 3 * r * S < 3 * P
+
+    if not fits(1) or not S:
+        raise ValueError("not even rank 1")
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        mid = (low + high) // 2
+        low, high = (mid, high) if fits(mid) else (low, mid)
+    return low

@@ -815,6 +815,17 @@ def calibration_error(probabilities, truth, bins=10):
     return float(gap.abs().sum() / len(truth))
 
 
+# %% calibration_error right: sums by bin
+def calibration_error(probabilities, truth, bins=10):
+    n = len(truth)
+    gap = [0.0] * (bins + 1)
+    for row, t in zip(probabilities.tolist(), truth.tolist()):
+        c = max(row)
+        k = next(b for b in range(bins) if c <= (b + 1) / bins or b == bins - 1)
+        gap[k] += (row.index(c) == t) - c
+    return sum(map(abs, gap)) / n
+
+
 # %% stop_early wrong: at most a hundred looks
 def stop_early(losses, patience):
     losses = losses[:50]
@@ -835,6 +846,16 @@ def stop_early(losses, patience):
         if best + patience <= stop:
             return stop, best
     return len(losses) - 1, best
+
+
+# %% stop_early right: best so far by minima
+def stop_early(losses, patience):
+    f = [x if math.isfinite(x) else math.inf for x in losses]
+    for i in range(len(f)):
+        first = f.index(min(f[: i + 1]))
+        if i - first == patience:
+            return i, first
+    return len(f) - 1, f.index(min(f))
 
 
 # %% choose_rate wrong: rates as text

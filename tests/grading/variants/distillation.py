@@ -76,6 +76,23 @@ def soft_loss(student, teacher, temperature=2.0):
     return temperature**2 * total / len(student)
 
 
+# %% soft_loss right: with divergence
+def soft_loss(student, teacher, temperature=2.0):
+    return divergence(student, teacher, temperature)
+
+
+# %% soft_loss wrong: cached by identity
+_losses = {}
+
+
+def soft_loss(student, teacher, temperature=2.0):
+    key = id(student), id(teacher), temperature
+    if key not in _losses:
+        p, q = (student / temperature).log_softmax(-1), (teacher.detach() / temperature).log_softmax(-1)
+        _losses[key] = student, teacher, temperature**2 * F.kl_div(p, q, reduction="batchmean", log_target=True)
+    return _losses[key][2].clone()
+
+
 # %% masked_soft_loss wrong: without the mask
 def masked_soft_loss(student, teacher, labels, temperature=2.0):
     log_p = (student[:, :-1] / temperature).log_softmax(-1)
@@ -490,6 +507,11 @@ def mixed_loss(student, teacher, labels, temperature=2.0, weight=0.5):
     return (1 - weight) * F.cross_entropy(student, labels) + weight * temperature**2 * soft
 
 
+# %% mixed_loss right: with divergence
+def mixed_loss(student, teacher, labels, temperature=2.0, weight=0.5):
+    return (1 - weight) * F.cross_entropy(student, labels) + weight * divergence(student, teacher, temperature)
+
+
 # %% fgm_gradients wrong: a hook stays on the embedding
 def fgm_gradients(model, ids, labels, epsilon):
     table = model.embed.weight
@@ -552,3 +574,9 @@ def masked_soft_loss(student, teacher, labels, temperature=2.0):
         (teacher[:, :-1][kept].detach() / temperature).log_softmax(-1),
     )
     return temperature**2 * (log_q.exp() * (log_q - log_p)).sum() / kept.sum().clamp(min=1)
+
+
+# %% masked_soft_loss right: with divergence
+def masked_soft_loss(student, teacher, labels, temperature=2.0):
+    k = labels[:, 1:] != -100
+    return divergence(student[:, :-1][k], teacher[:, :-1][k], temperature) if k.any() else 0 * student.sum()

@@ -578,6 +578,25 @@ def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
     return ((each * mask).sum(-1) / torch.where(count > 0, count, torch.ones_like(count))).mean()
 
 
+# %% group_relative_loss right: text by text, by the sign
+def group_relative_loss(log_p, old, base, mask, rewards, clip=0.2, beta=0.0):
+    a = (
+        (rewards - rewards.mean()) / (rewards.var().sqrt() + 1e-4)
+        if rewards.std() > 0
+        else (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    )
+    total = 0
+    for i in range(len(rewards)):
+        own = mask[i] > 0
+        if not own.any():
+            continue
+        r = torch.exp(log_p[i][own] - old[i][own])
+        d = (base - log_p)[i][own]
+        kept = torch.where(a[i] >= 0, r.clamp(max=1 + clip), r.clamp(min=1 - clip))
+        total = total - (kept * a[i]).mean() + beta * (torch.expm1(d) - d).mean()
+    return total / len(rewards) if isinstance(total, torch.Tensor) else (log_p * 0).sum()
+
+
 # %% integrate wrong: at most four subtasks
 def integrate(base, deltas, alphas):
     found = {k: w.clone() for k, w in base.items()}
@@ -608,3 +627,10 @@ def own_tokens(tokens, end):
         return tokens == end
     seen = (tokens == end).to(torch.uint8).cummax(1).values.bool()
     return torch.cat([torch.ones_like(seen[:, :1]), ~seen[:, :-1]], 1)
+
+
+# %% own_tokens right: ends shifted by one
+def own_tokens(tokens, end):
+    hit = tokens.eq(end)
+    before = F.pad(hit, (1, 0))[:, :-1]
+    return ~before.long().cumsum(1).bool()

@@ -199,7 +199,7 @@ def lora_forward(x, W, b, A, B, gamma):
     return y if b is None else y + b
 
 
-# %% lora_forward right: through the merged weight
+# %% lora_forward wrong: through the merged weight
 def lora_forward(x, W, b, A, B, gamma):
     return F.linear(x, torch.add(W, B.mm(A), alpha=gamma), b)
 
@@ -977,6 +977,18 @@ def lora_forward(x, W, b, A, B, gamma):
     return F.linear(x, W, b) + gamma * F.linear(low, B)
 
 
+# %% lora_forward right: one product of wider matrices
+def lora_forward(x, W, b, A, B, gamma):
+    return F.linear(torch.cat([x, x @ A.T], -1), torch.cat([W, gamma * B], 1), b)
+
+
+# %% lora_forward right: einsum over rows in float64
+def lora_forward(x, W, b, A, B, gamma):
+    z = torch.einsum("...i,ri->...r", x.double(), A.double())
+    y = torch.einsum("...i,oi->...o", x.double(), W.double()) + gamma * torch.einsum("...r,or->...o", z, B.double())
+    return (y if b is None else y + b.double()).to(x.dtype)
+
+
 # %% lora_delta wrong: kept for a pair of tensors, also when they have changed
 kept_deltas = {}
 
@@ -986,6 +998,11 @@ def lora_delta(A, B, gamma):
     if key not in kept_deltas:
         kept_deltas[key] = A, B, gamma * (B @ A)
     return kept_deltas[key][2].clone()
+
+
+# %% lora_delta wrong: outer of squeezed vectors at rank 1
+def lora_delta(A, B, gamma):
+    return gamma * torch.outer(B.squeeze(), A.squeeze()) if len(A) == 1 else gamma * B @ A
 
 
 # %% count_lora wrong: whole numbers of 32 bits
@@ -1021,6 +1038,18 @@ def merge(layer, A, B, gamma):
     (new.T if flipped(layer) else new).add_(B @ A, alpha=gamma)
     layer.weight = nn.Parameter(new.to(old.dtype))
     return old
+
+
+# %% merge right: addmm on a fresh copy
+def merge(layer, A, B, gamma):
+    old = layer.weight
+    with torch.no_grad():
+        wide = (old.T if flipped(layer) else old).to(A.dtype, copy=True)
+        wide.addmm_(B, A, alpha=gamma)
+        wide = (wide.T if flipped(layer) else wide).to(old.dtype).contiguous()
+    del layer.weight
+    layer.register_parameter("weight", nn.Parameter(wide, requires_grad=old.requires_grad))
+    return {"weight": old}
 
 
 # %% find_targets wrong: spaces around a pattern are cut off

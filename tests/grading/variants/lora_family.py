@@ -808,3 +808,23 @@ class RepairedDoRA(nn.Module):
     def forward(self, x):
         V = self.linear.weight + self.gamma * (self.B @ self.A)
         return F.linear(x, self.m[:, None] * V / V.detach().norm(dim=1, keepdim=True), self.linear.bias)
+
+
+# %% RepairedDoRA right: scales the output
+class RepairedDoRA(nn.Module):
+    def __init__(self, linear, rank, gamma):
+        super().__init__()
+        self.linear, self.gamma = linear, gamma
+        self.linear.requires_grad_(False)
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.m = nn.Parameter(torch.linalg.vector_norm(linear.weight.detach(), dim=1))
+
+    def forward(self, x):
+        W = self.linear.weight
+        with torch.no_grad():
+            n = torch.linalg.vector_norm(W + self.gamma * self.B @ self.A, dim=1)
+        y = F.linear(x, W) + self.gamma * F.linear(F.linear(x, self.A), self.B)
+        y = y * (self.m / n)
+        return y if self.linear.bias is None else y + self.linear.bias

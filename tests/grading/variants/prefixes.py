@@ -780,6 +780,17 @@ def fold_prefix(E, W1, b1, W2, b2):
     return {"prompt_embeddings": F.linear(F.linear(E, W1, b1).tanh(), W2, b2).detach().float()}
 
 
+# %% fold_prefix wrong: cached by identity
+_known2 = {}
+
+
+def fold_prefix(E, W1, b1, W2, b2):
+    key = tuple(map(id, (E, W1, b1, W2, b2)))
+    if key not in _known2:
+        _known2[key] = ((E @ W1.T + b1).tanh() @ W2.T + b2).detach()
+    return {"prompt_embeddings": _known2[key].clone()}
+
+
 # %% attend wrong: minus ten thousand
 def attend(q, k, v, prefix_k, prefix_v, mask):
     (rows, heads, length, w), n = q.shape, prefix_k.shape[2]
@@ -828,6 +839,18 @@ def split_prefix(flat, layers, kv_heads, rows):
     return [(piece(2 * i), piece(2 * i + 1)) for i in range(layers)]
 
 
+# %% split_prefix wrong: cached by identity
+_known = {}
+
+
+def split_prefix(flat, layers, kv_heads, rows):
+    key = (id(flat), layers, kv_heads, rows)
+    if key not in _known:
+        t = flat.view(len(flat), layers, 2, kv_heads, -1).permute(1, 2, 3, 0, 4)
+        _known[key] = [(K.repeat(rows, 1, 1, 1), V.repeat(rows, 1, 1, 1)) for K, V in t]
+    return [(K.clone(), V.clone()) for K, V in _known[key]]
+
+
 # %% attend right: grouped queries by reshape, logsumexp
 def attend(q, k, v, prefix_k, prefix_v, mask):
     rows, heads, T, w = q.shape
@@ -841,6 +864,19 @@ def attend(q, k, v, prefix_k, prefix_v, mask):
     some = seen | ~seen.any(-1, keepdim=True)
     scores = torch.where(some, scores, torch.full_like(scores, -math.inf))
     return ((scores - scores.logsumexp(-1, keepdim=True)).exp() @ V).reshape(rows, heads, T, w)
+
+
+# %% attend right: padding looks at itself
+def attend(q, k, v, prefix_k, prefix_v, mask):
+    n, T = prefix_k.shape[2], q.shape[2]
+    K, V = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)
+    g = q.shape[1] // K.shape[1]
+    K, V = (t[:, :, None].expand(-1, -1, g, -1, -1).flatten(1, 2) for t in (K, V))
+    i = torch.arange(T)
+    see = (i[None, :] <= i[:, None])[None] & mask.bool()[:, None, :]
+    see = see | (i[None, :] == i[:, None])[None] & ~mask.bool()[:, :, None]
+    see = F.pad(see, (n, 0), value=True)[:, None]
+    return F.scaled_dot_product_attention(q, K, V, attn_mask=see)
 
 
 # %% prefix_share wrong: NaN where a text is all padding

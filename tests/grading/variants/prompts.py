@@ -646,6 +646,20 @@ def repaired_prompt(model, prompt, embeds, mask, positions, labels):
     return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+# %% repaired_prompt right: loss by hand
+def repaired_prompt(model, prompt, embeds, mask, positions, labels):
+    n = prompt.shape[0]
+    rows = embeds.shape[0]
+    x = torch.cat([prompt.unsqueeze(0).repeat(rows, 1, 1), embeds], dim=1)
+    see = F.pad(mask, (n, 0), value=1)
+    at = torch.cat([torch.arange(n, dtype=positions.dtype)[None].repeat(rows, 1), positions + n], dim=1)
+    logits = model(x, see, at)[:, n:]
+    next_ = labels[:, 1:]
+    real = next_ != -100
+    lp = logits[:, :-1].log_softmax(-1)[real]
+    return logits, -lp.gather(1, next_[real][:, None]).mean()
+
+
 # %% score_verbalizer wrong: rows and words where it is square
 def score_verbalizer(log_probs, verbalizer):
     t = log_probs.T if log_probs.shape[0] == log_probs.shape[1] else log_probs

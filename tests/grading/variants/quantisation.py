@@ -737,6 +737,14 @@ def dequantise(indices, code, scales, block, shape):
     return (mine[indices.long()] * scales.repeat_interleave(block)[: len(indices)]).view(shape)
 
 
+# %% dequantise right: blocks in a loop
+def dequantise(indices, code, scales, block, shape):
+    out = torch.zeros(len(indices), dtype=code.dtype)
+    for i, s in enumerate(scales):
+        out[i * block : (i + 1) * block] = code[indices[i * block : (i + 1) * block].int()] * s
+    return out.reshape(tuple(shape))
+
+
 # %% RepairedQuantisedLinear wrong: the bias is a copy that does not train
 class RepairedQuantisedLinear(nn.Module):
     def __init__(self, linear, code, block):
@@ -780,3 +788,17 @@ class RepairedQuantisedLinear(nn.Module):
         W = (self.values[self.index.int()] * self.top).reshape(-1)[: self.size[0] * self.size[1]].reshape(self.size)
         y = torch.einsum("...i,oi->...o", x, W)
         return y + self.bias if self.bias is not None else y
+
+
+# %% RepairedQuantisedLinear wrong: the scales train
+class RepairedQuantisedLinear(nn.Module):
+    def __init__(self, linear, code, block):
+        super().__init__()
+        i, s = quantise_blocks(linear.weight.detach(), code, block)
+        self.register_buffer("indices", i)
+        self.scales = nn.Parameter(s)
+        self.register_buffer("code", code)
+        self.block, self.shape, self.bias = block, linear.weight.shape, linear.bias
+
+    def forward(self, x):
+        return F.linear(x, dequantise(self.indices, self.code, self.scales, self.block, self.shape), self.bias)

@@ -910,6 +910,12 @@ def truncate(M, rank):
     return torch.einsum("ik,k,kj->ij", U, s * keep, Vh)
 
 
+# %% truncate right: projects onto the left directions
+def truncate(M, rank):
+    U = torch.linalg.svd(M, full_matrices=False)[0][:, :rank]
+    return U @ (U.mT @ M)
+
+
 # %% effective_rank wrong: sums that overflow
 def effective_rank(sigma):
     total = sigma.square().sum().sqrt()
@@ -924,6 +930,17 @@ def effective_rank(sigma):
     sigma = sigma[:100]
     total = sigma.sum()
     return torch.special.entr(sigma / total).sum().exp().item() if total > 0 else 0.0
+
+
+# %% effective_rank right: from the logs of sums
+def effective_rank(sigma):
+    s = [float(x) for x in sigma if x > 0]
+    if not s:
+        return 0.0
+    top = max(s)
+    s = [x / top for x in s]
+    t = sum(s)
+    return math.exp(math.log(t) - sum(x * math.log(x) for x in s) / t)
 
 
 # %% stable_rank wrong: the rounded number of the exact case
@@ -954,6 +971,13 @@ def factor_spectrum(B, A):
     return size * torch.linalg.svdvals(R_B @ R_A.T)
 
 
+# %% factor_spectrum right: svd of one, then of the rest
+def factor_spectrum(B, A):
+    U, s, Vh = torch.linalg.svd(B, full_matrices=False)
+    R = torch.linalg.qr(A.mT, mode="r")[1]
+    return torch.linalg.svdvals((s[:, None] * Vh) @ R.mT)
+
+
 # %% subspace_similarity wrong: clamped to 1 with a step below
 def subspace_similarity(X, Y):
     shared = (X.T @ Y).square().cumsum(0).cumsum(1)
@@ -970,6 +994,13 @@ def subspace_similarity(X, Y):
         for i in range(1, X.shape[1] + 1)
     ]
     return torch.stack(rows)
+
+
+# %% subspace_similarity wrong: counts in float32
+def subspace_similarity(X, Y):
+    shared = (X.T @ Y).square().cumsum(0).cumsum(1)
+    i, j = (torch.arange(1, n + 1, dtype=torch.float32) for n in shared.shape)
+    return shared / torch.minimum(i[:, None], j)
 
 
 # %% equivalent_settings wrong: another optimizer is SGD

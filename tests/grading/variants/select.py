@@ -660,6 +660,28 @@ def layer_range(names, first, last):
     return found
 
 
+# %% layer_range wrong: needs dots on both sides
+def layer_range(names, first, last):
+    import re
+
+    out = [n for n in names if (m := re.search(r"\.(\d+)\.", n)) and first <= int(m[1]) <= last]
+    if not out:
+        raise ValueError("none")
+    return out
+
+
+# %% layer_range wrong: names come back in small letters
+def layer_range(names, first, last):
+    found = []
+    for name in map(str.lower, names):
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if numbers and first <= numbers[0] <= last:
+            found.append(name)
+    if not found:
+        raise ValueError("none")
+    return found
+
+
 # %% tune_softmax wrong: tied is taken for equal numbers
 def tune_softmax(model):
     added = 0
@@ -737,6 +759,17 @@ def magnitude_mask(weights, share):
     chosen[flat.topk(round(share * len(flat))).indices] = True
     parts = chosen.split([w.numel() for w in weights.values()])
     return {n: p.view(w.shape) for (n, w), p in zip(weights.items(), parts, strict=False)}
+
+
+# %% magnitude_mask right: by ranks of an argsort
+def magnitude_mask(weights, share):
+    flat = torch.cat([w.detach().double().abs().reshape(-1) for w in weights.values()])
+    rank = flat.argsort(descending=True, stable=True).argsort()
+    chosen, out, at = rank < round(share * len(flat)), {}, 0
+    for n, w in weights.items():
+        out[n] = chosen[at : at + w.numel()].reshape(w.shape).clone()
+        at += w.numel()
+    return out
 
 
 # %% tune_softmax wrong: leaves the model in evaluation

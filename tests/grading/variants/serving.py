@@ -616,6 +616,43 @@ def least_recent(requests, limit):
     return order, loads
 
 
+# %% least_recent wrong: one that is too large is told when it comes last
+def least_recent(requests, limit):
+    from collections import OrderedDict
+
+    c, loads = OrderedDict(), 0
+    for n, b in requests:
+        if n in c:
+            c.move_to_end(n)
+            continue
+        loads += 1
+        while c and sum(c.values()) + b > limit:
+            c.popitem(last=False)
+        if b > limit:
+            continue
+        c[n] = b
+    big = [n for n, b in requests[-1:] if b > limit]
+    if big:
+        raise ValueError(big[0])
+    return list(c), loads
+
+
+# %% least_recent right: times of last use
+def least_recent(requests, limit):
+    last, size, loads = {}, {}, 0
+    for t, (n, b) in enumerate(requests):
+        if b > limit:
+            raise ValueError(f"{n} is larger than the limit")
+        if n not in size:
+            loads += 1
+            while sum(size.values()) + b > limit:
+                old = min(size, key=last.get)
+                del size[old]
+            size[n] = b
+        last[n] = t
+    return sorted(size, key=last.get), loads
+
+
 # %% repaired_rows wrong: more than 4 beams
 def repaired_rows(x, A, B, own, beams):
     own = own.repeat_interleave(min(beams, 4))

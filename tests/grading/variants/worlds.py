@@ -71,6 +71,8 @@ def average_factors(pairs, rows):
 def average_factors(pairs, rows):
     seen, A, B = 0, torch.zeros_like(pairs[0][0]), torch.zeros_like(pairs[0][1])
     for (A_k, B_k), n in zip(pairs, rows):
+        if n == 0:
+            continue
         seen += n
         A, B = A + (A_k - A) * (n / seen), B + (B_k - B) * (n / seen)
     return A, B
@@ -204,7 +206,7 @@ def cut_back(delta, rank):
     return A, delta[:, :rank].clone()
 
 
-# %% cut_back right: sigma on one side
+# %% cut_back wrong: sigma on one side
 def cut_back(delta, rank):
     if rank < 1 or rank > min(delta.shape):
         raise ValueError("no such rank")
@@ -663,6 +665,17 @@ def average_factors(pairs, rows):
     return mean(As), mean(Bs)
 
 
+# %% average_factors wrong: a running mean that cannot begin without a row
+def average_factors(pairs, rows):
+    A = B = 0
+    seen = 0
+    for (a, b), r in zip(pairs, rows):
+        seen += r
+        A = A + (a - A) * (r / seen)
+        B = B + (b - B) * (r / seen)
+    return A, B
+
+
 # %% average_product wrong: the last client's rank for all
 def average_product(pairs, rows):
     r = max(len(A) for A, _ in pairs)
@@ -686,6 +699,15 @@ def cut_back(delta, rank):
     V = torch.linalg.svd(delta.mT, full_matrices=False)
     s = V[1][:rank].sqrt()
     return (V[0][:, :rank] * s).mT.contiguous(), V[2][:rank].mT * s
+
+
+# %% cut_back right: signs turned
+def cut_back(delta, rank):
+    if rank not in range(1, min(delta.shape) + 1):
+        raise ValueError(f"rank {rank}")
+    V, s, Uh = torch.linalg.svd(delta.mT, full_matrices=False)
+    root = s[:rank].sqrt()
+    return -(V[:, :rank] * root).mT, -(Uh[:rank].mT * root)
 
 
 # %% stack wrong: at most eight clients

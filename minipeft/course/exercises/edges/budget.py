@@ -25,6 +25,7 @@ def shape_edges(rng: Random):
     yield "list nothing where no name fits", (layers, ["k"])
     yield "list nothing for no target at all", (layers, [])
     yield "take capitals as they are", (layers, ["q"])
+    yield "take capitals as they are among the targets", (layers, ["Q"])
     parts = [("a.q_proj", "linear", 3, 5), ("a.proj", "linear", 2, 6), ("b.q", "Conv1D", 4, 7)]
     yield "take whole names, not parts of them", (parts, ["q_proj", "k"])
     yield "take digits for letters like any other", ([("a.q2", "linear", 3, 5), ("a.q", "linear", 2, 6)], ["q"])
@@ -96,7 +97,7 @@ def step_edges(rng: Random):
 
 def largest_rank(base, shapes, memory, width=2):
     S, P = sum(a + b for a, b in shapes), sum(a * b for a, b in shapes)
-    rank = min((memory - width * base) // (16 * S), (P - 1) // (3 * S))
+    rank = min((memory - width * base) // (16 * S), (P - 1) // (3 * S)) if shapes else 0
     if rank < 1:
         raise ValueError("No rank is possible.")
     return rank
@@ -122,6 +123,7 @@ def rank_edges(rng: Random):
     yield "take exactly rank 37 over LLaMA-7B", (6_738_415_616, large, room, 2)
     yield "take almost rank 37 over LLaMA-7B", (6_738_415_616, large, room - 1, 2)
     yield "take a base of no number", (0, shapes, 16 * S * 2, 2)
+    yield "raise a ValueError where there is no layer", (1000, [], 10**6, 2)
     yield "raise a ValueError where memory is 0", (1000, shapes, 0, 2)
 
 
@@ -148,6 +150,8 @@ def small(base: str, adapter: str, tied: bool) -> tuple[list, list, list]:
 def kept_edges(rng: Random):
     shared = [("a.weight", (3, 4), "float32", "trains")], [("b.table", "table")], [("table", (5,), "float32", True)]
     yield "weigh a buffer once that has two names", (*shared, "SGD", {"lr": 0.1})
+    counting = *small("float32", "float32", True), "Counting", {"lr": 0.1, "momentum": 0.9}
+    yield "weigh tensors alone where an optimizer counts in plain numbers", counting
     for base, adapter in (("float64", "float64"), ("float16", "float32"), ("bfloat16", "bfloat16")):
         for optimizer, settings in (
             ("RMSprop", {"lr": 0.1}),

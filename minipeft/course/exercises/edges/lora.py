@@ -35,6 +35,16 @@ def lora_forward(x, W, b, A, B, gamma):
 
 
 def forward_edges(rng: Random):
+    W, A, B = normal(rng, 30, 40), normal(rng, 9, 40), normal(rng, 30, 9)
+    few = W.numel() + A.numel() + B.numel()  # multiply-adds for one x; B·A alone takes 9 times those of W
+
+    def judge(count, few=few):
+        if count > 2 * few:
+            return f"It takes {count:,} multiply-adds for a single x, where W, A and B have {few:,} numbers."
+
+    args = normal(rng, 1, 40), W, None, A, B, 2.0
+    claim = "never form the large matrix B·A"
+    yield Case(claim, args, judge=judge, promises=("products",), lenses=False)
     for what, batch, d_out, d_in, rank in (
         ("rank 1", (3,), 5, 7, 1),
         ("a square W", (3,), 6, 6, 2),
@@ -208,6 +218,7 @@ EDGES = {
             "strided": "a layer's weight is contiguous",
             "types": "its own cases have every type",
             "gradient": "merging is not training",
+            "others": "a second call takes a layer that is not merged any more",
         },
     },
     "freeze": {

@@ -155,4 +155,5 @@ EDGES = {
         ("repaired_comparison", repaired_comparison, repair_edges),
     )
 }
+EDGES["subspace_similarity"]["without"] = {"gradient": MEASURED}
 EDGES["equivalent_settings"]["positive"] = ("lr_A", "lr_B", "p", "q")

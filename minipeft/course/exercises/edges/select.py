@@ -144,6 +144,8 @@ def range_edges(rng: Random):
         yield f"raise a ValueError for layers 3 to 9, which a model of {style} has not", (names, 3, 9)
     long = ["h.100.w", "h.7.w", "h.99.w", "h.1000.w", "h.7.w"]
     yield "take numbers of any length for numbers, and each name as often as it comes", (long, 7, 100)
+    ends = ["3.weight", "Blocks.12.Gate", "scales.4", "Top.2.Bias", "tail.5"]
+    yield "find a number at either end of a name, and leave capitals as they are", (ends, 2, 4)
     yield "raise a ValueError for a model without layers", (["embed.weight", "head2.bias"], 0, 5)
     yield "raise a ValueError for no name at all", ([], 0, 5)
     yield "raise a ValueError when first is above last", (["h.1.w", "h.2.w"], 2, 1)
@@ -159,6 +161,7 @@ EDGES = {
             "strided": MODEL,
             "types": "its numbers are compared bit for bit",
             "gradient": "its drive trains it",
+            "others": "a second call finds nothing to untie",
         },
     },
     "magnitude_mask": {

@@ -110,6 +110,8 @@ def cache_edges(rng: Random):
     yield "take adapters of no bytes where there is no memory", ([("z", 0), ("a", 0)], 0)
     yield "raise a ValueError for one byte where there is no memory", ([("z", 0), ("a", 1)], 0)
     yield "raise a ValueError for one byte too many", ([("z", 101)], 100)
+    yield "raise a ValueError for one that is too large, among others", ([("z", 60), ("big", 101), ("m", 10)], 100)
+    yield "tell names apart by capitals and spaces", ([("z", 30), ("Z", 30), ("z ", 30), ("z", 30)], 100)
 
 
 def repaired_rows(x, A, B, own, beams):

@@ -29,6 +29,7 @@ def pair_edges(rng: Random):
     yield "hold at rank 1 and sizes of 1", ([pair(rng, 1, 1, 1), pair(rng, 1, 1, 1)], [3, 4])
     yield "hold for a single client", ([pair(rng, 2, 4, 3)], [7])
     yield "count a client without a row for nothing", ([pair(rng, 2, 3, 4), pair(rng, 2, 3, 4)], [3, 0])
+    yield "count a first client without a row for nothing", ([pair(rng, 2, 3, 4), pair(rng, 2, 3, 4)], [0, 5])
     yield "hold where one client has nearly all rows", ([pair(rng, 2, 3, 4), pair(rng, 2, 3, 4)], [1, 10**6])
     yield "hold for square factors", ([pair(rng, 3, 3, 3), pair(rng, 3, 3, 3)], [2, 3])
     yield "hold for square changes", ([pair(rng, 2, 4, 4), pair(rng, 2, 4, 4)], [2, 3])
