@@ -61,21 +61,15 @@ def bytes_before_training(function, parameters: list, ties: list, buffers: list)
     return keeping(function, holding(parameters, ties, buffers))
 
 
-class Counting(torch.optim.SGD):
-    """Plain SGD, which counts the steps of each parameter in a plain number."""
-
-    def step(self, closure=None):
-        super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
-
-
 def bytes_after_a_step(function, parameters: list, ties: list, buffers: list, optimizer: str, settings: dict) -> object:
-    """One step of training on the sum of squares of all that is not idle; then the function is called."""
+    """One step of training on the sum of squares of all that is not idle; then the function is called. "Counting" is
+    SGD that counts the steps of each parameter in a plain number."""
     model = holding(parameters, ties, buffers)
     used = [model.get_parameter(name) for name, _, _, part in parameters if part != "idle"]
-    steps = getattr(torch.optim, optimizer, Counting)([p for p in model.parameters() if p.requires_grad], **settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    steps = getattr(torch.optim, optimizer, torch.optim.SGD)(trained, **settings)
     sum(p.float().square().sum() for p in used).backward()
     steps.step()
+    for parameter in trained if optimizer == "Counting" else ():
+        steps.state[parameter]["steps"] = 1
     return keeping(function, model, steps)
