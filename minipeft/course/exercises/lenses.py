@@ -236,10 +236,11 @@ def whole(exercise: Exercise, known: list[Case]) -> Iterator[Case]:
                 said = f"{LENSES['whole']}, here 0 in {names_of(exercise)[i]}"
                 yield Case(said, args, wanted, keywords=case.keywords)
         for power in range(1, 7):
-            factor = 10**power + 1  # odd, for float32 has many multiples of 10⁶
+            factor = 10**power + 1
             args = tuple(times(given, factor) for given in case.args)
             wanted = right(exercise, args, case.keywords)
-            if counts(wanted) and LARGE < max(counts(wanted)) < EXACT:
+            found = torch.tensor(counts(wanted) or [0])
+            if LARGE < found.max() < EXACT and (found.float().long() != found).any():  # for float32 has some of them
                 said = f"{LENSES['whole']}, here {factor:,} times as large"
                 yield Case(said, args, wanted, keywords=case.keywords)
                 return

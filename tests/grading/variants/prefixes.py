@@ -823,6 +823,11 @@ def count_prefix(n, layers, width, heads, kv_heads):
     return ctypes.c_int32(n * layers * 2 * kv_heads * (width // heads)).value
 
 
+# %% count_prefix wrong: a number of float32
+def count_prefix(n, layers, width, heads, kv_heads):
+    return int(torch.tensor([n, layers, 2, kv_heads, width // heads], dtype=torch.float32).prod())
+
+
 # %% split_prefix wrong: at most twelve layers
 def split_prefix(flat, layers, kv_heads, rows):
     states = flat.reshape(len(flat), layers, 2, kv_heads, -1).permute(1, 2, 3, 0, 4)
