@@ -64,6 +64,7 @@ EQUIVALENT = {  # a pattern of "exercise: old → new", and why it alters nothin
     r"^stack: A = .*for A_k, _ in pairs\]\)$": "the first dimension is torch's default",
     r"^page_hinkley: .*(mean, m, lowest = \(.*1\.0|min\(m, lowest)": "only m - lowest counts",
     r"^repaired_comparison: .*(exp\(\)|square\(\).sum\(\)| / k), ": "one number may be a tensor",
+    r"^largest_rank: (fits|cheaper) = .*if shapes else 1$": "the least of two, of which the other is 0",
     r"^calibration_error: place = .* → .*ceil\(\)(\.long\(\))?( [+-] [012])?$": "bins only get other numbers",
     r"^calibration_error: error \+= ": "one number may be a tensor",
     r"^calibration_error: .*probabilities.max\(1\)": "there are two dimensions, so the last is 1",
