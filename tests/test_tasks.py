@@ -1,6 +1,8 @@
 """Every task is a DatasetDict whose floor, ceiling and bits are what they are said to be."""
 
+import copy
 import math
+import pickle
 
 import pytest
 from datasets import DatasetDict
@@ -22,6 +24,26 @@ def test_a_task_is_a_dataset_with_metric_and_known_best(maker):
     assert task.floor is not None and task.floor >= 0
     assert (task.ceiling is not None) == (task.metric == "accuracy")
     assert task.name in repr(task)
+
+
+def test_rows_are_drawn_when_they_are_first_asked_for_and_once():
+    drawn = []
+
+    def make():
+        drawn.append(len(drawn))
+        return DatasetDict()
+
+    task = tasks.Task("mine", "text", make, floor=1.0)
+    assert task.floor == 1.0 and not drawn
+    copies = copy.copy(task), pickle.loads(pickle.dumps(task))
+    assert drawn == [0] and all(each.data is task.data or each.data == {} for each in copies)
+    assert task.data is task.data and drawn == [0] and not hasattr(task, "nothing")
+
+    rows = tasks._splits(lambda n, seed: drawn.append("rows") or [{"text": f"{seed} {i}"} for i in range(n)], 3, 2, 0)
+    task = tasks.Task("mine", "text", rows, floor=1.0)
+    assert "rows" not in drawn and len(task.data["train"]) == 3 and drawn.count("rows") == 2
+    with pytest.raises(ValueError, match="train must be a whole number"):
+        tasks.pirate(train=-1)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

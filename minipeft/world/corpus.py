@@ -246,9 +246,12 @@ class Grammar:
         known, entropy, length = dict(memory), 0.0, 0.0
         for p, alternative in self.rules[_fill(name, known)]:
             after = _push(alternative, rest) if kind == "rule" else rest
-            remembered = known if kind == "rule" else known | {variable: alternative[0].name}
-            needed = self._needs(after)
-            h, n = self._measure(after, frozenset((v, w) for v, w in remembered.items() if v in needed))
+            needed, kept = self._needs(after), memory
+            if kind != "rule" and variable in needed:
+                kept = frozenset((known | {variable: alternative[0].name}).items())
+            if not needed.issuperset([v for v, _ in kept]):
+                kept = frozenset([each for each in kept if each[0] in needed])
+            h, n = self._measure(after, kept)
             entropy += p * (h - math.log(p))
             length += p * (n + (kind == "bind"))
         return entropy, length

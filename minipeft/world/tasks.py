@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -39,6 +39,8 @@ class Task:
     Pocket rows also carry `log_p`, in nats: the exact log-probability of the text, of the completion given the
     prompt, or of the label given the text.
 
+    `data` may be given as a function, which is called when rows are first asked for: the floor is known without them.
+
     `floor` is the least possible mean loss, in nats a token (a class is one token); None where nobody knows it.
     `metric` is "loss" or "accuracy" (of the label, of the whole completion, or of the mood for `flip`); `ceiling` the
     best possible accuracy. `bits` is the information that `facts` asks a model to store. `classes` names the labels;
@@ -47,13 +49,26 @@ class Task:
 
     name: str
     kind: str
-    data: DatasetDict
+    data: DatasetDict | Callable[[], DatasetDict]
     floor: float | None = None
     metric: str = "loss"
     ceiling: float | None = None
     bits: float | None = None
     classes: tuple[str, ...] = ()
     synonyms: Mapping[str, tuple[str, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if callable(self.data):
+            vars(self)["make"] = vars(self).pop("data")
+
+    def __getattr__(self, name: str):
+        """Only called for what is not there, so for `data` once at most."""
+        if name != "data" or "make" not in vars(self):
+            raise AttributeError(f"A Task has no {name!r}.")
+        return vars(self).setdefault("data", self.make())
+
+    def __getstate__(self) -> dict:
+        return {field: getattr(self, field) for field in self.__dataclass_fields__}  # a function may not pickle
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in self.data.items())
@@ -62,17 +77,22 @@ class Task:
         return f"Task {self.name!r} ({self.kind}: {sizes}{known})"
 
 
-def _splits(rows, train: int, test: int, seed: int, key: str = "text") -> DatasetDict:
-    """`rows(n, seed)` drawn twice; training rows whose text is also tested are dropped, so the test stays unbiased."""
-    from datasets import Dataset, DatasetDict
-
+def _splits(rows, train: int, test: int, seed: int, key: str = "text") -> Callable[[], DatasetDict]:
+    """`rows(n, seed)` drawn twice, when it is called; training rows whose text is also tested are dropped, so the test
+    stays unbiased."""
     for name, number, least in (("train", train, 0), ("test", test, 1)):
         if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ValueError(f"{name} must be a whole number of rows of at least {least}, but is {number!r}.")
-    tested = rows(test, 2 * seed + 1)
-    seen = {row[key] for row in tested}
-    trained = [row for row in rows(train, 2 * seed) if row[key] not in seen]
-    return DatasetDict(train=Dataset.from_list(trained), test=Dataset.from_list(tested))
+
+    def make() -> DatasetDict:
+        from datasets import Dataset, DatasetDict
+
+        tested = rows(test, 2 * seed + 1)
+        seen = {row[key] for row in tested}
+        trained = [row for row in rows(train, 2 * seed) if row[key] not in seen]
+        return DatasetDict(train=Dataset.from_list(trained), test=Dataset.from_list(tested))
+
+    return make
 
 
 def _language(name: str, grammar: corpus.Grammar, train: int, test: int, seed: int) -> Task:
