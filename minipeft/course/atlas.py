@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
+from itertools import compress
 from pathlib import Path
 
 from minipeft.layer import Method
@@ -31,19 +33,10 @@ def load(path: str | os.PathLike = PATH):
     Raises ValueError when the file is missing or no atlas.
     """
     import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path)
-        provenance = json.loads(table.schema.metadata[b"provenance"])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no atlas ({error}); `python -m minipeft.course.grid` writes one."
-        ) from error
+    table, provenance = _read(path)
     runs = table.to_pandas()
-    names = {which: repr(method_of(*which)) for which in set(zip(runs.method, runs.settings, strict=True))}
-    runs["attached"] = [names[which] for which in zip(runs.method, runs.settings, strict=True)]
+    runs["attached"] = _attached(runs.method, runs.settings)
     settings = [json.loads(text) for text in runs["settings"]]
     sizes = [next((s[name] for name in ("rank", "bottleneck", "length", "dim") if name in s), None) for s in settings]
     runs["size"] = pd.array(sizes, dtype="Int64")
@@ -51,9 +44,33 @@ def load(path: str | os.PathLike = PATH):
     return runs
 
 
+def _read(path: str | os.PathLike):
+    """The arrow table and where it comes from; see `load`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        return table, json.loads(table.schema.metadata[b"provenance"])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no atlas ({error}); `python -m minipeft.course.grid` writes one."
+        ) from error
+
+
+def _attached(methods: Iterable[str], settings: Iterable[str]) -> list[str]:
+    """What was attached in each run, as Python writes it."""
+    each = list(zip(methods, settings, strict=True))
+    names = {which: repr(method_of(*which)) for which in set(each)}
+    return [names[which] for which in each]
+
+
 def describe(runs) -> str:
     """One line for a figure: where its numbers come from."""
-    p = runs.attrs["provenance"]
+    return _described(runs.attrs["provenance"])
+
+
+def _described(p: dict) -> str:
     return f"measured {p['date']}, {p['device']}, torch {p['torch']}, seeds {', '.join(map(str, p['seeds']))}"
 
 
@@ -149,14 +166,20 @@ def measured() -> tuple[dict[tuple[str, str, float], tuple[int, list[float]]], s
     """What an explorer looks up: {(the method as its repr, task, learning rate): (numbers trained, loss by seed)}, of
     the runs that are as long as an explorer's own, and where they come from. Where only the seed that searched for a
     rate has been run, its loss stands alone."""
-    runs = load()
-    alike = runs[(runs.steps == 60) & (runs.batch == 10)]
+    table, provenance = _read(PATH)  # and no more of it than is needed: what `load` makes of it takes ten times as long
+    names = ("method", "settings", "task", "lr", "steps", "batch", "seed", "trainable", "loss")
+    *which, task, lr, steps, batch, seeds, numbers, losses = (table[name].to_pylist() for name in names)
+    keys = zip(_attached(*which), task, lr, strict=True)
+    alike = [shape == (60, 10) for shape in zip(steps, batch, strict=True)]
+    runs = [*compress(zip(seeds, keys, numbers, losses, strict=True), alike)]
     found: dict[tuple[str, str, float], tuple[int, list[float]]] = {}
-    for row in alike[~alike.seed.isin(CHOOSERS)].itertuples():
-        found.setdefault((row.attached, row.task, row.lr), (row.trainable, []))[1].append(row.loss)
-    for row in alike[alike.seed == SEARCH_SEED].itertuples():
-        found.setdefault((row.attached, row.task, row.lr), (row.trainable, [row.loss]))
-    return found, describe(runs)
+    for seed, key, trainable, loss in runs:
+        if seed not in CHOOSERS:
+            found.setdefault(key, (trainable, []))[1].append(loss)
+    for seed, key, trainable, loss in runs:
+        if seed == SEARCH_SEED:
+            found.setdefault(key, (trainable, [loss]))
+    return found, _described(provenance)
 
 
 def sample(runs, n: int, seed: int) -> list[dict]:
