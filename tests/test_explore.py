@@ -41,6 +41,72 @@ def test_a_slider_redraws_its_figure_at_once():
     assert bytes(plot.image.value) == first, "the same values give the same picture, to the byte"
 
 
+def test_a_picture_is_that_of_a_new_figure_and_no_garbage_is_looked_for_meanwhile():
+    import gc
+    import io
+
+    import ipywidgets
+    from matplotlib.figure import Figure
+
+    found = []
+
+    def draw(figure, rank):
+        left, right = figure.subplots(1, 2)
+        left.set(title="a line", ylabel="y", yscale="log", xlabel=f"x at {rank}")
+        left.plot([1, 2, 30 * rank], label="it")
+        left.legend()
+        right.set_title("a small title", fontsize="small")
+        right.plot([2e-6, rank * 1e-6])
+        figure.suptitle("over all")
+        found.append(gc.isenabled())
+
+    plot = SliderPlot(draw, {"rank": ipywidgets.IntSlider(value=1, min=1, max=9)})
+    for rank in (3, 2):
+        plot.controls["rank"].value = rank
+        new, buffer = Figure(figsize=(9.6, 3.8), dpi=100), io.BytesIO()
+        draw(new, rank)
+        new.savefig(buffer, format="png", dpi=100)
+        assert bytes(plot.image.value) == buffer.getvalue()
+    assert found == [False, True] * 2 and gc.isenabled()
+    plot.draw = lambda *_, **__: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        plot.redraw()
+    assert gc.isenabled()
+
+
+def measuring(base):
+    """The explorers that measure in the kernel, each with a move."""
+    pirate = mp.load_adapter(base, mp.shipped("pirate"), "pirate")
+    task = mp.world.pirate()
+    yield mp.MixtureExplorer(pirate, {"pirate": task}, {"pirate": 1.0}, n=5), "pirate", 0.5
+    yield mp.RankExplorer(pirate, task, n=5), "rank", 2
+    yield mp.TemplateExplorer(mp.load("pocket")[0], n=10), "template", "{text} he felt"
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_on_a_page_a_picture_comes_before_what_it_lacks_is_measured(page, monkeypatch, which):
+    explorer, name, value = list(measuring(mp.load("pocket")[0]))[which]
+    shown = []
+
+    def display(data, **_):
+        shown.append((data, bool(explorer.lacking(**explorer.values))))
+        return type("Handle", (), {"update": lambda self, data, **_: display(data)})()
+
+    monkeypatch.setattr("minipeft.explore.slider.display", display)
+    explorer._ipython_display_()
+    *_, (first, lacked), (last, lacks) = shown
+    assert lacked and not lacks and first["image/png"] != last["image/png"]
+    assert "…" not in explorer.text.value
+
+    pictures = []
+    explorer.image.observe(lambda _: pictures.append(bool(explorer.lacking(**explorer.values))), "value")
+    before = explorer.values[name]
+    explorer.controls[name].value = value
+    assert pictures == [True, False], "the one that lacks something, and the one that does not"
+    explorer.controls[name].value = before
+    assert pictures == [True, False, False], "what is known is shown at once"
+
+
 def test_the_lora_explorer_trains_and_shows_loss_floor_spectrum_count_and_text():
     explorer = LoRAExplorer(small())
     explorer.controls["rank"].value = 4  # no event loop here, so it works until done
@@ -301,6 +367,8 @@ def test_an_explorer_shows_the_atlas_at_once_and_only_for_the_model_that_it_is_a
     started = time.process_time()
     explorer.redraw()
     assert time.process_time() - started < 1  # 0.1 s when nothing else runs
+    of = atlas.of(atlas.load(), "pirate", mp.LoRA(rank=8, gamma=2.0))
+    assert sorted(losses) == sorted(of[of.lr == 1e-2].loss)
     for other in (LoRAExplorer(small()), mp.AdapterExplorer(small())):
         assert (
             other.measured(1e-2, "pirate", **{k: v for k, v in other.values.items() if k not in ("lr", "task")}) is None

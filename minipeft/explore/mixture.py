@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import ipywidgets
 from matplotlib.figure import Figure
@@ -46,28 +47,40 @@ class MixtureExplorer(SliderPlot):
         if key not in self.known:
             with self.tuned.using(weights):
                 self.known[key] = {name: evaluate(self.tuned, task, n=self.n).loss for name, task in self.tasks.items()}
-                self.written[key] = pretty(write(self.tuned, self.tuned.tokenizer, temperature=0)[0])
         return self.known[key]
 
+    def write(self, **weights: float) -> str:
+        """What the mixture writes."""
+        key = tuple(weights.values())
+        if key not in self.written:
+            with self.tuned.using(weights):
+                self.written[key] = pretty(write(self.tuned, self.tuned.tokenizer, temperature=0)[0])
+        return self.written[key]
+
+    def lacking(self, **weights: float) -> list[Callable[[], object]]:
+        sides = [dict.fromkeys(weights, 0.0), weights]  # the base and the mixture
+        new = [partial(self.losses, **each) for each in sides if tuple(each.values()) not in self.known]
+        return new if tuple(weights.values()) in self.written else [*new, partial(self.write, **weights)]
+
     def _draw(self, figure: Figure, **weights: float) -> str:
-        base = self.losses(**dict.fromkeys(weights, 0.0))
-        draw_losses(
-            figure.subplots(), base, self.losses(**weights), {n: t.floor for n, t in self.tasks.items()}, weights
-        )
+        base, now = (self.known.get(tuple(each.values()), {}) for each in (dict.fromkeys(weights, 0.0), weights))
+        draw_losses(figure.subplots(), base, now, {n: t.floor for n, t in self.tasks.items()}, weights)
         figure.subplots_adjust(left=0.07, right=0.82, top=0.88, bottom=0.1)
-        return f"<i>{html.escape(self.written[tuple(weights.values())])}</i>"
+        return f"<i>{html.escape(self.written.get(tuple(weights.values()), '…'))}</i>"
 
 
 def draw_losses(axes, base: dict, now: dict, floors: dict, weights: Mapping[str, float]) -> None:
-    """Two bars for each task, the base and the mixture, and the floor of each as a line across them."""
-    for i, (name, loss) in enumerate(now.items()):
-        first = i == 0
-        axes.bar(i - 0.2, base[name], 0.36, color=GREY, label="the base" if first else None)
+    """Two bars for each task, the base and the mixture, and the floor of each as a line across them; `base` and `now`
+    are empty until they are measured."""
+    for i, (name, floor) in enumerate(floors.items()):
+        first, loss = i == 0, now.get(name, 0)
+        axes.bar(i - 0.2, base.get(name, 0), 0.36, color=GREY, label="the base" if first else None)
         axes.bar(i + 0.2, loss, 0.36, color=BLUE, hatch="//", edgecolor="white", label="the mixture" if first else None)
-        axes.text(i + 0.2, loss, f"{loss:.2f}", ha="center", va="bottom", fontsize="small")
-        if floors[name] is not None:
-            axes.hlines(floors[name], i - 0.42, i + 0.42, color=GREEN, label="floor of the task" if first else None)
-    axes.set_xticks(range(len(now)), list(now))
-    axes.set(ylabel="test loss (nats a token)", ylim=(0, 1.15 * max(*base.values(), *now.values())))
+        if now:
+            axes.text(i + 0.2, loss, f"{loss:.2f}", ha="center", va="bottom", fontsize="small")
+        if floor is not None:
+            axes.hlines(floor, i - 0.42, i + 0.42, color=GREEN, label="floor of the task" if first else None)
+    axes.set_xticks(range(len(floors)), list(floors))
+    axes.set(ylabel="test loss (nats a token)", ylim=(0, 1.15 * max([*base.values(), *now.values()], default=1)))
     axes.set_title("W + " + " + ".join(f"{w:g}·ΔW({name})" for name, w in weights.items()))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))

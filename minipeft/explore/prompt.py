@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
 from matplotlib.figure import Figure
@@ -33,21 +35,30 @@ class TemplateExplorer(SliderPlot):
     )
 
     def __init__(self, model=None, n: int = 150):
-        self.model = load("pocket")[0] if model is None else model
-        self.rows, self.found = tasks.mood().data["test"].select(range(n)), {}
+        self.model, self.n, self.found = load("pocket")[0] if model is None else model, n, {}
         super().__init__(self._draw, {"template": choice("template", list(self.templates), self.templates[4])})
 
+    @cached_property
+    def rows(self):
+        return tasks.mood().data["test"].select(range(self.n))
+
+    def lacking(self, template: str) -> list[Callable[[], object]]:
+        wanted = dict.fromkeys((self.templates[0], template))
+        return [partial(self.measure, each) for each in wanted if each not in self.found]
+
+    def measure(self, template: str) -> None:
+        truth = torch.tensor(self.rows["label"])
+        odds = verbalize(self.model, self.model.tokenizer, self.rows["text"], template, tasks.mood_words())
+        loss = -odds[torch.arange(len(truth)), truth].log().mean().item()
+        self.found[template] = ((odds.argmax(1) == truth).float().mean().item(), loss)
+
     def _draw(self, figure: Figure, template: str) -> str:
-        for each in dict.fromkeys((self.templates[0], template)):
-            if each in self.found:
-                continue
-            truth = torch.tensor(self.rows["label"])
-            odds = verbalize(self.model, self.model.tokenizer, self.rows["text"], each, tasks.mood_words())
-            loss = -odds[torch.arange(len(truth)), truth].log().mean().item()
-            self.found[each] = ((odds.argmax(1) == truth).float().mean().item(), loss)
-        best, share = tasks.mood().ceiling, sum(self.rows["label"]) / len(self.rows)
         axes = figure.subplots()
         figure.subplots_adjust(left=0.4, right=0.97, top=0.9, bottom=0.15)
+        if not self.found:
+            axes.set(title="mood: accuracy of hard prompts", xlabel="accuracy", xlim=(0, 1), yticks=[])
+            return "being measured …"
+        best, share = tasks.mood().ceiling, sum(self.rows["label"]) / len(self.rows)
         names = list(self.found)
         colours = [ORANGE if name == template else BLUE for name in names]
         axes.barh(names, [self.found[name][0] for name in names], color=colours, height=0.6)
@@ -55,6 +66,8 @@ class TemplateExplorer(SliderPlot):
         axes.axvline(max(share, 1 - share), color=GREY, linestyle=":", label="always the commoner class")
         axes.set(title="mood: accuracy of hard prompts", xlabel="accuracy", xlim=(0, 1), ylim=(-0.7, len(names) + 0.6))
         axes.legend(fontsize="small", loc="upper right", ncols=2)
+        if template not in self.found:
+            return "being measured …"
         accuracy, loss = self.found[template]
         floor = tasks.mood().floor
         return (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import ipywidgets
 import numpy as np
@@ -36,9 +37,6 @@ class RankExplorer(SliderPlot):
         linear = [p for p in self.found if "layers" in p] or list(self.found)
         if path not in (None, *linear):
             raise ValueError(f"The adapter changes no {path!r}; {linear[-1]!r} is one that it changes.")
-        self.whole = evaluate(tuned, task, n=n).loss
-        with tuned.disabled():
-            self.before = evaluate(tuned, task, n=n).loss
         self.losses: dict[int, float] = {}
         style = {"description_width": "initial"}
         most = max(len(s.sigma) for s in self.found.values())
@@ -54,6 +52,15 @@ class RankExplorer(SliderPlot):
         }  # fmt: skip
         super().__init__(self._draw, controls)
 
+    @cached_property
+    def whole(self) -> float:
+        return evaluate(self.tuned, self.task, n=self.n).loss
+
+    @cached_property
+    def before(self) -> float:
+        with self.tuned.disabled():
+            return evaluate(self.tuned, self.task, n=self.n).loss
+
     def loss(self, rank: int) -> float:
         """The task loss with every ΔW cut to its best rank `rank`, measured once."""
         if rank not in self.losses:
@@ -61,15 +68,24 @@ class RankExplorer(SliderPlot):
                 self.losses[rank] = evaluate(self.tuned, self.task, n=self.n).loss
         return self.losses[rank]
 
+    def lacking(self, rank: int, path: str) -> list[Callable[[], object]]:
+        return [] if rank in self.losses and self._levels() else [lambda: (self.loss(rank), self.whole, self.before)]
+
+    def _levels(self) -> dict[str, float]:
+        """`whole` and `before`, where they have been measured."""
+        return {name: vars(self)[name] for name in ("whole", "before") if name in vars(self)}
+
     def _draw(self, figure: Figure, rank: int, path: str) -> str:
-        loss = self.loss(rank)
         left, right = figure.subplots(1, 2)
         figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.14, wspace=0.2)
         s = self.found[path]
         draw_spectrum(left, s, rank)
         left.set_title(path.removeprefix("model."))
-        draw_truncation(right, self.losses, self.whole, self.before, self.task.floor, rank)
         right.set_title(f"{self.task.name}: loss with ΔW cut to rank r everywhere")
+        draw_truncation(right, self.losses, self._levels(), self.task.floor, rank)
+        if self.lacking(rank, path):
+            return "being measured …"
+        loss = self.losses[rank]
         kept = s.energy[rank - 1].item() if rank else 0.0
         return (
             f"rank {rank} keeps {100 * kept:.0f} % of this ΔW's energy; loss {loss:.3f}, with all {self.whole:.3f}"
@@ -89,17 +105,17 @@ def draw_spectrum(axes, s: Spectrum, rank: int = 0) -> None:
     axes.legend(fontsize="small", loc="upper right")
 
 
-def draw_truncation(
-    axes, losses: dict[int, float], whole: float, before: float, floor: float | None, rank: int
-) -> None:
-    """Loss by rank kept; rank 0 stands at ½ on the logarithmic axis."""
+def draw_truncation(axes, losses: dict[int, float], levels: dict[str, float], floor: float | None, rank: int) -> None:
+    """Loss by rank kept; rank 0 stands at ½ on the logarithmic axis. `levels`: with "whole" ΔW, and "before" it."""
     ranks = sorted(losses)
     axes.plot([max(r, 0.5) for r in ranks], [losses[r] for r in ranks], "o-", color=BLUE, label="measured so far")
-    axes.plot(
-        [max(rank, 0.5)], [losses[rank]], "D", color=ORANGE, markersize=9, label=f"r = {rank}: {losses[rank]:.3f}"
-    )
-    axes.axhline(whole, color=BLUE, linestyle=":", label=f"all of ΔW {whole:.3f}")
-    axes.axhline(before, color=GREY, linestyle="--", label=f"base {before:.3f}")
+    if rank in losses:
+        label = f"r = {rank}: {losses[rank]:.3f}"
+        axes.plot([max(rank, 0.5)], [losses[rank]], "D", color=ORANGE, markersize=9, label=label)
+    if "whole" in levels:
+        axes.axhline(levels["whole"], color=BLUE, linestyle=":", label=f"all of ΔW {levels['whole']:.3f}")
+    if "before" in levels:
+        axes.axhline(levels["before"], color=GREY, linestyle="--", label=f"base {levels['before']:.3f}")
     if floor is not None:
         axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label=f"floor {floor:.3f}")
     axes.set(xscale="log", xlim=(0.4, 160), xlabel="r", ylabel="test loss (nats a token)")

@@ -45,16 +45,16 @@ def draw_rules(figure: Figure, updates: Sequence[Update], rank: int, title: str)
     targets: list[list[Pair]] = [
         [(u.numbers[f"{key}.A"], u.numbers[f"{key}.B"]) for u in updates] for key in pairs(updates[0].numbers)
     ]
+    # as they are, and as if A had never trained: all clients have the first one's
+    kinds = {False: targets, True: [[(each[0][0], B) for _, B in each] for each in targets]}
+    means = {shared: [mean_product(each, weights) for each in given] for shared, given in kinds.items()}
     for name, rule in RULES.items():
-        shared = "A" not in rule.trains(0)  # as if A had never trained: all clients have the first one's
-        apart = whole = numbers = 0.0
-        for each in targets:
-            given = [(each[0][0], B) for _, B in each] if shared else each
-            wanted = mean_product(given, weights)
+        shared, apart, whole, numbers = "A" not in rule.trains(0), 0.0, 0.0, 0
+        for given, wanted in zip(kinds[shared], means[shared], strict=True):
             made_ = made(rule.combine(given, weights, min(rank, *wanted.shape)), wanted)
             apart += (made_ - wanted).square().sum().item()
             whole += wanted.square().sum().item()
-            numbers += rule.sent(tuple(wanted.shape), len(each[0][0]), len(updates), 0)[1]
+            numbers += rule.sent(tuple(wanted.shape), len(given[0][0]), len(updates), 0)[1]
         missed[name], sent[name] = (apart / whole) ** 0.5 if whole else 0.0, 4 * numbers / 2**20
     left, right = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.1, right=0.96, top=0.86, bottom=0.15, wspace=0.08)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import gc
 import html
 import io
 import threading
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import ipywidgets
 from IPython.display import DisplayHandle, display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from traitlets import Unicode
 
@@ -25,6 +28,18 @@ class Picture(ipywidgets.Image):
     """An image whose tooltip is its name for whoever does not see it; views want a description beside a tooltip."""
 
     description = Unicode("").tag(sync=True)
+
+
+@contextlib.contextmanager
+def garbage_later() -> Iterator[None]:
+    """Within it Python does not look for garbage, which takes half a second where torch and transformers are loaded."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class SliderPlot:
@@ -42,8 +57,9 @@ class SliderPlot:
     One reused figure is rendered to a PNG in an image widget: about 50 ms a redraw. The display also carries that PNG,
     so the picture stays where no kernel runs.
 
-    On a page the work is done in a thread, and the controls answer while a cell runs; `elsewhere` takes what is long
-    out of the kernel. Everywhere else a move and a display wait until the work is done.
+    On a page the picture is first shown without what is `lacking`. The work of `run` is done in a thread there, and the
+    controls answer while a cell runs; `elsewhere` takes what is long out of the kernel. Everywhere else a move and a
+    display wait until the work is done.
     """
 
     REDRAW = 0.5  # seconds between two pictures of a running `run`
@@ -59,6 +75,7 @@ class SliderPlot:
     ):
         self.draw, self.controls, self.run = draw, controls, run
         self.figure = Figure(figsize=size, dpi=100)
+        FigureCanvasAgg(self.figure)  # which stays, and so do the sizes of texts that it has measured
         self.image = Picture(format="png", layout={"max_width": f"{size[0] * 100:.0f}px"})
         self.text = ipywidgets.HTML(layout={"min_height": "4.6em" if run else "1.5em"})
         self.bar = ipywidgets.FloatProgress(max=1.0, layout={"width": "160px"})
@@ -82,11 +99,25 @@ class SliderPlot:
         """The controls' present values by name."""
         return {name: control.value for name, control in self.controls.items()}
 
+    def lacking(self, **values) -> Iterable[Callable[[], object]]:
+        """The measurements that the picture needs and that have not been made; `draw` can do without."""
+        return ()
+
     def redraw(self, sharp: bool = True) -> None:
         """Draw the figure for the present values and show it; `sharp`, which takes longer, when no more is to come."""
         with self.drawing:
+            for measure in self.lacking(**self.values):
+                measure()
+            self._redraw(sharp)
+
+    def _redraw(self, sharp: bool) -> None:
+        with self.drawing, garbage_later():
+            for axes in self.figure.axes:
+                axes.remove()  # as they are: `clear` would first empty each, which takes a tenth of the time
             self.figure.clear()
             text = self.draw(self.figure, **self.values)
+            for axes in self.figure.axes:
+                axes._autotitlepos = False  # titles stay at the top: to look for what is there takes a fifth of it
             buffer = io.BytesIO()
             self.figure.savefig(buffer, format="png", dpi=self.dpi if sharp else 100)
             with self.image.hold_sync():  # one message, so that a picture never has another one's name
@@ -167,7 +198,12 @@ class SliderPlot:
         elif self.run is not None:
             self.start()
         else:
-            self._say_errors(self.redraw)
+            self._say_errors(self._redraw_in_two)
+
+    def _redraw_in_two(self) -> None:
+        if self.lacking(**self.values):
+            self._redraw(sharp=False)
+        self.redraw()
 
     def _work(self, before: threading.Thread | None) -> None:
         if before is not None:
@@ -188,8 +224,12 @@ class SliderPlot:
                 if not self._mine():
                     work.close()
                     raise Stopped
-            if self.picture is not None:
-                self.picture.update(self._picture(), metadata=self._width(), raw=True)
+            self._keep()
+
+    def _keep(self) -> None:
+        """Puts the present picture into the saved notebook."""
+        if self.picture is not None:
+            self.picture.update(self._picture(), metadata=self._width(), raw=True)
 
     def _say_errors(self, do: Callable[[], None]) -> None:
         """Nobody reads what a thread raises, so it is shown below the picture."""
@@ -228,11 +268,15 @@ class SliderPlot:
     def _show(self) -> None:
         """On a page: style, box and, for readers of the saved notebook, the picture."""
         new, self.dpi = not self.image.value, 200  # sharp at any zoom
-        self.redraw()
+        works, lacks = self.run is not None and new, bool(self.lacking(**self.values))
+        self._redraw(sharp=not (works or lacks))
         box = self._bundle()
         del box["image/png"]
         display({"text/html": STYLE, "text/plain": ""}, raw=True)
         display(box, raw=True)
         self.picture = display(self._picture(), metadata=self._width(), raw=True, display_id=True)
-        if self.run is not None and new:
+        if works:
             self.start()
+        elif lacks:
+            self.redraw()
+            self._keep()
