@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 
 import torch
+import transformers  # noqa: F401  so that displays are measured after the imports
 
 import minipeft as mp
 from minipeft.explore import slider
-from minipeft.explore.monitor import opinion_monitor
 from minipeft.explore.slider import SliderPlot
 from minipeft.explore.training import options
 
@@ -69,8 +69,17 @@ def privacy() -> Make:
     return lambda: mp.PrivacyExplorer(measured["privacy"], measured["sites"]["before"], 0.8)
 
 
-def pictures() -> Make:
-    return mp.PicturesExplorer
+def memory() -> Make:
+    mp.load("pocket")  # with which transformers' classes are imported
+    return mp.MemoryCalculator
+
+
+def opinions() -> Make:
+    from minipeft.course import monitor
+    from minipeft.explore.monitor import OpinionMonitor
+
+    scores, test = monitor.measured()["runs"][0]["test"], monitor.tweets()["test"]
+    return lambda: OpinionMonitor(scores, test["label"], test["text"])
 
 
 EXPLORERS: dict[str, Callable[[], Make]] = {
@@ -80,12 +89,12 @@ EXPLORERS: dict[str, Callable[[], Make]] = {
     },
     "RankExplorer": rank,
     "MixtureExplorer": mixture,
-    "MemoryCalculator": lambda: mp.MemoryCalculator,
+    "MemoryCalculator": memory,
     "QuantisationExplorer": quantisation,
     "SitesExplorer": sites,
     "PrivacyExplorer": privacy,
-    "PicturesExplorer": pictures,
-    "OpinionMonitor": lambda: opinion_monitor,
+    "PicturesExplorer": lambda: mp.PicturesExplorer,
+    "OpinionMonitor": opinions,
 }
 
 

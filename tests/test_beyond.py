@@ -338,6 +338,17 @@ def test_the_slider_runs_what_was_measured(network):
     assert explorer.score.accuracy == pytest.approx(then["test"]["accuracy"], abs=0.01)
 
 
+def test_the_slider_shows_its_first_picture_before_it_reads_any(network, monkeypatch):
+    pytest.importorskip("mlxtend", reason=REASON)
+    from minipeft.explore.pictures import PicturesExplorer
+
+    for name in ("pool", "tail"):
+        monkeypatch.setattr(beyond, name, lambda *_: 1 / 0)
+    explorer = PicturesExplorer()
+    explorer.redraw()
+    assert explorer.image.value and explorer.missing is None and explorer.run is not None
+
+
 def test_the_slider_without_the_packages(monkeypatch):
     """The measured figures stay, and a sentence says what is missing."""
     from minipeft.explore.pictures import PicturesExplorer

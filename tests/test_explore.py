@@ -81,9 +81,10 @@ def measuring(base):
     yield mp.MixtureExplorer(pirate, {"pirate": task}, {"pirate": 1.0}, n=5), "pirate", 0.5
     yield mp.RankExplorer(pirate, task, n=5), "rank", 2
     yield mp.TemplateExplorer(mp.load("pocket")[0], n=10), "template", "{text} he felt"
+    yield mp.MemoryCalculator("gpt2-xl"), "rank", 4
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(4))
 def test_on_a_page_a_picture_comes_before_what_it_lacks_is_measured(page, monkeypatch, which):
     explorer, name, value = list(measuring(mp.load("pocket")[0]))[which]
     shown = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,3 +105,10 @@ def test_sides_with_unequal_seeds_are_refused():
 )
 def test_each_verdict_can_come_out(found, said):
     assert verdict(found, smallest=1.0) == said
+
+
+def test_an_interval_does_without_an_import_of_a_second():
+    """An explorer's first picture waits for what its intervals import."""
+    code = "import sys; from minipeft.learn.protocol import interval; from minipeft.course.monitor import rate; "
+    code += "interval([1, 2]); rate(1, 9); sys.exit('scipy.stats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0

@@ -150,10 +150,10 @@ def chosen(calm: Sequence[Sequence[float]]) -> float:
 
 def rate(count: int, batches: int) -> tuple[float, float, float]:
     """(alarms in 1,000 batches, and the exact 95 % interval of that, as counts are Poisson's)."""
-    from scipy.stats import chi2
+    from scipy.special import gammaincinv  # scipy.stats' chi² divided by 2, without a second's import
 
-    low = chi2.ppf(0.025, 2 * count) / 2 if count else 0.0
-    return tuple(1000 * float(n) / batches for n in (count, low, chi2.ppf(0.975, 2 * count + 2) / 2))
+    low = gammaincinv(count, 0.025) if count else 0.0
+    return tuple(1000 * float(n) / batches for n in (count, low, gammaincinv(count + 1, 0.975)))
 
 
 if __name__ == "__main__":

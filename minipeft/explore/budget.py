@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import ipywidgets
 from matplotlib.figure import Figure
 
 from minipeft.analyze.budget import MOMENTS, PRECISIONS, Budget, budget, training_bytes
+from minipeft.analyze.catalogue import SIZES
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, SliderPlot
 from minipeft.methods.lora import LoRA
 
@@ -43,13 +47,17 @@ class MemoryCalculator(SliderPlot):
             self.budgets[model, rank] = budget(model, LoRA(rank=rank))
         return self.budgets[model, rank]
 
+    def lacking(self, model: str, rank: int, **_) -> list[Callable[[], object]]:
+        return [] if (model, rank) in self.budgets else [partial(self.budget, model, rank)]
+
     def _draw(self, figure: Figure, model: str, precision: str, optimizer: str, rank: int) -> str:
-        b = self.budget(model, rank)
+        b = self.budgets.get((model, rank))
+        base = b.base if b else SIZES.get(model)  # until it is counted, where its publisher says it
         full = "bfloat16" if PRECISIONS[precision] < 2 else precision  # 8 and 4 bits cannot train
         rows = {
-            f"full, {full}": training_bytes(b.base, b.base, 0, full, optimizer),
-            f"LoRA r={rank} over {precision}": training_bytes(b.base, b.trainable, b.trainable, precision, optimizer),
-            f"sampling, {precision}": {"weights": round(b.base * PRECISIONS[precision])},
+            f"full, {full}": base and training_bytes(base, base, 0, full, optimizer),
+            f"LoRA r={rank} over {precision}": b and training_bytes(base, *[b.trainable] * 2, precision, optimizer),
+            f"sampling, {precision}": base and {"weights": round(base * PRECISIONS[precision])},
         }
         axes = figure.subplots()
         figure.subplots_adjust(left=0.22, right=0.97, top=0.9, bottom=0.16)
@@ -57,16 +65,17 @@ class MemoryCalculator(SliderPlot):
         for y, values in enumerate(rows.values()):
             left = 0.0
             for part, (colour, hatch) in parts.items():
-                size = values.get(part, 0) / 1e9
+                size = (values or {}).get(part, 0) / 1e9
                 axes.barh(y, size, left=left, color=colour, hatch=hatch, label=part if y == 0 else None)
                 left += size
-            axes.text(left, y, f" {left:,.1f} GB", va="center", bbox={"color": "white", "pad": 0.5})
+            axes.text(left, y, f" {left:,.1f} GB" if values else " …", va="center", bbox={"color": "white", "pad": 0.5})
         for name, size in CARDS.items():
             axes.axvline(size / 1e9, color=GREY, linestyle="--", linewidth=1)
             axes.text(size / 1e9, 2.65, f" {name} card", color=GREY, fontsize="small", va="center", clip_on=True)
         axes.set_yticks(range(3), list(rows))
         axes.set(xlabel="GB, without activations; weights with their float32 master copy", ylim=(-0.5, 2.85))
-        axes.set(xlim=(0, 1.15 * sum(next(iter(rows.values())).values()) / 1e9))
-        axes.set_title(f"{model}: {b.base:,} numbers")
+        if base:
+            axes.set(xlim=(0, 1.15 * sum(next(iter(rows.values())).values()) / 1e9))
+        axes.set_title(f"{model}: {base:,} numbers" if base else model)
         axes.legend(fontsize="small", loc="center right")
-        return f"LoRA trains {b}"
+        return f"LoRA trains {b or '…'}"

@@ -15,6 +15,7 @@ from minipeft.learn.arrays import evaluate_arrays, training_arrays
 from minipeft.learn.fit import History, Score
 from minipeft.learn.plan import Plan
 from minipeft.learn.protocol import interval
+from minipeft.world.pictures import check, few, shown
 
 SEED = 0
 
@@ -30,7 +31,7 @@ class PicturesExplorer(SliderPlot):
         self.part = beyond.measured()["tail"]
         self.history, self.score, self.missing = History(), None, None
         try:
-            beyond.pool(), beyond.tail(SEED)
+            check()
         except (ModuleNotFoundError, OSError) as error:
             self.missing = str(error)
         controls = {
@@ -86,8 +87,6 @@ class PicturesExplorer(SliderPlot):
 
 def run(rank: int, n: int, lr: float) -> Iterator[tuple[History, Score | None]]:
     """One run on the pictures of seed 0: its history after each step, and the test at the end."""
-    from minipeft.world.pictures import few
-
     history, rows = History(), few(beyond.pool(), n, SEED)
     tuned = attach(beyond.tail(SEED), beyond.on_tail(rank), seed=SEED)
     plan = Plan(beyond.STEPS, lr, beyond.BATCH, SEED, "linear")
@@ -99,6 +98,4 @@ def run(rank: int, n: int, lr: float) -> Iterator[tuple[History, Score | None]]:
 @functools.cache
 def features(n: int):
     """What the tail reads of the pictures that seed 0 draws."""
-    from minipeft.world.pictures import few, shown
-
     return beyond.tail(SEED).features(shown(few(beyond.pool(), n, SEED).x))

