@@ -1,6 +1,7 @@
 """The widgets without a browser: values in, pictures and artists out, and a run that a second move cancels."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +232,39 @@ def test_on_a_page_another_process_trains_what_the_kernel_would_have_and_fills_t
     for mine, theirs in zip(explorer.tuned.deltas().values(), here.tuned.deltas().values(), strict=True):
         assert torch.allclose(mine, theirs, atol=0.02)
     assert "alone it may differ" in explorer.text.value and "alone it may" not in here.text.value
+
+
+def test_controls_of_a_page_take_turns_with_cells_ten_times_as_often_as_other_threads():
+    import sys
+
+    from minipeft.explore.page import TURN, answer_at_once
+
+    class Comm:
+        _reply_subshell_for = staticmethod(lambda data, default: "the cells' thread")
+
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(5e-3)
+        answer_at_once(SimpleNamespace(comm=object()))
+        assert sys.getswitchinterval() == pytest.approx(5e-3), "no page, so nothing changes"
+        control = SimpleNamespace(comm=Comm())
+        answer_at_once(control)
+        assert control.comm._reply_subshell_for({}, "its own") == "its own"
+        assert sys.getswitchinterval() == pytest.approx(TURN) == pytest.approx(5e-4)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_no_spectrum_is_computed_before_the_first_step(short, monkeypatch):
+    asked = []
+    monkeypatch.setattr("minipeft.explore.lora.spectra", lambda tuned: asked.append(tuned) or {})
+    explorer = LoRAExplorer(small())
+    steps = explorer._steps()
+    next(steps)
+    assert not asked and "ΔW = 0" in [text.get_text() for text in explorer.figure.axes[1].texts]
+    next(steps)
+    assert asked == [explorer.tuned]
+    steps.close()
 
 
 def test_a_second_move_cancels_the_run_and_so_does_the_button(page):

@@ -33,7 +33,7 @@ class LoRAExplorer(TrainingExplorer):
         return f"r={rank}, γ={gamma:g}, {targets}"
 
     def side(self, axes, task: str) -> None:
-        draw_spectrum(axes, self.tuned)
+        draw_spectrum(axes, self.tuned if self.history.losses else None)  # before the first step B = 0
 
 
 def draw_spectrum(axes, tuned: Tuned | None) -> None:
