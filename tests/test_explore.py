@@ -58,6 +58,7 @@ def test_a_picture_is_that_of_a_new_figure_and_no_garbage_is_looked_for_meanwhil
         left.legend()
         right.set_title("a small title", fontsize="small")
         right.plot([2e-6, rank * 1e-6])
+        figure.colorbar(left.twinx().scatter([1, 2], [2, 1], c=[0, rank]), ax=right)
         figure.suptitle("over all")
         found.append(gc.isenabled())
 

@@ -54,8 +54,8 @@ class SliderPlot:
             and starts a new one.
         size: of the figure in inches.
 
-    One reused figure is rendered to a PNG in an image widget: about 50 ms a redraw. The display also carries that PNG,
-    so the picture stays where no kernel runs.
+    One reused figure is rendered to a PNG in an image widget. The display also carries that PNG, so the picture stays
+    where no kernel runs.
 
     On a page the picture is first shown without what is `lacking`. The work of `run` is done in a thread there, and the
     controls answer while a cell runs; `elsewhere` takes what is long out of the kernel. Everywhere else a move and a
@@ -113,7 +113,7 @@ class SliderPlot:
     def _redraw(self, sharp: bool) -> None:
         with self.drawing, garbage_later():
             for axes in self.figure.axes:
-                axes.remove()  # as they are: `clear` would first empty each, which takes a tenth of the time
+                self.figure.delaxes(axes)  # as it is: `clear` would first empty it, which takes a tenth of the time
             self.figure.clear()
             text = self.draw(self.figure, **self.values)
             for axes in self.figure.axes:
