@@ -31,7 +31,7 @@ from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.merging import broken_ties, installed, merged, unrounded
 from minipeft.stand_in import StandIn, mark, stand_in_for, unmark, without_base
 from minipeft.steps import Along, listen
-from minipeft.targets import Slot, numbers, slots
+from minipeft.targets import Slot, module_at, numbers, slots
 
 
 def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default", seed: int = 0) -> Tuned:
@@ -340,7 +340,7 @@ class Tuned(StandIn):
         self._disabled = True
         self._refresh()
         for (path, name), flag in self._required.items():
-            owner = self.base.get_submodule(path)
+            owner = module_at(self.base, path)
             owner._parameters[name] = merged.get((path, name), owner._parameters[name]).requires_grad_(flag)
         remove_hooks(self.base, [*self._seats.values(), self._front])
         if untied and hasattr(self.base, "config"):

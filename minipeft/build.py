@@ -13,7 +13,7 @@ from minipeft.front import Front
 from minipeft.hook import Seat, seats
 from minipeft.layer import Layer, Method, WeightLayer
 from minipeft.table import table
-from minipeft.targets import Slot, slots
+from minipeft.targets import Slot, module_at, slots
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def build(
                 raise ValueError(f"Two of the methods want to train {key!r}; name it in one of them only.")
             layers.setdefault(key, layer)  # one copy of a parameter serves two methods that both select it
     for path in {layer.reader for layer in layers.values()} - {None}:
-        forward = vars(model.get_submodule(path)).get("forward")
+        forward = vars(module_at(model, path)).get("forward")
         if forward is not None and not isinstance(getattr(forward, "__self__", None), Seat):
             raise ValueError(
                 f"Somebody replaced the forward of {path!r}, so nothing can be put in place of its weights."

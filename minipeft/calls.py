@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from minipeft.reading import is_pair, placeholder
-from minipeft.targets import Slot, slots
+from minipeft.targets import Slot, module_at, slots
 
 Run = Callable[[], list[torch.Tensor]]
 
@@ -35,7 +35,7 @@ def unheard(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     called: set[str] = set()
     with _trial(model) as run:
         for path in {other for weight in weights.values() for other in sharing[id(weight)]} if run else ():
-            model.get_submodule(path).register_forward_hook(lambda *_, at=path: called.add(at))
+            module_at(model, path).register_forward_hook(lambda *_, at=path: called.add(at))
         if not weights or not run or not (before := run()):
             return {}
         idle = [path for path in weights if path not in called]
@@ -61,7 +61,7 @@ def unseen(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
             return output + probes[at]
 
         for path in paths:
-            model.get_submodule(path).register_forward_hook(lambda _, __, output, at=path: probe(output, at))
+            module_at(model, path).register_forward_hook(lambda _, __, output, at=path: probe(output, at))
         with contextlib.suppress(Exception), torch.enable_grad():
             seen = model.get_image_features(_picture(config, like)).pooler_output
             total = sum(each.float().sum() for each in (seen if isinstance(seen, list | tuple) else [seen]))
@@ -85,14 +85,14 @@ def _read(model: nn.Module, paths: Sequence[str], run: Run, before: list[torch.T
     """Those of the modules with other weights in which the output is another one; halves are tried while it is."""
     if not paths:
         return []
-    kept: dict[Slot, nn.Parameter] = {(path, "weight"): model.get_submodule(path).weight for path in paths}
+    kept: dict[Slot, nn.Parameter] = {(path, "weight"): module_at(model, path).weight for path in paths}
     try:
         for (path, name), weight in kept.items():
-            model.get_submodule(path)._parameters[name] = nn.Parameter(1.5 * weight + 0.1, requires_grad=False)
+            module_at(model, path)._parameters[name] = nn.Parameter(1.5 * weight + 0.1, requires_grad=False)
         after = run()
     finally:
         for (path, name), weight in kept.items():
-            model.get_submodule(path)._parameters[name] = weight
+            module_at(model, path)._parameters[name] = weight
     if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
         return []
     if len(paths) == 1:

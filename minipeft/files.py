@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import Layer, Method, WeightLayer
-from minipeft.targets import exact, flipped, is_convolution, is_matrix
+from minipeft.targets import exact, flipped, is_convolution, is_matrix, module_at
 
 PREFIX, OURS = "base_model.model.", "MINIPEFT_"
 NUMBER, WORDS, MAPPING = (int, float), (list, type(None)), (dict, type(None))
@@ -121,11 +121,11 @@ class WeightLayout(Layout):
             raise ValueError(
                 "The model is itself the adapted layer, so the layer has no name to save; wrap it in nn.Sequential."
             )
-        turned = any(flipped(base.get_submodule(layer.path)) for layer in layers)
+        turned = any(flipped(module_at(base, layer.path)) for layer in layers)
         ours = any(any(layer.padding) for layer in layers) or (turned and not self.conv1d)  # PEFT has no slices either
         ours |= self.peft_type == "LORA" and peft_moves(base, layers)
         ours |= bool(called_otherwise(base, [layer.path for layer in layers]))
-        ours |= not all(peft_convolves(base.get_submodule(layer.path), self.peft_type) for layer in layers)
+        ours |= not all(peft_convolves(module_at(base, layer.path), self.peft_type) for layer in layers)
         ours |= any(layer.reader is not None for layer in layers) and not self.peft_reads(layers)
         return {
             "peft_type": OURS + self.peft_type if ours else self.peft_type,
@@ -186,7 +186,7 @@ def called_otherwise(base: nn.Module, paths: list[str]) -> tuple[str, str] | Non
     every = list(base.named_modules(remove_duplicate=False))
     if len(every) == sum(1 for _ in base.modules()):
         return None
-    found = {path: base.get_submodule(path) for path in paths if path in dict(every)}
+    found = {path: module_at(base, path) for path in paths if path in dict(every)}
     pairs = ((path, other) for path, mine in found.items() for other, module in every if module is mine)
     return next(((path, other) for path, other in pairs if path != other), None)
 
@@ -255,7 +255,7 @@ class OneMethodLayout(WeightLayout):
             )
         return super().config(base, layers) | {
             **{option: settings[name] for option, name in self.options.items()},
-            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+            "fan_in_fan_out": any(flipped(module_at(base, layer.path)) for layer in layers),
         }
 
     def given(self, config: dict) -> dict:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import After, Layer
-from minipeft.targets import plain_linear
+from minipeft.targets import module_at, plain_linear
 
 
 class Rows(NamedTuple):
@@ -170,7 +170,7 @@ def seat_on(base: nn.Module, path: str, weight: bool, state: State) -> Seat:
     """Puts a seat on the module at `path`. A change of the weight comes first, whatever was attached first: an adapter
     sees what W' gives. A forward that somebody replaced already is left alone, and so is one of which
     `nn.TransformerEncoderLayer` reads the weight without a call, unless it sees a hook."""
-    module, read = base.get_submodule(path), any(above(base, path, nn.TransformerEncoderLayer))
+    module, read = module_at(base, path), any(above(base, path, nn.TransformerEncoderLayer))
     if weight and plain_linear(module) and "forward" not in vars(module) and not read:
         seat = WeightSeat(state, module)
         module.forward = seat.forward
@@ -186,7 +186,7 @@ def seat_on(base: nn.Module, path: str, weight: bool, state: State) -> Seat:
 def above(base: nn.Module, path: str, kind: type[nn.Module]) -> Iterator[nn.Module]:
     """The module at `path` and those around it, as far as they are of this kind."""
     paths = ("", *itertools.accumulate(path.split("."), "{}.{}".format))
-    return (module for module in map(base.get_submodule, paths) if isinstance(module, kind))
+    return (module for module in (module_at(base, each) for each in paths) if isinstance(module, kind))
 
 
 def keep_dense(base: nn.Module, path: str, seat: Seat) -> None:
@@ -197,7 +197,7 @@ def keep_dense(base: nn.Module, path: str, seat: Seat) -> None:
 
 def reading_seat(base: nn.Module, path: str, state: State) -> ReadingSeat:
     """Puts a seat on the module at `path`, which reads parameters for itself."""
-    module = base.get_submodule(path)
+    module = module_at(base, path)
     seat = ReadingSeat(state, module)
     module.forward = seat.forward
     seat.passed = any(above(base, path, nn.TransformerEncoderLayer))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import Layer
-from minipeft.targets import Slot, flipped, foreign, packed, slots
+from minipeft.targets import Slot, flipped, foreign, module_at, packed, slots
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def merged(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> tuple[dict
     """
     new, lost = trained(layers), {}
     for (path, name), delta in summed(base, layers).items():
-        owner = base.get_submodule(path)
+        owner = module_at(base, path)
         old = getattr(owner, name)
         # W' = W + ΔW in at least float32: several deltas on one weight are rounded once, at the end
         stored, kept = rounded(owner, name, old.to(delta.dtype) + delta.to(old.device))
@@ -37,7 +37,7 @@ def merged(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> tuple[dict
 def unrounded(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> dict[Slot, torch.Tensor]:
     """What `merged` rounds: W' as W is stored, but dense and in at least float32. Called like it."""
     sums = summed(base, layers)
-    old = {(path, name): getattr(base.get_submodule(path), name).detach() for path, name in sums}
+    old = {(path, name): getattr(module_at(base, path), name).detach() for path, name in sums}
     return trained(layers) | {
         slot: old[slot].to(delta.dtype) + delta.to(old[slot].device) for slot, delta in sums.items()
     }
@@ -56,7 +56,7 @@ def summed(base: nn.Module, layers: Sequence[tuple[Layer, float]]) -> dict[Slot,
     deltas: dict[Slot, torch.Tensor] = {}
     for layer, share in ((layer, share) for layer, share in layers if not layer.slots):
         changes = layer.changes()  # says so, where a layer changes no weight
-        owner = base.get_submodule(layer.path)
+        owner = module_at(base, layer.path)
         if changes and foreign(owner):
             raise ValueError(
                 f"{layer.path!r} is packed by bitsandbytes, so nothing can be merged into it; keep the adapter apart, "
@@ -104,11 +104,11 @@ def installed(
     """
     replaced: dict[Slot, nn.Parameter] = {}
     for (path, name), original in before.items():
-        base.get_submodule(path)._parameters[name] = original
+        module_at(base, path)._parameters[name] = original
     for (path, name), value in new.items():
-        parameters = base.get_submodule(path)._parameters
+        parameters = module_at(base, path)._parameters
         replaced[path, name], parameters[name] = parameters[name], value
-    for module in {base.get_submodule(path) for path, _ in (*before, *new)}:
+    for module in {module_at(base, path) for path, _ in (*before, *new)}:
         if type(module).train is not nn.Module.train and not module.training:
             training = [each for each in module.modules() if each.training]
             module.train()

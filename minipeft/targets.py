@@ -64,6 +64,14 @@ def mixtures(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(parent for parent, _, name in named if name in ("experts", "router")))
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, also where it bears the name of a method, as `type` does, which `get_submodule`
+    takes for no module."""
+    for name in filter(None, path.split(".")):
+        model = model._modules[name]
+    return model
+
+
 def numbers(model: nn.Module) -> int:
     """How many parameters the model has: a tied one once, and a packed weight by what it stands for, not its bytes."""
     sizes = {id(p): p.numel() for _, p in slots(model)}

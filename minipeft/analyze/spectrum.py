@@ -25,7 +25,7 @@ from minipeft.layer import Layer
 from minipeft.merging import rounded
 from minipeft.methods.common import check_whole
 from minipeft.methods.lora import LoRALayer
-from minipeft.targets import Slot, flipped
+from minipeft.targets import Slot, flipped, module_at
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ def base_weight(tuned: Tuned, path: str) -> torch.Tensor:
     """W (d_out, d_in) of the base at `path`, turned like ΔW whatever way the module stores it."""
     with tuned.disabled():
         owner, _, name = path.partition("[")[0].rpartition(".")
-        if name in tuned.base.get_submodule(owner)._parameters:  # what a module reads for itself, as it stores it
-            weight = tuned.base.get_parameter(path.partition("[")[0]).detach()
+        if name in module_at(tuned.base, owner)._parameters:  # what a module reads for itself, as it stores it
+            weight = module_at(tuned.base, owner)._parameters[name].detach()
             return weight[int(path.partition("[")[2][:-1])] if "[" in path else weight
-        module = tuned.base.get_submodule(path)
+        module = module_at(tuned.base, path)
         return (module.weight.T if flipped(module) else module.weight).detach()
 
 
@@ -178,7 +178,7 @@ def truncated(tuned: Tuned, rank: int, found: Mapping[str, Spectrum] | None = No
                 new |= dict.fromkeys(places, layers[0].value.detach())
                 continue
             (owner_path, name), *aliases = places
-            owner = tuned.base.get_submodule(owner_path)
+            owner = module_at(tuned.base, owner_path)
             old, delta = getattr(owner, name), found[path].truncate(rank).matrix()
             stored, kept = rounded(owner, name, old.to(delta) + (delta.T if flipped(owner) else delta))
             new |= {(owner_path, part): value for part, value in stored.items()} | dict.fromkeys(aliases, kept)

@@ -28,6 +28,7 @@ from minipeft.learn.plan import Plan
 from minipeft.learn.rows import as_task, collate, order, padding, read, warn_of_unknown
 from minipeft.methods.lora import LoRA, LoRALayer
 from minipeft.reading import is_pair
+from minipeft.targets import module_at
 
 
 def fit_many(
@@ -78,7 +79,7 @@ def fit_many(
     histories = [History() for _ in runs]
     tuned.use()  # the hooks of the runs are silent, those of the blocks act
     tuned.adapters.requires_grad_(True)
-    hooks = [tuned.base.get_submodule(path).register_forward_hook(block.hook) for path, block in blocks.items()]
+    hooks = [module_at(tuned.base, path).register_forward_hook(block.hook) for path, block in blocks.items()]
     try:
         with tqdm(total=steps, disable=not progress, leave=False, desc=task.name) as bar:
             for _ in train(tuned, list(blocks.values()), task.kind, encoded, tokenizer, histories, plans):

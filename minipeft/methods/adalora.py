@@ -31,7 +31,7 @@ from minipeft.methods.common import (
     too_small,
 )
 from minipeft.methods.lora import LoRALayout
-from minipeft.targets import Target, Targets, exact, flipped
+from minipeft.targets import Target, Targets, exact, flipped, module_at
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class AdaLoRALayout(WeightLayout):
             "init_r": width,
             "lora_alpha": first.gamma * (width + 1e-5),
             **{name: getattr(first.method, ours) for name, ours in self.numbers.items()},
-            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+            "fan_in_fan_out": any(flipped(module_at(base, layer.path)) for layer in layers),
             "bias": "none",
             "rank_pattern": None if all(map(all, alive.values())) else alive,
         }

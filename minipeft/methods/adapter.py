@@ -23,7 +23,7 @@ from minipeft.calls import calls
 from minipeft.files import OURS, SettingsLayout, register
 from minipeft.layer import After, Layer, Method
 from minipeft.methods.common import check_choice, check_whole, like
-from minipeft.targets import Target, head, is_matrix, mixtures, resolve
+from minipeft.targets import Target, head, is_matrix, mixtures, module_at, resolve
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "silu": F.silu, "identity": lambda x: x}
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
@@ -95,7 +95,7 @@ class AdapterLayer(Layer):
     def __init__(self, model: nn.Module, method: Adapter, group: list[Site], generator: torch.Generator):
         super().__init__(f"{group[0].path}.adapter")
         self.sites, self.method = group, method
-        weight = next(model.get_submodule(group[0].path).parameters())
+        weight = next(module_at(model, group[0].path).parameters())
         with like(weight, generator):
             self.down, self.up = nn.Linear(group[0].d, method.bottleneck), nn.Linear(method.bottleneck, group[0].d)
         self.to(torch.promote_types(weight.dtype, torch.float32))
@@ -187,11 +187,11 @@ def sites(model: nn.Module, placement: str | Sequence[str], top: int | None = No
     found = []
     for (block, mixer), paths in parts.items():
         if block in kept and (placement == "houlsby" or not mixer):
-            path, last = paths[-1], model.get_submodule(paths[-1])
+            path, last = paths[-1], module_at(model, paths[-1])
             source = paths[0] if placement == "parallel" else None
             d = last.embed_dim if isinstance(last, nn.MultiheadAttention) else None
             d = d or (Target(path, last, 0, 0).width if is_matrix(last) else model.config.hidden_size)
-            first = model.get_submodule(paths[0])
+            first = module_at(model, paths[0])
             if source and is_matrix(first) and (read := Target(source, first, 0, 0).d_in) != d:
                 raise ValueError(
                     f"A parallel adapter's input is as wide as its output, but {source!r} reads {read} numbers and "

@@ -23,6 +23,7 @@ from minipeft.layer import After, Layer, Method
 from minipeft.methods.adapter import ACTIVATIONS, Site, check_placement, sites
 from minipeft.methods.common import check_choice, check_whole, like
 from minipeft.steps import OnTheWay, going_back
+from minipeft.targets import module_at
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class ExpertsLayer(Layer):
     def __init__(self, model: nn.Module, method: Experts, site: Site, generator: torch.Generator):
         super().__init__(f"{site.path}.experts")
         self.site, self.method = site, method
-        weight = next(model.get_submodule(site.path).parameters())
+        weight = next(module_at(model, site.path).parameters())
         E, m, d = method.experts, method.bottleneck, site.d
         with like(weight, generator):
             self.router = nn.Parameter(torch.empty(E, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)))

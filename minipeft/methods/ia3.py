@@ -21,7 +21,7 @@ from minipeft.methods.adapter import sites
 from minipeft.methods.common import freeze, no_embedding
 from minipeft.methods.read import bias as bias_of
 from minipeft.methods.read import check_read
-from minipeft.targets import Target, Targets, exact, flipped, is_convolution, resolve
+from minipeft.targets import Target, Targets, exact, flipped, is_convolution, module_at, resolve
 
 KEYS = re.compile(r".*\.(k|v|key|value|kv|qkv|wk|wv|wqkv|query_key_value|c_attn)(_?(proj|lin|linear))?", re.IGNORECASE)
 
@@ -159,7 +159,7 @@ class IA3Layout(WeightLayout):
         mistaken = any(names[layer.key].endswith(tuple(inputs)) for layer in layers if not layer.feedforward)
         return super().config(base, layers) | {
             "feedforward_modules": "|".join(map(re.escape, inputs)) if mistaken else inputs,
-            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+            "fan_in_fan_out": any(flipped(module_at(base, layer.path)) for layer in layers),
         }
 
     def build(self, config: dict, places: list[str], tensors: Tensors) -> list[IA3]:

@@ -44,7 +44,7 @@ from minipeft.methods.common import (
 )
 from minipeft.methods.fused import product
 from minipeft.methods.read import Name, check_read, from_peft, peft_has, peft_names, to_peft
-from minipeft.targets import Target, Targets, exact, flipped, is_convolution, read, resolve
+from minipeft.targets import Target, Targets, exact, flipped, is_convolution, module_at, read, resolve
 
 
 class LoRALayer(WeightLayer):
@@ -280,7 +280,7 @@ class LoRALayout(WeightLayout):
             "use_rslora": first.rank_stabilized,
             "lora_dropout": max(x.dropout for x in layers),
             "bias": "none",
-            "fan_in_fan_out": any(flipped(base.get_submodule(x.path)) and not x.embedding for x in layers),
+            "fan_in_fan_out": any(flipped(module_at(base, x.path)) and not x.embedding for x in layers),
             "rank_pattern": {matched(x): x.rank for x in layers if x.rank != first.rank},
             "alpha_pattern": {
                 matched(x): x.gamma * scale(x.rank) for x in layers if (x.rank, x.gamma) != (first.rank, first.gamma)

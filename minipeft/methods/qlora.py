@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from minipeft.build import carries_adapters
 from minipeft.methods.nf4 import Code, Quantized, normal_float
 from minipeft.methods.nf4 import quantize as quantize_tensor
-from minipeft.targets import Target, Targets, flipped, packed, resolve, slots
+from minipeft.targets import Target, Targets, flipped, module_at, packed, resolve, slots
 
 
 class PackedProduct(torch.autograd.Function):
@@ -109,12 +109,12 @@ def quantize(
         _check(target, tied=holders.count(id(target.module._parameters.get("weight"))) > 1)
     for paths in [places[id(target.module)] for target in chosen]:
         chosen.pop(0)  # the last reference to the dense layer is in the model
-        module = model.get_submodule(paths[0])
+        module = module_at(model, paths[0])
         weight = module.weight.T if flipped(module) else module.weight
         new = QuantizedLinear(quantize_tensor(weight, code, block, double), module.bias).train(module.training)
         for path in paths:
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, new)
+            setattr(module_at(model, parent), name, new)
     return model
 
 

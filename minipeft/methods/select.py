@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minipeft.layer import Layer, Method
-from minipeft.targets import Slot, flipped, foreign, head, is_matrix, packed, slots
+from minipeft.targets import Slot, flipped, foreign, head, is_matrix, module_at, packed, slots
 
 
 class Selected(Layer):
@@ -26,7 +26,7 @@ class Selected(Layer):
 
     def __init__(self, model: nn.Module, group: tuple[Slot, ...], breaks_tie: bool, _: torch.Generator):
         path, name = group[0]
-        owner = model.get_submodule(path)
+        owner = module_at(model, path)
         original = owner._parameters[name]
         super().__init__(path if name == "weight" and original.ndim > 1 else parameter_name(group[0]))
         self.value = nn.Parameter(original.detach().clone())

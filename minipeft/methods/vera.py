@@ -20,7 +20,7 @@ from minipeft.files import NUMBER, Tensors, WeightLayout, register
 from minipeft.layer import Method, WeightLayer
 from minipeft.methods.common import check_share, check_whole, freeze, linear_targets
 from minipeft.methods.fused import product, quicker
-from minipeft.targets import Target, Targets, exact, flipped
+from minipeft.targets import Target, Targets, exact, flipped, module_at
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class VeRALayout(WeightLayout):
             "save_projection": True,
             "vera_dropout": first.method.dropout,
             "d_initial": first.method.d_initial,
-            "fan_in_fan_out": any(flipped(base.get_submodule(layer.path)) for layer in layers),
+            "fan_in_fan_out": any(flipped(module_at(base, layer.path)) for layer in layers),
             "bias": "none",
         }
 

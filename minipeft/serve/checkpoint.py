@@ -30,7 +30,7 @@ from minipeft.files import OURS, PREFIX, WORDS, Layout, layout_for, layout_of
 from minipeft.layer import Layer, Method
 from minipeft.methods.select import Full, Selected, parameter_name
 from minipeft.serve.card import CARD, card, is_ours
-from minipeft.targets import is_matrix, slots
+from minipeft.targets import is_matrix, module_at, slots
 
 CONFIG, WEIGHTS, SELECT = "adapter_config.json", "adapter_model.safetensors", OURS + "SELECT"
 SAVING = ".saving"  # in an adapter's folder: files that are complete and count, but are not all in their place yet
@@ -104,17 +104,15 @@ def whole_modules(base: nn.Module, selected: list[Selected]) -> list[str] | None
     """The modules whose parameters are exactly what was trained, as PEFT's `modules_to_save` wants; else None."""
     trained = {slot for layer in selected for slot in layer.slots}
     owners = [path for path in dict.fromkeys(slot[0] for slot in trained) if not isinstance_embedding(base, path)]
-    own = {
-        path: {(path, n) for n, p in base.get_submodule(path)._parameters.items() if p is not None} for path in owners
-    }
-    whole = sorted(path for path in owners if path and own[path] <= trained and is_matrix(base.get_submodule(path)))
+    own = {path: {(path, n) for n, p in module_at(base, path)._parameters.items() if p is not None} for path in owners}
+    whole = sorted(path for path in owners if path and own[path] <= trained and is_matrix(module_at(base, path)))
     embedded = any(isinstance_embedding(base, path) for path, _ in trained)
     covered = all(any(path in whole for path, _ in layer.slots) for layer in selected)
     return whole if covered and not embedded else None
 
 
 def isinstance_embedding(base: nn.Module, path: str) -> bool:
-    return isinstance(base.get_submodule(path), nn.Embedding)
+    return isinstance(module_at(base, path), nn.Embedding)
 
 
 def expected(layers: list[Layer], config: dict) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 from minipeft.attach import Tuned
 from minipeft.methods.select import parameter_name
 from minipeft.reading import is_pair
-from minipeft.targets import flipped, foreign, packed, slots
+from minipeft.targets import flipped, foreign, module_at, packed, slots
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def turned(plain: nn.Module, base: nn.Module) -> set[str]:
     return {
         f"{path}.weight"
         for path, module in plain.named_modules()
-        if flipped(module) and not flipped(base.get_submodule(path))
+        if flipped(module) and not flipped(module_at(base, path))
     }
 
 

@@ -1,0 +1,46 @@
+"""A few cases of the stranger's, and what it found."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from drawn import MODELS, OPTIONS
+from stranger import play
+from trials import TRIALS
+
+import minipeft as mp
+from minipeft.analyze.spectrum import spectra
+from minipeft.methods import METHODS
+
+
+def test_every_setting_of_every_method_is_drawn():
+    assert OPTIONS.keys() == METHODS.keys()
+    for kind, options in OPTIONS.items():
+        assert options.keys() == set(METHODS[kind].__dataclass_fields__) - {"_"}, kind
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_a_few_cases():
+    done = [play(0, number) for number in range(24)]
+    assert {name for case in done for name, why in case.items() if not why} == {"attach", "call", *TRIALS}
+
+
+@pytest.mark.parametrize("method", [mp.LoRA(2), mp.DoRA(2), mp.OFT(4), mp.Full(), mp.IA3(["type", "forward"], [])])
+def test_a_module_may_bear_the_name_of_a_method(method, tmp_path):
+    """`get_submodule` asks for the attribute, and finds the method."""
+    one = MODELS["net, hostile names"]
+    model, batch = one.model(), one.batch()
+    before = tiny.snapshot(model)
+    tuned = mp.attach(model, method)
+    tiny.randomise(tuned)
+    found = tuned(**batch)["logits"]
+    assert {layer.path for layer in tuned.layers()} >= {"type", "forward"} or method == mp.Full()
+    assert spectra(tuned).keys()
+    tuned.merge()
+    assert (tuned(**batch)["logits"] - found).abs().max() < 1e-5
+    tuned.unmerge()
+    tuned.save(tmp_path)
+    assert tiny.same(tiny.snapshot(tuned.detach()), before)
+    assert torch.equal(mp.load_adapter(model, tmp_path)(**batch)["logits"], found)
