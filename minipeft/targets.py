@@ -234,8 +234,9 @@ def resolve(
     else:
         missed = []
         for pattern in targets:
-            suffix, start, stop = pattern if isinstance(pattern, tuple) else _parse(pattern)
-            ends = "" if isinstance(pattern, tuple) else "."  # a triple (path, start, stop) names one place exactly
+            triple = isinstance(pattern, tuple) and len(pattern) == 3  # (path, start, stop) names one place exactly
+            suffix, start, stop = pattern if triple else _parse(pattern)
+            ends = "" if triple else "."
             fits = lambda name: name == suffix or (ends and name.endswith(ends + suffix))  # noqa: E731, B023
             found = [path for path in names if any(map(fits, called[path] if ends and not stop else (path,)))]
             missed += [] if found else [f"{suffix!r} ({_near_misses(names, suffix, model)})"]

@@ -128,7 +128,7 @@ class Case:
             if not torch.is_tensor(loss):
                 raise Left("the output does not depend on what trains")
             loss.backward()
-        found = [p.grad.clone() for p in tuned.adapters.parameters() if p.grad is not None]
+        found = [p.grad.clone() for p in tuned.adapters.parameters() if p.grad is not None and p.numel()]
         tuned.zero_grad()
         return found
 

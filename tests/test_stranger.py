@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from drawn import MODELS, OPTIONS
+from drawn import DEFAULTS, HOSTILE, MODELS, OPTIONS
 from stranger import play
-from trials import TRIALS
+from trials import TRIALS, refused
 
 import minipeft as mp
 from minipeft.analyze.spectrum import spectra
@@ -25,6 +25,26 @@ def test_every_setting_of_every_method_is_drawn():
 def test_a_few_cases():
     done = [play(0, number) for number in range(24)]
     assert {name for case in done for name, why in case.items() if not why} == {"attach", "call", *TRIALS}
+
+
+ABSURD = (*HOSTILE, (), ((),), [[]], [1], {1}, "", 1j, lambda: 0, 10**400)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_absurd_setting_is_refused_in_one_sentence(kind):
+    """At the latest by `attach`, or it is none, and then the method can be shown and compared."""
+    model = tiny.llama()
+    fitting = {name: DEFAULTS[name] for name in OPTIONS[kind].keys() & DEFAULTS.keys()}
+
+    def attach(**settings: object) -> None:
+        method = METHODS[kind](**fitting | settings)
+        if settings.keys() & {"targets", "feedforward", "placement", "init"}:
+            mp.attach(model, method).detach()
+        assert name == "by" or hash(method)  # scores of each target are a mapping, which has no hash
+
+    for name in OPTIONS[kind]:
+        for value in ABSURD:
+            refused(lambda: attach(**{name: value}))  # noqa: B023
 
 
 @pytest.mark.parametrize("method", [mp.LoRA(2), mp.DoRA(2), mp.OFT(4), mp.Full(), mp.IA3(["type", "forward"], [])])

@@ -141,6 +141,7 @@ def checkpointing(case: Case) -> None:
     bare.gradient_checkpointing_enable()
     try:
         outputs(bare, case.batch)
+        sum(v.sum() for v in outputs(bare.requires_grad_(True), case.batch)).backward()
     except RuntimeError as error:
         raise Left("the bare model has no checkpoints") from error
     before = case.gradients(twin, case.batch)

@@ -8,7 +8,6 @@ A triplet (column of P, entry of Λ, row of Q) is pruned by zeroing its singular
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from minipeft.methods.common import (
     check_whole,
     fitting,
     freeze,
+    is_number,
     linear_targets,
     too_small,
 )
@@ -76,27 +76,31 @@ class AdaLoRA(Method):
 
         if (self.rank, self.initial_rank) != (0, 0):  # both zero: a place that a file says was pruned away
             check_whole("rank", self.rank)
-            default("initial_rank", math.ceil(1.5 * self.rank))
+            default("initial_rank", -(-3 * self.rank // 2))
             check_whole("initial_rank", self.initial_rank)
         if self.rank > self.initial_rank:
             raise ValueError(f"rank={self.rank} is above initial_rank={self.initial_rank}: ranks only shrink.")
         if self.gamma is not None and alpha is not None:
             raise ValueError(f"gamma={self.gamma} and alpha={alpha} both set the scale γ; give one of them.")
+        if alpha is not None and not is_number(alpha):
+            raise ValueError(f"alpha={alpha!r} is not a number, such as 2.0.")
         default("gamma", 2.0 if alpha is None else alpha / max(1, self.initial_rank))
         check_gamma(self.gamma, positive=True)
         for name in ("steps", "interval"):
             check_whole(name, getattr(self, name))
         default("warmup", self.steps // 10)
         default("final", self.steps // 3)
-        if not (self.warmup >= 0 and self.final >= 0 and self.warmup < self.steps - self.final):
+        for name in ("warmup", "final"):
+            check_whole(name, getattr(self, name), least=0)
+        if self.warmup >= self.steps - self.final:
             raise ValueError(
                 f"warmup={self.warmup} and final={self.final} leave none of {self.steps} steps to prune in."
             )
         for name in ("beta1", "beta2"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} is outside (0, 1), such as 0.85.")
-        if not (math.isfinite(self.orthogonality) and self.orthogonality >= 0):
-            raise ValueError(f"orthogonality={self.orthogonality} is not a number of at least 0.")
+            if not (is_number(value := getattr(self, name)) and 0.0 < value < 1.0):
+                raise ValueError(f"{name}={value!r} is outside (0, 1), such as 0.85.")
+        if not is_number(self.orthogonality, 0):
+            raise ValueError(f"orthogonality={self.orthogonality!r} is not a number of at least 0.")
         check_choice("penalty_form", self.penalty_form, ("paper", "peft"))
         check_share("dropout", self.dropout)
         freeze(self)

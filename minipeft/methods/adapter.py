@@ -10,7 +10,7 @@ At d = 1024 and m = 64 one adapter holds 2·d·m + m + d = 132,160 numbers, its 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from minipeft.calls import calls
 from minipeft.files import OURS, SettingsLayout, register
 from minipeft.layer import After, Layer, Method
-from minipeft.methods.common import check_choice, check_whole, like
+from minipeft.methods.common import check_choice, check_flag, check_whole, like
 from minipeft.targets import Target, head, is_matrix, mixtures, module_at, resolve
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh, "silu": F.silu, "identity": lambda x: x}
@@ -74,6 +74,7 @@ class Adapter(Method):
         object.__setattr__(self, "placement", check_placement(self.placement, self.top))
         for name in ("bottleneck", "share"):
             check_whole(name, getattr(self, name))
+        check_flag("share_within", self.share_within)
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], AdapterLayer]]:
@@ -150,6 +151,8 @@ class AdapterLayout(SettingsLayout):
 # Places
 # ---------------------------------------------------------------------------------------------------------------------
 def check_placement(placement: str | Sequence[str], top: int | None) -> str | tuple[str, ...]:
+    if not isinstance(placement, Iterable):
+        raise TypeError(f"placement={placement!r} is neither {', '.join(PLACEMENTS)} nor a list of suffixes.")
     if isinstance(placement, str) and placement not in PLACEMENTS:
         raise ValueError(f"placement={placement!r} is not {', '.join(PLACEMENTS)}; for suffixes write [{placement!r}].")
     if top is not None:

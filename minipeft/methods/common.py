@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,21 +18,30 @@ def check_whole(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r} is not a whole number of at least {least}, such as 8.")
 
 
+def is_number(value: object, low: float = -math.inf) -> bool:
+    """Whether it is a finite number of at least `low`, which a bool is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value and abs(value) < math.inf
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is neither True nor False.")
+
+
 def check_share(name: str, value: float) -> None:
     """For dropout: a share of at least 0 and below 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+    if not (is_number(value) and 0.0 <= value < 1.0):
         raise ValueError(f"{name}={value!r} is outside [0, 1); 0.0 turns it off.")
 
 
 def check_gamma(gamma: float, positive: bool = False) -> None:
-    number = isinstance(gamma, int | float) and not isinstance(gamma, bool) and abs(gamma) <= torch.finfo().max
-    if not number or (positive and gamma <= 0):
+    if not (is_number(gamma) and abs(gamma) <= torch.finfo().max) or (positive and gamma <= 0):
         kind = "positive" if positive else "finite"
         raise ValueError(f"The scale γ is {gamma}; it must be a {kind} number of float32, such as 2.0.")
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}.")
 
 

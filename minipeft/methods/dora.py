@@ -100,7 +100,7 @@ class DoRA(LoRA):
     examples = ({"rank": 2},)
 
     def __post_init__(self, alpha: float | None) -> None:
-        if self.init in LoRA.layers and self.init not in self.layers:
+        if isinstance(self.init, str) and self.init in LoRA.layers.keys() - self.layers.keys():
             raise ValueError(f"init={self.init!r} is for LoRA; DoRA starts from {', '.join(self.layers)}.")
         super().__post_init__(alpha)
 

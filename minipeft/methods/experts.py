@@ -21,7 +21,7 @@ from torch import nn
 from minipeft.files import OURS, SettingsLayout, register
 from minipeft.layer import After, Layer, Method
 from minipeft.methods.adapter import ACTIVATIONS, Site, check_placement, sites
-from minipeft.methods.common import check_choice, check_whole, like
+from minipeft.methods.common import check_choice, check_whole, is_number, like
 from minipeft.steps import OnTheWay, going_back
 from minipeft.targets import module_at
 
@@ -59,7 +59,7 @@ class Experts(Method):
             what = f"chosen={self.chosen} is above experts={self.experts}" if self.chosen > self.experts else "parallel"
             raise ValueError(f"{what}: choose at most all of the experts, after attention or the feed-forward part.")
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
-        if not (isinstance(self.balance, int | float) and math.isfinite(self.balance) and self.balance >= 0):
+        if not is_number(self.balance, 0):
             raise ValueError(f"balance={self.balance!r} is not a number of at least 0, such as 0.01.")
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], ExpertsLayer]]:

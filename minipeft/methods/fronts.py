@@ -7,7 +7,7 @@ reparametrised prefix loads as what it wrote: a plain prompt or prefix, which ca
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -100,8 +100,8 @@ def check_front(length: int, init: str | Sequence[int], known: tuple[str, ...]) 
     check_whole("length", length)
     if isinstance(init, str) and init not in known:
         raise ValueError(f"init={init!r} is not {' or '.join(map(repr, known))}; for words, give their token ids.")
-    init = init if isinstance(init, str) else tuple(init)
-    if not init or not (isinstance(init, str) or all(isinstance(i, int) for i in init)):
+    init = tuple(init) if isinstance(init, Iterable) and not isinstance(init, str) else init
+    if not isinstance(init, str) and not (isinstance(init, tuple) and init and all(isinstance(i, int) for i in init)):
         raise ValueError(f"init={init!r} holds no token ids; use tokenizer(text).input_ids.")
     return init
 

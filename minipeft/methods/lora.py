@@ -34,11 +34,13 @@ from minipeft.files import (
 from minipeft.layer import Method, WeightLayer
 from minipeft.methods import convolution
 from minipeft.methods.common import (
+    check_flag,
     check_gamma,
     check_share,
     check_whole,
     fitting,
     freeze,
+    is_number,
     no_embedding,
     too_small,
 )
@@ -206,6 +208,7 @@ class LoRA(Method):
 
     def __post_init__(self, alpha: float | None) -> None:
         check_whole("rank", self.rank)
+        check_flag("rank_stabilized", self.rank_stabilized)
         if self.gamma is not None and alpha is not None:
             raise ValueError(f"gamma={self.gamma} and alpha={alpha} both set the scale γ; give one of them.")
         if self.rank_stabilized and self.gamma is None and alpha is None:
@@ -215,18 +218,19 @@ class LoRA(Method):
                 raise ValueError(f"{name}={value!r} is not a number, such as 2.0.")
         gamma = 2.0 if self.gamma is None else self.gamma
         if alpha is not None:
+            check_gamma(alpha)
             # γ = α/r,  or  γ = α/√r
             gamma = alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
         check_share("dropout", self.dropout)
-        if self.init not in self.layers:
+        if not isinstance(self.init, str) or self.init not in self.layers:
             raise ValueError(
                 f"init={self.init!r} is not one of {', '.join(i for i in self.layers if i not in FAULTS)}."
             )
         check_gamma(gamma)
         if self.init == "pissa" and gamma <= 0:
             raise ValueError(f'init="pissa" splits a part of W into γ·B·A, so γ must be positive, but is {gamma}.')
-        if not (math.isfinite(self.lr_ratio) and self.lr_ratio > 0):
-            raise ValueError(f"lr_ratio={self.lr_ratio} is not a positive number, such as 16.0.")
+        if not (is_number(self.lr_ratio) and self.lr_ratio > 0):
+            raise ValueError(f"lr_ratio={self.lr_ratio!r} is not a positive number, such as 16.0.")
         object.__setattr__(self, "gamma", float(gamma))
         freeze(self)
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from minipeft.attach import attach
 from minipeft.files import OURS, PREFIX, Tensors, WeightLayout, register
 from minipeft.layer import Method, WeightLayer
-from minipeft.methods.common import freeze
+from minipeft.methods.common import freeze, is_number
 from minipeft.methods.select import Full
 from minipeft.targets import Target, Targets, exact, flipped, resolve
 
@@ -47,9 +47,9 @@ class Masked(Method):
     examples = ({"share": 0.05}, {"share": 0.05, "by": "random", "targets": "mlp"})
 
     def __post_init__(self) -> None:
-        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+        if not (is_number(self.share) and 0 < self.share <= 1):
             raise ValueError(f"share={self.share!r} is outside (0, 1]; 0.005 trains one entry in 200.")
-        if isinstance(self.by, str) and self.by not in ("largest", "smallest", "random"):
+        if not isinstance(self.by, Mapping) and self.by not in ("largest", "smallest", "random"):
             raise ValueError(f'by={self.by!r} is not "largest", "smallest" or "random", nor scores of each target.')
         freeze(self)
 

@@ -84,6 +84,9 @@ class Full(Method):
             raise TypeError(f"targets={self.targets!r} is a string; use re.compile(…), or a list of parameter names.")
         if isinstance(self.targets, list | set):
             object.__setattr__(self, "targets", tuple(self.targets))
+        names = isinstance(self.targets, Sequence) and all(isinstance(name, str) for name in self.targets)
+        if not (names or self.targets is None or isinstance(self.targets, re.Pattern)):
+            raise TypeError(f"targets={self.targets!r} is neither re.compile(…) nor a list of parameter names.")
 
     def places(self, model: nn.Module) -> dict[str, Callable[[torch.Generator], Selected]]:
         every = {parameter_name(slot): slot for slot, p in slots(model) if p.is_floating_point()}

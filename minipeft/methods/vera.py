@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from minipeft.files import NUMBER, Tensors, WeightLayout, register
 from minipeft.layer import Method, WeightLayer
-from minipeft.methods.common import check_share, check_whole, freeze, linear_targets
+from minipeft.methods.common import check_share, check_whole, freeze, is_number, linear_targets
 from minipeft.methods.fused import product, quicker
 from minipeft.targets import Target, Targets, exact, flipped, module_at
 
@@ -48,8 +48,8 @@ class VeRA(Method):
 
     def __post_init__(self) -> None:
         check_whole("rank", self.rank)
-        if not math.isfinite(self.d_initial):
-            raise ValueError(f"d_initial={self.d_initial} is not a finite number, such as 0.1.")
+        if not is_number(self.d_initial):
+            raise ValueError(f"d_initial={self.d_initial!r} is not a finite number, such as 0.1.")
         check_share("dropout", self.dropout)
         seed = self.projection_seed
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
