@@ -25,7 +25,7 @@ from pathlib import Path
 
 import tiny
 import torch
-from drawn import LENGTH, MODELS, NEAR, draw, drawn_dtype
+from drawn import LENGTH, MODELS, NEAR, NO_GRADIENT, draw, drawn_dtype
 from test_matrix import FAMILIES, FRONTS, READ, ROWS, Bare, gap, outputs
 from torch import nn
 from trials import TRIALS, Left, given, quietly, refused, require, same
@@ -122,6 +122,7 @@ class Case:
         return alone
 
     def gradients(self, tuned: nn.Module, *batches: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        self.must_have_gradients()
         tuned.zero_grad()
         for batch in batches:
             loss = sum(v.sin().sum() for v in outputs(tuned, batch) if v.requires_grad)
@@ -131,6 +132,10 @@ class Case:
         found = [p.grad.clone() for p in tuned.adapters.parameters() if p.grad is not None and p.numel()]
         tuned.zero_grad()
         return found
+
+    def must_have_gradients(self) -> None:
+        if self.name in NO_GRADIENT:
+            raise Left(NO_GRADIENT[self.name])
 
     def copied(self) -> nn.Module:
         try:

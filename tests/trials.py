@@ -98,6 +98,7 @@ def refusing(case: Case) -> None:
 @trial
 def one_step(case: Case) -> None:
     """Training moves what trains and nothing else; along its slope the loss falls."""
+    case.must_have_gradients()
     tuned, kept = case.tuned, copy.deepcopy(case.tuned.state_dict())
     own = {id(p) for p in tuned.adapters.parameters()}
     require(not any(p.requires_grad for p in tuned.base.parameters() if id(p) not in own), "the base trains")
