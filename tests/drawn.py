@@ -22,6 +22,10 @@ NEAR = {"float32": 2e-4, "float64": 1e-6}  # some models compute a part in float
 NO_GRADIENT = {"RWKV": "transformers changes its state in place, outside training also where gradients are wanted"}
 PEFT_CANNOT = {  # what PEFT does not compute from a file of its own format: {(method or "", model): why}
     ("", "net, hostile names"): "it asks get_submodule for a module called `type`, and gets the method",
+    **dict.fromkeys(
+        [(kind, "Gemma-4") for kind in ("PromptTuning", "PTuning")],
+        "it gives embeddings alone, of which this model must be able to tell the tokens",
+    ),
     ("OFT", "ProphetNet"): "it takes what a linear layer reads for a picture when that has four dimensions",
 }
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from architectures import ARCHITECTURES
 from drawn import LENGTH, MODELS, NEAR, NO_GRADIENT, draw, drawn_dtype
 from test_matrix import FAMILIES, FRONTS, READ, ROWS, Bare, gap, outputs
 from torch import nn
@@ -47,9 +48,10 @@ class Case:
         cast = {k: v.to(getattr(torch, self.dtype)) if floating(v) else v for k, v in batch.items()}
         self.batch = {key: value for key, value in cast.items() if value is not None}
         self.kind, self.settings = draw(self.rng, self.model)
+        self.beside = self.rng.choice(["Softmax", "BitFit", "LoRA", *[None] * 12])  # a second method of one adapter
         self.chosen = self.rng.sample(list(TRIALS), 4)
         self.exact = self.dtype in NEAR
-        what = f"{self.name} · {self.kind}{self.settings} · {self.dtype}"
+        what = f"{self.name} · {self.kind}{self.settings} {self.beside or ''} · {self.dtype}"
         self.label = f"{seed}:{number} {what} · {', '.join(self.chosen)}"
 
     def fresh(self) -> nn.Module:
@@ -97,6 +99,8 @@ class Case:
     def attach(self) -> None:
         with quietly("attach"):
             self.method, self.seed = METHODS[self.kind](**self.settings), self.rng.randrange(9)
+            if self.beside:
+                self.method = [self.method, METHODS[self.beside]()]
             self.tuned = mp.attach(self.model, self.method, seed=self.seed)
 
     def starts_as_the_base(self) -> None:
@@ -132,6 +136,13 @@ class Case:
         found = [p.grad.clone() for p in tuned.adapters.parameters() if p.grad is not None and p.numel()]
         tuned.zero_grad()
         return found
+
+    def labelled(self) -> dict[str, torch.Tensor]:
+        """The batch with labels, with which a model gives its own loss, which brings a method's penalty along."""
+        if self.name not in ARCHITECTURES:
+            return self.batch
+        every = self.one.batch(ROWS, LENGTH, labels=True)
+        return self.batch | {key: every[key] for key in every.keys() - self.batch.keys()}
 
     def must_have_gradients(self) -> None:
         if self.name in NO_GRADIENT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from architectures import ARCHITECTURES
 from drawn import DEFAULTS, HOSTILE, MODELS, OPTIONS
 from stranger import play
 from trials import TRIALS, refused
@@ -64,3 +65,10 @@ def test_a_module_may_bear_the_name_of_a_method(method, tmp_path):
     tuned.save(tmp_path)
     assert tiny.same(tiny.snapshot(tuned.detach()), before)
     assert torch.equal(mp.load_adapter(model, tmp_path)(**batch)["logits"], found)
+
+
+def test_measuring_a_prefix_moves_no_generator():
+    """NLLB-MoE draws whether to skip a layer in each call, and then does not skip it."""
+    model, before = ARCHITECTURES["NLLB-MoE"].model(), torch.random.get_rng_state()
+    mp.attach(model, mp.PrefixTuning(2))
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -102,9 +102,9 @@ def one_step(case: Case) -> None:
     tuned, kept = case.tuned, copy.deepcopy(case.tuned.state_dict())
     own = {id(p) for p in tuned.adapters.parameters()}
     require(not any(p.requires_grad for p in tuned.base.parameters() if id(p) not in own), "the base trains")
-    loss = lambda: sum((v.double() * (1 + i)).sin().sum() for i, v in enumerate(outputs(tuned, case.batch)))  # noqa: E731
+    loss = lambda batch: sum((v.double() * (1 + i)).sin().sum() for i, v in enumerate(outputs(tuned, batch)))  # noqa: E731
     tuned.train(training := case.rng.random() < 0.5)
-    value = loss()
+    value = loss(case.labelled() if training else case.batch)
     if not value.requires_grad:
         raise Left("the output does not depend on what trains")
     value.backward()
@@ -115,7 +115,7 @@ def one_step(case: Case) -> None:
     tuned.zero_grad()
     tuned.eval()
     with torch.no_grad():
-        after = loss()
+        after = loss(case.batch)
     if case.dtype == "float64" and not training and not tuned.hears():
         require(after <= value + 1e-9 * abs(value), f"the loss rises from {value:.9g} to {after:.9g} along its slope")
     case.is_the_base_when_disabled()

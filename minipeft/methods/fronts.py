@@ -49,6 +49,7 @@ def check_prompt(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+@torch.random.fork_rng()  # some draw in every call
 def keys_and_values(
     model: nn.Module, ids: Sequence[int], again: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
