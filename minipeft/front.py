@@ -73,6 +73,7 @@ class Front:
         """Forgets the call before, however it ended."""
         self.pending: torch.Tensor | None = None  # the prompt of the call that is under way
         self.total = 0  # its vectors and the call's tokens
+        self.ids: torch.Tensor | None = None  # the call's, with placeholders
         self.placed = False  # whether it stands before the tokens already
         self.turn: torch.Tensor | None = None  # (rows, total), from 0 to n − 1 where it stands, if rows have padding
         self.begun = 0  # vectors in front in the cache that the call begins
@@ -158,6 +159,7 @@ class Front:
             if self.turn is not None:  # the padding itself stays on the left, for some models look for it in the ids
                 ahead = torch.where(self.turn < 0, ids[:, :1], self.placeholder)
                 call["input_ids"] = torch.where(self.turn < n, ahead, call["input_ids"])
+        self.ids = call.get("input_ids")
         for name, value in PER_TOKEN.items():
             each = call.get(name)
             if each is None or each.shape[:2] != (rows, length) or (name == "labels" and each.is_floating_point()):
@@ -210,9 +212,11 @@ class Front:
             call["return_dict"] = True
 
     def embed(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        """Exchanges the placeholders' embeddings for the prompt."""
-        if self.pending is None or self.placed or output.shape[1] < self.total:
+        """Exchanges the placeholders' embeddings for the prompt, behind what a model puts before its text (CPM-Ant)."""
+        if self.pending is None or self.placed or (more := output.shape[1] - self.total) < 0:
             return output
+        if more and args and self.ids is not None and torch.equal(args[0][:, more:], self.ids.to(args[0].dtype)):
+            return torch.cat([output[:, :more], self._exchange(output[:, more:])], 1)
         return self._exchange(output)
 
     def _exchange(self, embeds: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from architectures import ARCHITECTURES
 from drawn import DEFAULTS, HOSTILE, MODELS, OPTIONS
 from stranger import play
+from test_matrix import FAMILIES
 from trials import TRIALS, refused
 
 import minipeft as mp
@@ -72,3 +73,13 @@ def test_measuring_a_prefix_moves_no_generator():
     model, before = ARCHITECTURES["NLLB-MoE"].model(), torch.random.get_rng_state()
     mp.attach(model, mp.PrefixTuning(2))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_prompt_stands_behind_what_a_model_puts_before_its_text():
+    """CPM-Ant has a prompt of its own, of which ours overwrote the beginning."""
+    one = FAMILIES["CPM-Ant"]
+    ids, words = one.batch()["input_ids"], torch.tensor([7, 9, 8])
+    with torch.no_grad():
+        longer = one.model()(input_ids=torch.cat([words.expand(len(ids), -1), ids], 1)).logits[:, 3:]
+        found = mp.attach(one.model(), mp.PromptTuning(3, words.tolist()))(input_ids=ids).logits
+    torch.testing.assert_close(found, longer, rtol=0, atol=1e-5)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tiny
 import torch
-from drawn import LENGTH, PEFT_CANNOT, draw
+from drawn import LENGTH, NO_WORDS, PEFT_CANNOT, draw
 from test_matrix import FRONTS, ROWS, gap, outputs
 from torch import nn
 
@@ -284,6 +284,21 @@ def padding(case: Case) -> None:
         if [v.shape for v in bare] == [v.shape for v in case.bare.gives] and gap(bare, case.bare.gives) < 1e-5:
             if not refused(lambda: given(case.tuned, batch)):  # noqa: B023
                 case.near(cut(given(case.tuned, batch)), case.found, f"padding on the {side}", 2)
+
+
+@trial
+def words(case: Case) -> None:
+    """A prompt that starts as words is these words, whatever the case's own method."""
+    if case.batch.keys() - {"decoder_input_ids"} != {"input_ids"} or not case.exact:
+        raise Left("no text alone")
+    if case.name in NO_WORDS:
+        raise Left(NO_WORDS[case.name])
+    ids, said = case.batch["input_ids"], torch.tensor([7, 9, 8])
+    with case.tuned.disabled():
+        longer = case.batch | {"input_ids": torch.cat([said.expand(ROWS, -1), ids], 1)}
+        bare = [v[:, 3:] if v.shape[1:2] == (LENGTH + 3,) else v for v in given(case.model, longer)]
+    found = given(mp.attach(case.fresh(), mp.PromptTuning(3, said.tolist())).eval(), case.batch)
+    case.near(found, bare, "a prompt of words is not these words")
 
 
 @trial
