@@ -24,6 +24,10 @@ NO_WORDS = {"Gemma-4": "each layer looks the ids up again, and where a vector st
 PEFT_CANNOT = {  # what PEFT does not compute from a file of its own format: {(method or "", model): why}
     ("", "net, hostile names"): "it asks get_submodule for a module called `type`, and gets the method",
     **dict.fromkeys(
+        [(kind, "VisualBERT") for kind in ("PromptTuning", "PTuning")],
+        "it makes the mask one of floating-point numbers, by which this model looks up a token",
+    ),
+    **dict.fromkeys(
         [(kind, "Gemma-4") for kind in ("PromptTuning", "PTuning")],
         "it gives embeddings alone, of which this model must be able to tell the tokens",
     ),

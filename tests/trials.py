@@ -106,6 +106,7 @@ def one_step(case: Case) -> None:
     tuned.train(training := case.rng.random() < 0.5)
     value = loss(case.labelled() if training else case.batch)
     if not value.requires_grad:
+        tuned.eval()
         raise Left("the output does not depend on what trains")
     value.backward()
     trained = [p for p in tuned.adapters.parameters() if p.grad is not None]
