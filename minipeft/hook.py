@@ -85,11 +85,13 @@ class Seat:
                 for _, after in self.layers.get(name, ()):
                     output = after(output, x, plain) if weight == 1 else in_part(after, weight, output, x, plain)
             return output
-        if x.shape[0] not in (rows.batch, rows.batch * rows.copies):
-            raise ValueError(
-                f"adapters= has {rows.batch} entries, but a {type(module).__name__} got a batch of {x.shape[0]}; "
-                "per-row choice works where dimension 0 of every adapted module's input is the batch."
-            )
+        for did, each in ("got", x), ("gave", output):  # Llama-4's experts give all tokens of all rows as one list
+            if each.shape[0] not in (rows.batch, rows.batch * rows.copies):
+                raise ValueError(
+                    f"adapters= has {rows.batch} entries, but a {type(module).__name__} {did} a batch of "
+                    f"{each.shape[0]}; per-row choice works where dimension 0 of what every adapted module reads and "
+                    "gives is the batch."
+                )
         times = x.shape[0] // rows.batch
         for name, own in rows.of.items():
             own = own if times == 1 else (own[:, None] * times + torch.arange(times)).flatten()

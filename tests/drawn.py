@@ -31,7 +31,10 @@ PEFT_CANNOT = {  # what PEFT does not compute from a file of its own format: {(m
         [(kind, "Gemma-4") for kind in ("PromptTuning", "PTuning")],
         "it gives embeddings alone, of which this model must be able to tell the tokens",
     ),
-    ("OFT", "ProphetNet"): "it takes what a linear layer reads for a picture when that has four dimensions",
+    **dict.fromkeys(
+        [("OFT", name) for name in ("ProphetNet", "WavLM, classifier")],
+        "it takes what a linear layer reads for a picture when that has four dimensions",
+    ),
 }
 
 

@@ -83,3 +83,12 @@ def test_a_prompt_stands_behind_what_a_model_puts_before_its_text():
         longer = one.model()(input_ids=torch.cat([words.expand(len(ids), -1), ids], 1)).logits[:, 3:]
         found = mp.attach(one.model(), mp.PromptTuning(3, words.tolist()))(input_ids=ids).logits
     torch.testing.assert_close(found, longer, rtol=0, atol=1e-5)
+
+
+def test_rows_choose_no_adapter_where_a_module_gives_no_rows():
+    """Llama-4's experts read (rows, tokens, width) and give (rows · tokens, width)."""
+    tuned = mp.attach(FAMILIES["Llama-4"].model(), mp.Adapter(4))
+    batch = FAMILIES["Llama-4"].batch()
+    with pytest.raises(ValueError, match="a Llama4TextMoe gave a batch of 14; per-row choice works where dimension 0"):
+        tuned(**batch, adapters=["default", None])
+    tuned(**batch)
