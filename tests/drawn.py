@@ -20,7 +20,9 @@ from minipeft.targets import is_convolution, is_matrix, slots
 LENGTH = 6
 NEAR = {"float32": 2e-4, "float64": 1e-6}  # some models compute a part in float32 whatever they are in
 NO_GRADIENT = {"RWKV": "transformers changes its state in place, outside training also where gradients are wanted"}
+NOT_ALONE = {"LeViT": "the gradients of its batch norms are wrong for one picture by itself, in the bare model too"}
 NO_WORDS = {"Gemma-4": "each layer looks the ids up again, and where a vector stands there is none"}
+PEFT_REFUSES = "incompatible with Mamba-based models"  # their out_proj and conv1d, whatever the method
 PEFT_CANNOT = {  # what PEFT does not compute from a file of its own format: {(method or "", model): why}
     ("", "net, hostile names"): "it asks get_submodule for a module called `type`, and gets the method",
     **dict.fromkeys(
