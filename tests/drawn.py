@@ -22,7 +22,10 @@ NEAR = {"float32": 2e-4, "float64": 1e-6}  # some models compute a part in float
 NO_GRADIENT = {"RWKV": "transformers changes its state in place, outside training also where gradients are wanted"}
 NOT_ALONE = {"LeViT": "the gradients of its batch norms are wrong for one picture by itself, in the bare model too"}
 NO_WORDS = {"Gemma-4": "each layer looks the ids up again, and where a vector stands there is none"}
-PEFT_REFUSES = "incompatible with Mamba-based models"  # their out_proj and conv1d, whatever the method
+PEFT_SAYS = (  # in an error that is its own
+    "incompatible with Mamba-based models",  # of their out_proj and conv1d, whatever the method
+    "is invalid for input of size 0",  # of OFT on a linear layer that reads four dimensions
+)
 PEFT_CANNOT = {  # what PEFT does not compute from a file of its own format: {(method or "", model): why}
     ("", "net, hostile names"): "it asks get_submodule for a module called `type`, and gets the method",
     **dict.fromkeys(
@@ -32,10 +35,6 @@ PEFT_CANNOT = {  # what PEFT does not compute from a file of its own format: {(m
     **dict.fromkeys(
         [(kind, "Gemma-4") for kind in ("PromptTuning", "PTuning")],
         "it gives embeddings alone, of which this model must be able to tell the tokens",
-    ),
-    **dict.fromkeys(
-        [("OFT", name) for name in ("ProphetNet", "WavLM, classifier")],
-        "it takes what a linear layer reads for a picture when that has four dimensions",
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +21,12 @@ def check_whole(name: str, value: int, least: int = 1) -> None:
 
 def is_number(value: object, low: float = -math.inf) -> bool:
     """Whether it is a finite number of at least `low`, which a bool is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value and abs(value) < math.inf
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and low <= value
+        and abs(value) <= sys.float_info.max
+    )
 
 
 def check_flag(name: str, value: bool) -> None:
