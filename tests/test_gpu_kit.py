@@ -80,8 +80,8 @@ def test_it_needs_no_datasets_package():
     """The stand-in gives a task the same rows."""
     code = (
         f"import sys; sys.path.insert(0, {str(KIT / 'standin')!r});"
-        "import minipeft as mp; task = mp.world.pirate(40, 8);"
-        "print(sys.modules['datasets'].__file__, task.data['train'][3]['text'], list(task.data['test']['text'])[:2])"
+        "import minipeft as mp; rows = mp.world.pirate(40, 8).data;"
+        "print(sys.modules['datasets'].__file__, rows['train'][3]['text'], list(rows['test']['text'])[:2])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=KIT.parents[1])
     assert run.returncode == 0, run.stderr[-800:]

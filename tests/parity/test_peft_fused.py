@@ -32,7 +32,7 @@ def outcome(model, inputs) -> dict[str, torch.Tensor]:
     output = model(**inputs)
     output.loss.backward()
     with torch.no_grad():
-        one_row = model(input_ids=inputs["input_ids"][:1, :20]).logits
+        one_row = torch.cat([model(input_ids=ids[None, :20]).logits for ids in inputs["input_ids"]])
     gradients = {f"grad {common(n)}": p.grad for n, p in model.named_parameters() if p.requires_grad}
     return {"logits": output.logits.detach(), "one row": one_row, **gradients}
 
@@ -62,5 +62,6 @@ def test_logits_and_gradients_agree(method, tmp_path):
         assert (value - found[key]).abs().max() <= 1e-12 * max(1.0, value.abs().max().item()), key
     theirs, ours = both(method, torch.float32, tmp_path)
     for key, value in exact.items():
-        error, allowed = ((v[key].double() - value).abs().max().item() for v in (ours, theirs))
-        assert error <= max(1e-6, 2 * allowed), f"{key}: rounding takes {error:.1e} here, {allowed:.1e} in PEFT"
+        # the root of the mean square: which entry is the worst, and how bad, is luck that changes with the processor
+        error, allowed = ((v[key].double() - value).square().mean().sqrt().item() for v in (ours, theirs))
+        assert error <= max(1e-7, 1.5 * allowed), f"{key}: rounding takes {error:.1e} here, {allowed:.1e} in PEFT"
