@@ -62,7 +62,8 @@ class Front:
         self.names = arguments(base)
         self.placeholder = placeholder(base)
         self.longest = longest(base)
-        self.counted = "past_key_values" in self.names and "position_ids" in self.names and numbering(base) is None
+        self.counts = "position_ids" in self.names and numbering(base) is None
+        self.caches = "past_key_values" in self.names  # EuroBERT's layers read a prefix that its numbering knows not of
         self._begin()
         base.register_forward_pre_hook(self.before, with_kwargs=True)
         base.register_forward_hook(self.after)
@@ -127,8 +128,9 @@ class Front:
         given, n = call.get("position_ids"), ahead + seen
         if call.get("past_key_values") is None:
             self._check_length(base, n, length)
-        if given is None and self.counted and mask is not None:
+        if given is None and self.counts and (self.caches or seen) and mask is not None:
             given = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+        seen, n = (seen, n) if self.caches else (0, ahead)
         if given is None:
             return
         if mask is None or mask.shape != given.shape[-2:]:

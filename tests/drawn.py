@@ -20,6 +20,9 @@ from minipeft.targets import is_convolution, is_matrix, slots
 LENGTH = 6
 NEAR = {"float32": 2e-4, "float64": 1e-6}  # some models compute a part in float32 whatever they are in
 NO_GRADIENT = {"RWKV": "transformers changes its state in place, outside training also where gradients are wanted"}
+STALE = {
+    ("Full", "LeViT")
+}  # the bare model, too, keeps the attention biases that it read in eval mode, whatever changes
 NOT_ALONE = {"LeViT": "the gradients of its batch norms are wrong for one picture by itself, in the bare model too"}
 NO_WORDS = {"Gemma-4": "each layer looks the ids up again, and where a vector stands there is none"}
 PEFT_SAYS = (  # in an error that is its own
@@ -28,6 +31,14 @@ PEFT_SAYS = (  # in an error that is its own
 )
 PEFT_CANNOT = {  # what PEFT does not compute from a file of its own format: {(method or "", model): why}
     ("", "net, hostile names"): "it asks get_submodule for a module called `type`, and gets the method",
+    (
+        "",
+        "net, attention",
+    ): "where no gradient is asked for, nn.TransformerEncoder goes past PEFT's layers on its fast path",
+    **dict.fromkeys(
+        [(kind, "CPM-Ant") for kind in ("PromptTuning", "PTuning")],
+        "it gives embeddings alone, and this model reads ids",
+    ),
     **dict.fromkeys(
         [(kind, "VisualBERT") for kind in ("PromptTuning", "PTuning")],
         "it makes the mask one of floating-point numbers, by which this model looks up a token",

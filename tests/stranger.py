@@ -26,7 +26,7 @@ from pathlib import Path
 import tiny
 import torch
 from architectures import ARCHITECTURES
-from drawn import LENGTH, MODELS, NEAR, NO_GRADIENT, draw, drawn_dtype
+from drawn import LENGTH, MODELS, NEAR, NO_GRADIENT, STALE, draw, drawn_dtype
 from test_matrix import FAMILIES, FRONTS, READ, ROWS, Bare, gap, outputs
 from torch import nn
 from trials import TRIALS, Left, given, quietly, refused, require, same
@@ -73,6 +73,8 @@ class Case:
             raise Left("the bare model does not run") from error
         if not all(map(torch.equal, self.outputs(self.model), self.bare.gives)):
             raise Left("the bare model gives two answers, or none")
+        if (self.kind, self.name) in STALE:
+            raise Left("the bare model computes with what it remembers")
         if why := refused(self.attach):
             require(self.bare.is_as_it_was(), f"refused ({why}), but the model is changed")
             return {"attach": why}
@@ -135,6 +137,8 @@ class Case:
             loss.backward()
         found = [p.grad.clone() for p in tuned.adapters.parameters() if p.grad is not None and p.numel()]
         tuned.zero_grad()
+        if not found:  # MRA without its CUDA kernel attends to nothing, and gives zeros that ask for a gradient
+            raise Left("the output does not depend on what trains")
         return found
 
     def labelled(self) -> dict[str, torch.Tensor]:

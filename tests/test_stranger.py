@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,7 @@ from architectures import ARCHITECTURES
 from drawn import DEFAULTS, HOSTILE, MODELS, OPTIONS
 from stranger import play
 from test_matrix import FAMILIES
+from torch import nn
 from trials import TRIALS, refused
 
 import minipeft as mp
@@ -92,3 +95,23 @@ def test_rows_choose_no_adapter_where_a_module_gives_no_rows():
     with pytest.raises(ValueError, match="a Llama4TextMoe gave a batch of 14; per-row choice works where dimension 0"):
         tuned(**batch, adapters=["default", None])
     tuned(**batch)
+
+
+def test_padding_on_the_left_stays_out_of_a_prefix_that_the_numbering_knows_not_of():
+    """EuroBERT hands its layers the prefix on and numbers its tokens from 0, with padding and all."""
+    tuned = mp.attach(ARCHITECTURES["EuroBERT"].model(), mp.PrefixTuning(3)).eval()
+    tiny.randomise(tuned)
+    ids = ARCHITECTURES["EuroBERT"].batch()["input_ids"]
+    padded, mask = (nn.functional.pad(each, (2, 0)) for each in (ids, torch.ones_like(ids)))
+    with torch.no_grad():
+        found = tuned(input_ids=ids).logits
+        assert (tuned(input_ids=padded, attention_mask=mask).logits[:, 2:] - found).abs().max() < 1e-5
+
+
+def test_a_file_holds_both_sides_of_a_tie_to_a_table_of_the_models_own(tmp_path):
+    """I-BERT's embedding is none of PyTorch's; PEFT's `modules_to_save` would change the decoder alone."""
+    tuned = mp.attach(FAMILIES["I-BERT"].model(), [mp.VeRA(2, targets=["lm_head.dense"]), mp.Softmax()]).eval()
+    tiny.randomise(tuned)
+    tuned.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "MINIPEFT_VERA" and len(config["entries"]) > 2

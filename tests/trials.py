@@ -110,6 +110,9 @@ def one_step(case: Case) -> None:
         raise Left("the output does not depend on what trains")
     value.backward()
     trained = [p for p in tuned.adapters.parameters() if p.grad is not None]
+    if not trained:  # MRA, as in `gradients`
+        tuned.eval()
+        raise Left("the output does not depend on what trains")
     slope = sum(p.grad.double().square().sum() for p in trained).sqrt().item()
     require(value.isfinite() and math.isfinite(slope), "the loss or its slope is no number")
     torch.optim.SGD(trained, lr=1e-4 / max(slope, 1e-9)).step()
@@ -194,8 +197,8 @@ def saving(case: Case) -> None:
             or {("", case.name), (case.kind, case.name)} & {*PEFT_CANNOT}
         ):
             return
-        if case.kind in ("PromptTuning", "PTuning") and not read_alike(case):
-            return
+        if case.kind in ("PromptTuning", "PTuning") and ("bbox" in case.batch or not read_alike(case)):
+            return  # PEFT puts no boxes before those of the tokens
         import peft
 
         try:

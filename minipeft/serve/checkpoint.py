@@ -112,7 +112,10 @@ def whole_modules(base: nn.Module, selected: list[Selected]) -> list[str] | None
 
 
 def isinstance_embedding(base: nn.Module, path: str) -> bool:
-    return isinstance(module_at(base, path), nn.Embedding)
+    """Whether the module looks its weight up: PyTorch's, or one of a model's own (I-BERT) that multiplies by none."""
+    module = module_at(base, path)
+    weight = module._parameters.get("weight")
+    return isinstance(module, nn.Embedding) or (weight is not None and weight.ndim == 2 and not is_matrix(module))
 
 
 def expected(layers: list[Layer], config: dict) -> dict[str, torch.Tensor]:
