@@ -62,8 +62,9 @@ class Front:
         self.names = arguments(base)
         self.placeholder = placeholder(base)
         self.longest = longest(base)
-        self.counts = "position_ids" in self.names and numbering(base) is None
-        self.caches = "past_key_values" in self.names  # EuroBERT's layers read a prefix that its numbering knows not of
+        counts, text = "position_ids" in self.names and numbering(base) is None, getattr(base, "base_model", base)
+        self.counted = counts and "past_key_values" in self.names
+        self.unseen = counts and "past_key_values" not in {*self.names, *arguments(text)}  # by the numbering: EuroBERT
         self._begin()
         base.register_forward_pre_hook(self.before, with_kwargs=True)
         base.register_forward_hook(self.after)
@@ -78,8 +79,7 @@ class Front:
         self.placed = False  # whether it stands before the tokens already
         self.turn: torch.Tensor | None = None  # (rows, total), from 0 to n − 1 where it stands, if rows have padding
         self.begun = 0  # vectors in front in the cache that the call begins
-        self.drop_cache = False
-        self.as_tuple = False
+        self.drop_cache = self.as_tuple = False
         self.called = True
 
     def standing(self, kind: str) -> torch.Tensor | None:
@@ -128,9 +128,9 @@ class Front:
         given, n = call.get("position_ids"), ahead + seen
         if call.get("past_key_values") is None:
             self._check_length(base, n, length)
-        if given is None and self.counts and (self.caches or seen) and mask is not None:
+        if given is None and (self.counted or (self.unseen and seen)) and mask is not None:
             given = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-        seen, n = (seen, n) if self.caches else (0, ahead)
+        seen, n = (0, ahead) if self.unseen else (seen, n)
         if given is None:
             return
         if mask is None or mask.shape != given.shape[-2:]:
