@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 import runpy
 import shutil
@@ -477,3 +478,23 @@ def test_the_classroom_extra_is_not_the_learners():
 
 def test_the_workers_silent_check_says_nothing():
     assert worker.Silent("check").lora_scale(1) is None
+
+
+def test_the_margin_of_a_recipe_is_no_lottery():
+    """By how much a recipe beats a new head, over twenty lights: four standard errors of a mean over as many lights as
+    the grader draws, one chance in thirty thousand, lie between right recipes and the margin, and wrong ones and it."""
+    from minipeft.course.drives import capstone as drive
+    from minipeft.course.exercises.capstone import DRAWS, MARGIN, SHAPES, lights, new_heads
+
+    x, y, hidden, truth = lights(random.Random(1), 20)
+    heads = torch.tensor([new_heads(*(each[i : i + 1] for each in (x, y, hidden, truth))) for i in range(len(x))])
+    for right, layer, rank, lr in (
+        (True, "lower", 4, 2e-2), (True, "lower", 4, 1e-2), (False, "lower", 2, 2e-2), (False, "upper", 4, 2e-2),
+    ):  # fmt: skip
+        plan = {"method": "LoRA", "settings": {"rank": rank, "targets": [layer]}, "lr": lr, "steps": drive.STEPS}
+        classes = drive.adapt(lambda *_, plan=plan: plan, SHAPES, 0, drive.base(), x, y, hidden)["classes"]
+        gains = (torch.tensor(classes) == truth).double().mean(1) - heads
+        away = (gains.mean() - MARGIN) / (gains.std() / DRAWS**0.5)
+        assert (away if right else -away) > 4, (layer, rank, lr, gains.mean(), gains.std())
+    text = "".join(cell.source for cell in nbformat.read(sources()["capstone"], as_version=4).cells)
+    assert f"**{100 * MARGIN:.0f} points above**" in text and DRAWS == 5 and "does so five times" in text
