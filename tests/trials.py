@@ -295,7 +295,9 @@ def padding(case: Case) -> None:
         cut = lambda found: [v[:, own] if v.shape[1:2] == (LENGTH + more,) else v for v in found]  # noqa: E731, B023
         with case.tuned.disabled():
             bare = cut(given(case.model, batch))
-        if [v.shape for v in bare] == [v.shape for v in case.bare.gives] and gap(bare, case.bare.gives) < 1e-5:
+        alike = [v.shape for v in bare] == [v.shape for v in case.bare.gives]
+        # a bare model that computes a part in float32 has an error of its own, which an adapter enlarges
+        if alike and gap(bare, case.bare.gives) < 100 * torch.finfo(getattr(torch, case.dtype)).eps:
             if not refused(lambda: given(case.tuned, batch)):  # noqa: B023
                 case.near(cut(given(case.tuned, batch)), case.found, f"padding on the {side}", 2)
 
