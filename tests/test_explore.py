@@ -1,11 +1,15 @@
 """The widgets without a browser: values in, pictures and artists out, and a run that a second move cancels."""
 
+import io
+import itertools
 import time
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
+from PIL import Image
 from processes import until
 from tiny import llama, small
 
@@ -120,10 +124,10 @@ def test_the_lora_explorer_trains_and_shows_loss_floor_spectrum_count_and_text()
     assert shown[f"floor of the task {floor:.3f}"].get_ydata()[0] == floor
     assert f"{explorer.tuned.count()}" in explorer.text.value
     assert f"test loss {explorer.score.loss:.3f}" in explorer.text.value
-    spectrum = [line.get_ydata() for line in explorer.figure.axes[1].lines]
-    *drawn, median = spectrum
+    each, median = [line.get_ydata() for line in explorer.figure.axes[1].lines]
     deltas = explorer.tuned.deltas().values()
-    assert len(drawn) == len(deltas) and len(median) == 4
+    drawn = each.reshape(len(deltas), 5)[:, :4]
+    assert numpy.isnan(each[4::5]).all() and len(median) == 4
     for sigma, delta in zip(drawn, deltas, strict=True):
         assert sigma == pytest.approx(torch.linalg.svdvals(delta)[:4].numpy(), abs=1e-5, rel=1e-4)
     explorer.controls["gamma"].value = 4.0
@@ -256,16 +260,36 @@ def test_controls_of_a_page_take_turns_with_cells_ten_times_as_often_as_other_th
         sys.setswitchinterval(before)
 
 
-def test_no_spectrum_is_computed_before_the_first_step(short, monkeypatch):
+def test_no_spectrum_is_computed_before_the_first_step(short):
     asked = []
-    monkeypatch.setattr("minipeft.explore.lora.spectra", lambda tuned: asked.append(tuned) or {})
     explorer = LoRAExplorer(small())
+    explorer.look = lambda tuned: asked.append(tuned) or torch.zeros(1, 1)
     steps = explorer._steps()
     next(steps)
     assert not asked and "ΔW = 0" in [text.get_text() for text in explorer.figure.axes[1].texts]
     next(steps)
     assert asked == [explorer.tuned]
     steps.close()
+
+
+def test_a_picture_that_is_gone_on_with_is_the_one_that_would_be_drawn_anew(monkeypatch):
+    explorer = mp.AdapterExplorer(small())
+    monkeypatch.setattr(explorer, "REDRAW", 1e9)
+    monkeypatch.setattr(explorer, "ADVANCE", -1.0)
+    steps, pictures = explorer._steps(), []
+    for _ in range(9):
+        next(steps)
+        pictures.append(pixels(explorer))
+    assert all((a != b).any() for a, b in itertools.pairwise(pictures[1:]))
+    assert "step 8 of 60" in explorer.text.value and explorer.image.tooltip == explorer._said()
+    explorer.redraw(sharp=False)
+    assert (pixels(explorer) == pictures[-1]).all()
+    steps.close()
+
+
+def pixels(explorer) -> numpy.ndarray:
+    with Image.open(io.BytesIO(explorer.image.value)) as image:
+        return numpy.asarray(image.convert("RGB"))
 
 
 def test_a_second_move_cancels_the_run_and_so_does_the_button(page):
@@ -281,7 +305,8 @@ def test_a_second_move_cancels_the_run_and_so_does_the_button(page):
 
     def moved() -> bool:
         with explorer.drawing:
-            return explorer.tuned.methods["default"][0].rank == 16 and bool(explorer.history.losses)
+            tuned = explorer.tuned  # None while the first picture is drawn
+            return tuned is not None and tuned.methods["default"][0].rank == 16 and bool(explorer.history.losses)
 
     until(moved, "a first step at the other rank", pause=0.001)
     assert len(list(seats(explorer.model))) == 14, "the first adapter is gone"
@@ -398,6 +423,8 @@ def test_an_explorer_shows_the_atlas_at_once_and_only_for_the_model_that_it_is_a
     assert not explorer.history.losses
     shown = {container.get_label() for container in explorer.figure.axes[0].containers}
     assert shown == {f"atlas: {sum(losses) / len(losses):.3f}, {len(losses)} seeds"}
+    assert where in explorer.text.value
+    next(steps)
     assert where in explorer.text.value and numbers == explorer.tuned.count().trainable
     steps.close()
     started = time.process_time()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from matplotlib.ticker import MaxNLocator
+from torch.nn import functional as F
 
-from minipeft.analyze.spectrum import spectra
-from minipeft.attach import Tuned
+from minipeft.explore.runs import singular_values
 from minipeft.explore.slider import BLUE, GREY
 from minipeft.explore.training import TrainingExplorer, choice, slider
 from minipeft.methods.lora import LoRA
@@ -17,6 +17,7 @@ class LoRAExplorer(TrainingExplorer):
 
     name = "LoRA"
     rates = {"pirate": 1e-2, "flip": 3e-3, "cipher": 1e-2}  # steady at rank 8, γ = 2
+    look = staticmethod(singular_values)
 
     def __init__(self, model=None, task: str = "pirate"):
         knobs = {
@@ -33,20 +34,22 @@ class LoRAExplorer(TrainingExplorer):
         return f"r={rank}, γ={gamma:g}, {targets}"
 
     def side(self, axes, task: str) -> None:
-        draw_spectrum(axes, self.tuned if self.history.losses else None)  # before the first step B = 0
+        if self.seen is None and self.history.losses:  # before the first step B = 0
+            self.seen = self.look(self.tuned)
+        draw_spectrum(axes, self.seen)
 
 
-def draw_spectrum(axes, tuned: Tuned | None) -> None:
-    """Singular values of γ·B·A: one thin line a matrix, the median thick. At most r of them are not zero."""
+def draw_spectrum(axes, sigma: torch.Tensor | None) -> None:
+    """Singular values of γ·B·A, (matrices, r): one thin line a matrix, the median thick. At most r are not zero."""
     axes.set(title="spectrum of ΔW = γ·B·A", xlabel="i", ylabel="singular value σᵢ")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    values = [] if tuned is None else [each.sigma.cpu() for each in spectra(tuned).values()]
-    if not values or not any(v.max() > 0 for v in values):
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if sigma is None or not sigma.max() > 0:
         axes.text(0.5, 0.5, "ΔW = 0", ha="center", va="center", transform=axes.transAxes)
         return
-    for v in values:
-        axes.plot(range(1, len(v) + 1), v, color=GREY, linewidth=0.5, marker="." if len(v) == 1 else "")
-    median = torch.stack(values).median(0).values
-    axes.plot(range(1, len(median) + 1), median, color=BLUE, linewidth=2.5, marker="o", markersize=3)
+    n, r = sigma.shape
+    apart = F.pad(sigma, (0, 1), value=torch.nan)  # so that all are one line, which takes less time
+    axes.plot([*range(1, r + 2)] * n, apart.flatten(), color=GREY, linewidth=0.5, marker="." if r == 1 else "")
+    axes.plot(range(1, r + 1), sigma.median(0).values, color=BLUE, linewidth=2.5, marker="o", markersize=3)
     axes.set_ylim(bottom=0)
-    axes.text(0.97, 0.95, f"{len(values)} matrices, median in blue", ha="right", va="top", transform=axes.transAxes)
+    axes.text(0.97, 0.95, f"{n} matrices, median in blue", ha="right", va="top", transform=axes.transAxes)

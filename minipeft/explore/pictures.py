@@ -27,6 +27,8 @@ class PicturesExplorer(SliderPlot):
     packages of `minipeft[beyond]` the measured figures stay and `missing` says why nothing runs.
     """
 
+    REDRAW = 1.5
+
     def __init__(self) -> None:
         self.part = beyond.measured()["tail"]
         self.history, self.score, self.missing = History(), None, None
@@ -54,11 +56,15 @@ class PicturesExplorer(SliderPlot):
             self.history, self.score = history, score
             yield len(history.losses) / (beyond.STEPS + 1)
 
+    def grown(self) -> tuple[list[float], str]:
+        return self.history.losses, self.text.value
+
     def _draw(self, figure: Figure, rank: int, n: int) -> str:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.14, wspace=0.2)
         losses = self.history.losses
-        left.plot(range(1, len(losses) + 1), losses, ".-", color=BLUE)
+        [line] = left.plot(range(1, len(losses) + 1), losses, ".-", color=BLUE)
+        self.growing = line if losses and self.score is None else None
         left.set(xlim=(0, beyond.STEPS + 1), ylim=(0, 2.6), xlabel="step", ylabel="loss of the batch (nats)")
         left.set_title(f"LoRA r={rank} on the last {beyond.BLOCKS} blocks, {n} pictures a class", fontsize="medium")
         if not losses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from minipeft.analyze.spectrum import spectra
 from minipeft.attach import Tuned, attach
 from minipeft.layer import Method
 from minipeft.learn.fit import History, Score, evaluate, training
@@ -28,19 +30,35 @@ PAUSE = 0.4  # seconds between two moments that are sent from one process to the
 class Moment:
     """How far a run is: `history`, and at its end the test and what the model writes then.
 
-    `state`: a copy of the adapter's numbers, at the end and where another process trains. `together`: whether it was
-    one run of `fit_many`.
+    `state`: a copy of the adapter's numbers, at the end and where another process trains, and `seen` what a `look` at
+    the adapter gave there. `together`: whether it was one run of `fit_many`.
     """
 
     history: History
     score: Score | None = None
     sample: str = ""
     state: dict[str, torch.Tensor] | None = None
+    seen: object = None
     together: bool = False
 
 
+Look = Callable[[Tuned], object]
+
+
+def nothing(_: Tuned) -> None:
+    """The look of who needs none."""
+
+
+def singular_values(tuned: Tuned) -> torch.Tensor:
+    """Those of every ΔW, (matrices, r)."""
+    return torch.stack([each.sigma.cpu() for each in spectra(tuned).values()])
+
+
 def ready() -> Iterator[Moment]:
-    """A job that does nothing: whoever reads it has imported what the others need."""
+    """A job that only prepares for the others: whoever reads it has imported what they need, and the texts of a task
+    are drawn. All this stays, so Python need not look for garbage in it, which takes a quarter of a second."""
+    tasks.pirate()
+    gc.freeze()
     yield from ()
 
 
@@ -52,17 +70,17 @@ def run(tuned: Tuned, task: Task, plan: Plan) -> Iterator[Moment]:
     yield Moment(history, evaluate(tuned, task, n=ROWS), sample(tuned, task.name), state(tuned))
 
 
-def fresh(model: nn.Module, method: Method, task: Callable[[], Task], plan: Plan) -> Iterator[Moment]:
+def fresh(model: nn.Module, method: Method, task: Callable[[], Task], plan: Plan, look: Look) -> Iterator[Moment]:
     """`run` for a new adapter on `model`: its moments carry the adapter's numbers, and some steps have none."""
     tuned, sent = attach(model, method), 0.0
     for moment in run(tuned, task(), plan):
         if moment.score is not None or time.monotonic() - sent > PAUSE:
-            yield replace(moment, state=state(tuned))
+            yield replace(moment, state=state(tuned), seen=look(tuned))
             sent = time.monotonic()
 
 
 def beside(
-    model: nn.Module, methods: Sequence[LoRA], task: Callable[[], Task], plan: Plan
+    model: nn.Module, methods: Sequence[LoRA], task: Callable[[], Task], plan: Plan, look: Look
 ) -> Iterator[tuple[int, Moment]]:
     """Those of `methods` that fit the model, trained together: the place of each, and its moment at the end."""
     fitting = {}
@@ -79,7 +97,7 @@ def beside(
     for k, (i, history) in enumerate(zip(fitting, histories, strict=True)):
         tuned.use(name := f"run{k}")
         score = evaluate(tuned, task(), n=ROWS)
-        yield i, Moment(history, score, sample(tuned, task().name), state(tuned, name), together=True)
+        yield i, Moment(history, score, sample(tuned, task().name), state(tuned, name), look(tuned), together=True)
 
 
 def state(tuned: Tuned, name: str = "default") -> dict[str, torch.Tensor]:

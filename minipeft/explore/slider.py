@@ -9,12 +9,14 @@ import html
 import io
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import ipywidgets
 from IPython.display import DisplayHandle, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.lines import Line2D
 from traitlets import Unicode
 
 from minipeft.explore.page import STYLE, answer_at_once, watched
@@ -63,6 +65,8 @@ class SliderPlot:
     """
 
     REDRAW = 0.5  # seconds between two pictures of a running `run`
+    ADVANCE = 0.2  # and between two in which only `growing` has grown, which take a tenth of the work
+    growing: Line2D | None = None  # a line of which `draw` says that it grows with each step of `run`
     dpi = 100
     apart = True  # False where drawing changes a model that cells use too: its moves then wait for the running cell
 
@@ -118,12 +122,38 @@ class SliderPlot:
             text = self.draw(self.figure, **self.values)
             for axes in self.figure.axes:
                 axes._autotitlepos = False  # titles stay at the top: to look for what is there takes a fifth of it
-            buffer = io.BytesIO()
-            self.figure.savefig(buffer, format="png", dpi=self.dpi if sharp else 100)
-            with self.image.hold_sync():  # one message, so that a picture never has another one's name
-                self.image.value = buffer.getvalue()
-                self.image.tooltip = self._said()  # for whoever does not see it
-            self.text.value = text or ""
+            buffer, line, canvas = io.BytesIO(), self.growing, self.figure.canvas
+            if sharp or line is None:
+                self.figure.savefig(buffer, format="png", dpi=self.dpi if sharp else 100)
+            else:
+                line.set_animated(True)  # the others first, and it over a copy of them
+                canvas.draw()
+                self.behind = canvas.copy_from_bbox(line.axes.bbox)
+                self._draw_growing(buffer)
+            self._put(buffer, text)
+
+    def _draw_growing(self, buffer: io.BytesIO) -> None:
+        self.growing.axes.draw_artist(self.growing)
+        imsave(buffer, self.figure.canvas.buffer_rgba(), format="png")
+
+    def _put(self, buffer: io.BytesIO, text: str | None) -> None:
+        with self.image.hold_sync():  # one message, so that a picture never has another one's name
+            self.image.value = buffer.getvalue()
+            self.image.tooltip = self._said()  # for whoever does not see it
+        self.text.value = text or ""
+
+    def grown(self) -> tuple[Sequence[float], str]:
+        """The heights of `growing` by now, at 1, 2, …, and the HTML below the figure."""
+        raise NotImplementedError(f"{type(self).__name__} does not define grown")
+
+    def advance(self) -> None:
+        """Put what `growing` is now into the picture that is there; a point outside the axes waits for a new one."""
+        with self.drawing:
+            (heights, text), buffer = self.grown(), io.BytesIO()
+            self.growing.set_data(range(1, len(heights) + 1), heights)
+            self.figure.canvas.restore_region(self.behind)
+            self._draw_growing(buffer)
+            self._put(buffer, text)
 
     def finish(self) -> None:
         """Do all of the work for the present values at once and wait for it."""
@@ -172,17 +202,21 @@ class SliderPlot:
         return ()
 
     def _steps(self, between: bool = True) -> Iterator[None]:
-        """The work in short steps: a redraw after the first two, then every REDRAW seconds, and after the last."""
+        """The work in short steps: a new picture after the first two, then every REDRAW seconds, and after the last."""
         if self.run is None:
             self.redraw()
             return
-        work, drawn = self.run(**self.values), 0.0
+        work, drawn, shown = self.run(**self.values), 0.0, 0.0
         self.stop.disabled = False
         try:
             for i, self.bar.value in enumerate(work):
-                if between and (i < 2 or time.perf_counter() - drawn > self.REDRAW):
+                now = time.perf_counter()
+                if between and (i < 2 or now - drawn > self.REDRAW):
                     self.redraw(sharp=False)
-                    drawn = time.perf_counter()
+                    drawn = shown = time.perf_counter()
+                elif between and self.growing is not None and now - shown > self.ADVANCE:
+                    self.advance()
+                    shown = time.perf_counter()
                 yield
             self.bar.value = 1.0
             self.redraw()

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 import ipywidgets
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import nn
 
 from minipeft.attach import attach
 from minipeft.build import carries_adapters
 from minipeft.course import atlas
-from minipeft.explore.runs import Moment, beside, fresh, run
+from minipeft.explore.runs import Look, Moment, beside, fresh, nothing, run
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot
 from minipeft.explore.worker import Elsewhere, Packed
 from minipeft.layer import Method
@@ -82,6 +83,8 @@ class TrainingExplorer(SliderPlot):
 
     name: str  # of the method, in titles
     rates: dict[str, float]  # {task: the learning rate where the explorer begins}
+    look: Look = staticmethod(nothing)  # what a picture shows of the adapter, where another process trains it
+    REDRAW = 1.5
     tasks = TASKS
 
     def __init__(self, model, task: str, knobs: dict[str, ipywidgets.ValueWidget]):
@@ -92,7 +95,7 @@ class TrainingExplorer(SliderPlot):
             check_base(model, pocket)
         self.model = pocket if model is None else copy.deepcopy(model)  # the lesson may use its own as it likes
         self.in_atlas = model is None or same(model, pocket)
-        self.history, self.score, self.tuned = History(), None, None
+        self.history, self.score, self.tuned, self.seen = History(), None, None, None
         self.before: list[tuple[str, str, list[float]]] = []  # (task, settings, losses) of finished runs
         self.points: dict[str, dict[str, tuple[int, float]]] = {}  # task -> settings -> (numbers trained, test loss)
         self.samples: dict[str, str] = {}
@@ -147,24 +150,27 @@ class TrainingExplorer(SliderPlot):
         return min(means, key=means.get, default=self.rates[task])
 
     def _train(self, lr, task, **knobs) -> Iterator[float]:
-        with self.drawing:  # nobody draws an adapter that comes or goes
+        with self.drawing:
             if self.tuned is not None:
                 self.tuned.detach()
                 self.tuned = None
-            self.history, self.score, method = History(), None, self.method(**knobs)
+            self.history, self.score, self.seen, method = History(), None, None, self.method(**knobs)
             outside = self._mine() and self._packed()
-            self.tuned = attach(self.model, method)
         known = self.trained.get(key := (task, lr, *knobs.values()))
         if known is None:
+            yield 0.0  # a picture of what is known
+        with self.drawing:  # nobody draws an adapter that comes or goes
+            self.tuned = attach(self.model, method)  # before another process works, which slows it down tenfold
+        if known is None:
             for known in self._moments(outside, method, task, Plan(STEPS, lr, BATCH)):
-                self.history = known.history
+                self.history, self.seen = known.history, known.seen
                 if known.score is None:
                     self._take(known)
                     yield len(self.history.losses) / (STEPS + 10)  # the test takes as long as ten steps
         self._take(known)
         self.trained[key] = known
         self.history, self.score, self.samples[task] = known.history, known.score, known.sample
-        self.together = known.together
+        self.seen, self.together = known.seen, known.together
         settings = f"{self.title(**knobs)}, lr={lr:g}"
         self.before = [each for each in self.before if each[0] == task and each[1] != settings][-3:]
         self.before.append((task, settings, self.history.losses))
@@ -172,15 +178,12 @@ class TrainingExplorer(SliderPlot):
         self.points[task][settings] = (self.tuned.count().trainable, self.score.loss)
 
     def _moments(self, outside: bool, method: Method, task: str, plan: Plan) -> Iterator[Moment]:
-        """The run of `self.tuned`, in the process of `worker.py` where it is wanted and can be; the first moment is for
-        a picture of what is known before the first step."""
-        try:
-            answers = self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan) if outside else None
-            yield Moment(History())  # while the other process begins
-            if answers is not None:
-                return (yield from answers)
-        except Elsewhere as why:
-            self.here = repr(why)
+        """The run of `self.tuned`, in the process of `worker.py` where it is wanted and can be."""
+        if outside:
+            try:
+                return (yield from self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan, self.look))
+            except Elsewhere as why:
+                self.here = repr(why)
         yield from run(self.tuned, self.tasks[task](), plan)
 
     def _packed(self) -> bool:
@@ -207,8 +210,10 @@ class TrainingExplorer(SliderPlot):
         methods = {(task, lr, *(knobs | {first: p}).values()): self.method(**knobs | {first: p}) for p in near}
         wanted = [key for key, m in methods.items() if type(m) is LoRA and key not in self.trained and self._packed()]
         for three in (wanted[i : i + 3] for i in range(0, len(wanted), 3)):
-            job = beside, self._pickled, [methods[key] for key in three], self.tasks[task], Plan(STEPS, lr, BATCH)
-            for i, moment in self.elsewhere(*job, spare=True):
+            given, plan = [methods[key] for key in three], Plan(STEPS, lr, BATCH)
+            for i, moment in self.elsewhere(
+                beside, self._pickled, given, self.tasks[task], plan, self.look, spare=True
+            ):
                 self.trained[three[i]] = moment
                 yield
 
@@ -217,19 +222,25 @@ class TrainingExplorer(SliderPlot):
         # a layout engine takes 60 ms
         figure.subplots_adjust(left=0.06, right=0.985, top=0.92, bottom=0.13, wspace=0.17)
         earlier = self.before[:-1] if self.score else self.before
-        draw_losses(
+        line = draw_losses(
             left, self.history, self.tasks[task]().floor, [run[1:] for run in earlier if run[0] == task], self.score
         )
+        self.growing = line if self.score is None else None
         draw_measured(left, self.measured(lr, task, **knobs))
         left.legend(fontsize="small", loc="upper right")
         left.set_title(f"{task}: {self.name} {self.title(**knobs)}, learning rate {lr:g}")
+        left.locator_params(nbins=5)  # a number at an axis takes a millisecond
         self.side(right, task)
-        return self._report(task, self.formula(**knobs) if self.tuned is not None else "")
+        return self._report(lr=lr, task=task, **knobs)
 
-    def _report(self, task: str, formula: str) -> str:
-        if self.tuned is None:
-            return ""
-        lines = [f"<b>{self.tuned.count()}</b>{formula and '; ' + formula}"]
+    def grown(self) -> tuple[list[float], str]:
+        return self.history.losses, self._report(**self.values)
+
+    def _report(self, lr: float, task: str, **knobs) -> str:
+        lines = []
+        if self.tuned is not None:
+            formula = self.formula(**knobs)
+            lines.append(f"<b>{self.tuned.count()}</b>{formula and '; ' + formula}")
         if self.score is not None:
             accuracy = (
                 ""
@@ -251,21 +262,24 @@ class TrainingExplorer(SliderPlot):
                 "This model cannot be sent to another process, since its class stands in the notebook or does not "
                 "pickle: it is trained in the kernel, so wait for the end before you run a cell."
             )
-        if self.measured(**self.values):
+        if self.measured(lr, task, **knobs):
             lines.append(f"<small>atlas: {atlas.measured()[1]}</small>")
         return "<br>".join(lines)
 
 
-def draw_losses(axes, history: History, floor: float | None, earlier=(), score=None) -> None:
-    """Loss by step with the floor; `earlier` is [(label, losses)], `score` the test result at the end."""
+def draw_losses(axes, history: History, floor: float | None, earlier=(), score=None) -> Line2D:
+    """Loss by step, the line that is returned, with the floor; `earlier` is [(label, losses)], `score` the test result
+    at the end."""
     for style, (label, losses) in zip(("--", "-.", ":"), reversed(list(earlier)), strict=False):
         axes.plot(range(1, len(losses) + 1), losses, style, color=GREY, linewidth=1, label=f"before: {label}")
-    axes.plot(range(1, len(history.losses) + 1), history.losses, color=BLUE, marker=".", label="this run, each batch")
+    losses = history.losses
+    [line] = axes.plot(range(1, len(losses) + 1), losses, color=BLUE, marker=".", label="this run, each batch")
     if score is not None:
         axes.plot([STEPS + 1.5], [score.loss], "D", color=ORANGE, label=f"test after training {score.loss:.3f}")
     if floor is not None:
         axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label=f"floor of the task {floor:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, STEPS + 4))
+    return line
 
 
 def draw_measured(axes, found: tuple[int, list[float]] | None) -> None:

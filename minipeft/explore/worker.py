@@ -101,7 +101,7 @@ class Worker:
             import torch  # which a kernel has, and this file as a program does without
 
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # what the kernel can import
-            threads = max(1, torch.get_num_threads() - 1)  # a core stays with the kernel, which draws meanwhile
+            threads = torch.get_num_threads()  # a core stays with the kernel, which draws meanwhile
             self.process = subprocess.Popen(
                 [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
@@ -244,6 +244,8 @@ class Server:
 
 
 if __name__ == "__main__":
+    if hasattr(os, "nice"):
+        os.nice(10)  # the kernel, which answers and draws, goes first
     server = Server()
     while True:
         with contextlib.suppress(Cancelled):  # a second one, while the first was on its way out
