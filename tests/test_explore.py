@@ -239,7 +239,7 @@ def test_on_a_page_another_process_trains_what_the_kernel_would_have_and_fills_t
     assert "alone it may differ" in explorer.text.value and "alone it may" not in here.text.value
 
 
-def test_controls_of_a_page_take_turns_with_cells_ten_times_as_often_as_other_threads():
+def test_controls_of_a_page_take_turns_with_cells_fifty_times_as_often_as_other_threads():
     import sys
 
     from minipeft.explore.page import TURN, answer_at_once
@@ -255,7 +255,7 @@ def test_controls_of_a_page_take_turns_with_cells_ten_times_as_often_as_other_th
         control = SimpleNamespace(comm=Comm())
         answer_at_once(control)
         assert control.comm._reply_subshell_for({}, "its own") == "its own"
-        assert sys.getswitchinterval() == pytest.approx(TURN) == pytest.approx(5e-4)
+        assert sys.getswitchinterval() == pytest.approx(TURN) == pytest.approx(1e-4)
     finally:
         sys.setswitchinterval(before)
 
@@ -270,6 +270,19 @@ def test_no_spectrum_is_computed_before_the_first_step(short):
     next(steps)
     assert asked == [explorer.tuned]
     steps.close()
+
+
+def test_the_process_hears_of_the_cell_that_runs_and_of_every_other(monkeypatch):
+    from minipeft.explore.page import tell_of_cells
+
+    heard, shell = [], InteractiveShell()
+    monkeypatch.setattr("minipeft.explore.page.get_ipython", lambda: shell)
+    tell_of_cells(heard.append)
+    assert heard == [True]
+    shell.user_ns["heard"] = heard
+    shell.events.trigger("post_run_cell", None)
+    shell.run_cell("inside = list(heard)\n1 / 0", silent=False)
+    assert shell.user_ns["inside"] == [True, False, True] and heard == [True, False, True, False]
 
 
 def test_a_picture_that_is_gone_on_with_is_the_one_that_would_be_drawn_anew(monkeypatch):

@@ -27,7 +27,7 @@ class PicturesExplorer(SliderPlot):
     packages of `minipeft[beyond]` the measured figures stay and `missing` says why nothing runs.
     """
 
-    REDRAW = 1.5
+    REDRAW = 2.0
 
     def __init__(self) -> None:
         self.part = beyond.measured()["tail"]

@@ -244,7 +244,7 @@ class SliderPlot:
             if (job := self.job) is not None:
                 job.cancel()
             before.join()
-        time.sleep(0.03)  # while a slider is dragged, only its last value is worked on
+        time.sleep(0.01)  # while a slider is dragged, only its last value is worked on
         if self._mine():
             self._say_errors(self._through)
 

@@ -84,7 +84,7 @@ class TrainingExplorer(SliderPlot):
     name: str  # of the method, in titles
     rates: dict[str, float]  # {task: the learning rate where the explorer begins}
     look: Look = staticmethod(nothing)  # what a picture shows of the adapter, where another process trains it
-    REDRAW = 1.5
+    REDRAW = 2.0
     tasks = TASKS
 
     def __init__(self, model, task: str, knobs: dict[str, ipywidgets.ValueWidget]):

@@ -2,6 +2,7 @@
 
     kernel ── number, (function, arguments) ──▶ process      a job: a generator function, pickled
     kernel ◀─ number, kind, what ────────────── process      what it yields, and how it ended
+    kernel ── 0, how many cores ──────────────▶ process      all, or one less while a cell runs
 
 The pickles go over the pipes between these two processes and nowhere else. The process ends when its input does, that
 is when the kernel ends, however it ends. This file is also the program of that process and imports
@@ -91,6 +92,7 @@ class Worker:
         self.jobs: dict[int, Job] = {}  # of this process
         self.number, self.spare = 0, None  # of the last job, and a job that gives way to any other
         self.heard = time.monotonic()  # when the process last said something
+        self.computing = False  # whether a cell runs: two that count on the same core wait for each other all the time
         self.lock = threading.RLock()
 
     def start(self) -> None:
@@ -101,10 +103,10 @@ class Worker:
             import torch  # which a kernel has, and this file as a program does without
 
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # what the kernel can import
-            threads = torch.get_num_threads()  # a core stays with the kernel, which draws meanwhile
+            self.cores = torch.get_num_threads()
             self.process = subprocess.Popen(
                 [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
+                stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(self.share())},
             )  # fmt: skip
             self.jobs, self.heard = {}, time.monotonic()
             threading.Thread(target=self._listen, args=(self.process, self.jobs), daemon=True).start()
@@ -128,7 +130,18 @@ class Worker:
             self.send(job.number, body)
         return job
 
-    def send(self, number: int, body: bytes | None) -> None:
+    def share(self) -> int:
+        """How many cores the process has."""
+        return max(1, self.cores - 1) if self.computing else self.cores
+
+    def cell(self, runs: bool) -> None:
+        """A cell begins or ends."""
+        with self.lock:
+            self.computing = runs
+            if self.process is not None:
+                self.send(0, self.share())
+
+    def send(self, number: int, body: bytes | int | None) -> None:
         with self.lock:
             try:
                 pickle.dump((number, body), self.process.stdin)
@@ -183,6 +196,7 @@ class Server:
         self.jobs: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
         self.cancelled: set[int] = set()
         self.current: int | None = None  # the job that may be interrupted
+        self.cores: int | None = None  # if it is to have others than it has
         signal.signal(signal.SIGINT, self.interrupted)  # the kernel's own interrupts are none of ours
         threading.Thread(target=self.listen, daemon=True).start()
 
@@ -192,13 +206,19 @@ class Server:
                 number, body = pickle.load(sys.stdin.buffer)
             except Exception:  # the kernel has ended, be it in the middle of a job that it sent
                 os._exit(0)
-            if body is not None:
+            if number == 0:
+                self.cores = body
+                interrupt_main()
+            elif body is not None:
                 self.jobs.put((number, body))
             else:
                 self.cancelled.add(number)
                 interrupt_main()
 
     def interrupted(self, _signal: int = 0, frame: FrameType | None = None) -> None:
+        if self.cores is not None and "torch" in sys.modules and not importing(frame):
+            self.cores, cores = None, self.cores
+            sys.modules["torch"].set_num_threads(cores)  # of this thread, in which the jobs run
         if self.current not in self.cancelled:
             return
         if importing(frame):  # later: half a module would stay, which nobody can import again
@@ -244,8 +264,6 @@ class Server:
 
 
 if __name__ == "__main__":
-    if hasattr(os, "nice"):
-        os.nice(10)  # the kernel, which answers and draws, goes first
     server = Server()
     while True:
         with contextlib.suppress(Cancelled):  # a second one, while the first was on its way out
