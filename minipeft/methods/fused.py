@@ -63,9 +63,9 @@ def product(
         return None
     W = W.T if flipped(module) else W
     if not one:
-        y = F.linear(x, W, b)
-        y.view(-1, d_out).addmm_(F.linear(x, A).view(-1, r), B.T, alpha=gamma)
-        return y
+        rows = x.reshape(-1, d_in)
+        y = F.linear(rows, W, b).addmm_(F.linear(rows, A), B.T, alpha=gamma)
+        return y.view(*x.shape[:-1], d_out)
     return OneProduct.apply(x, W, b, A, B, gamma) if learning else F.linear(x, torch.addmm(W, B, A, alpha=gamma), b)
 
 
