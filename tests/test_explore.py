@@ -297,6 +297,11 @@ def test_a_picture_that_is_gone_on_with_is_the_one_that_would_be_drawn_anew(monk
     assert "step 8 of 60" in explorer.text.value and explorer.image.tooltip == explorer._said()
     explorer.redraw(sharp=False)
     assert (pixels(explorer) == pictures[-1]).all()
+    explorer.dpi = 200
+    explorer.redraw()  # as when it is shown again: there is nothing of this size to go on with
+    last = pixels(explorer)
+    next(steps)
+    assert last.shape[0] == 2 * pictures[0].shape[0] and (pixels(explorer) == last).all()
     steps.close()
 
 

@@ -92,6 +92,7 @@ class SliderPlot:
         self.last: threading.Thread | None = None  # which may still be about to end
         self.job: Job | None = None  # what the running thread waits for
         self.picture: DisplayHandle | None = None  # what the saved notebook shows
+        self.behind = None  # the pixels that `growing` is drawn over, while they are the picture that is shown
         self.drawing, self.starting = threading.RLock(), threading.Lock()
         if self.apart:
             answer_at_once(*controls.values(), self.stop)
@@ -122,7 +123,7 @@ class SliderPlot:
             text = self.draw(self.figure, **self.values)
             for axes in self.figure.axes:
                 axes._autotitlepos = False  # titles stay at the top: to look for what is there takes a fifth of it
-            buffer, line, canvas = io.BytesIO(), self.growing, self.figure.canvas
+            buffer, line, canvas, self.behind = io.BytesIO(), self.growing, self.figure.canvas, None
             if sharp or line is None:
                 self.figure.savefig(buffer, format="png", dpi=self.dpi if sharp else 100)
             else:
@@ -149,6 +150,8 @@ class SliderPlot:
     def advance(self) -> None:
         """Put what `growing` is now into the picture that is there; a point outside the axes waits for a new one."""
         with self.drawing:
+            if self.behind is None:
+                return
             (heights, text), buffer = self.grown(), io.BytesIO()
             self.growing.set_data(range(1, len(heights) + 1), heights)
             self.figure.canvas.restore_region(self.behind)
@@ -214,7 +217,7 @@ class SliderPlot:
                 if between and (i < 2 or now - drawn > self.REDRAW):
                     self.redraw(sharp=False)
                     drawn = shown = time.perf_counter()
-                elif between and self.growing is not None and now - shown > self.ADVANCE:
+                elif between and now - shown > self.ADVANCE:
                     self.advance()
                     shown = time.perf_counter()
                 yield
