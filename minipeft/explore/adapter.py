@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minipeft.explore.training import TrainingExplorer, choice, slider
-from minipeft.methods.adapter import PLACEMENTS, Adapter, sites
+from minipeft.methods.adapter import PLACEMENTS, Adapter
 
 SHARING = {"none": (1, False), "within a block": (1, True), "2 blocks": (2, False), "all blocks": (10**6, True)}
 
@@ -30,7 +30,7 @@ class AdapterExplorer(TrainingExplorer):
         return f"m={bottleneck}, {placement}" + ("" if sharing == "none" else f", shared: {sharing}")
 
     def formula(self, bottleneck: int, placement: str, sharing: str) -> str:
-        m, d = bottleneck, sites(self.model, placement)[0].d
-        apart = len(self.tuned.adapters["default"])
+        layers = list(self.tuned.adapters["default"].values())
+        m, d, apart = bottleneck, layers[0].down.in_features, len(layers)
         each = f"2dm + m + d = 2·{d}·{m} + {m} + {d} = {2 * d * m + m + d:,}"
         return f"{apart} adapter{'s' if apart > 1 else ''} of {each}"
