@@ -60,7 +60,7 @@ def unmerge(merge, unmerge, weight, bias, A, B, gamma: float, conv1d: bool) -> d
     return seen
 
 
-def tree(names: list[str], tied: tuple[str, str] | None = None) -> nn.Module:
+def tree(names: list[str]) -> nn.Module:
     """A model whose parameters have these dotted names, each of one number of its own size."""
     root = nn.Module()
     for i, name in enumerate(names):
