@@ -260,6 +260,28 @@ def test_controls_of_a_page_take_turns_with_cells_fifty_times_as_often_as_other_
         sys.setswitchinterval(before)
 
 
+@pytest.mark.filterwarnings("ignore:The loss became")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_diverges_is_said_in_a_sentence_and_shown_as_far_as_it_got(elsewhere, monkeypatch):
+    explorer = LoRAExplorer(small())
+    for control in explorer.controls.values():
+        control.unobserve_all("value")
+    explorer.controls["lr"].options = [("3", 3.0), ("1e30", 1e30)]
+    explorer.controls["rank"].options = [4, 2]
+    explorer.controls["lr"].value = 1e30
+    monkeypatch.setattr("minipeft.explore.slider.watched", lambda: elsewhere)
+    if elsewhere:
+        explorer.start()
+        ended(explorer)
+        assert len(explorer.trained) == 2, "the rest of the row as well"
+    else:
+        explorer.finish()
+    assert "The loss is not finite any more" in explorer.text.value and explorer.score is None
+    assert 0 < len(explorer.history.losses) < 60 and len(lines(explorer)["this run, each batch"].get_xdata()) > 0
+    assert "ΔW is not finite" in [text.get_text() for text in explorer.figure.axes[1].texts]
+    assert explorer.points == {"pirate": {}} and not any(label.startswith("before") for label in lines(explorer))
+
+
 def test_no_spectrum_is_computed_before_the_first_step(short):
     asked = []
     explorer = LoRAExplorer(small())

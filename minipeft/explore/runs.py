@@ -28,7 +28,7 @@ PAUSE = 0.4  # seconds between two moments that are sent from one process to the
 
 @dataclass(frozen=True)
 class Moment:
-    """How far a run is: `history`, and at its end the test and what the model writes then.
+    """How far a run is: `history`, and at its end the test and what the model writes then, unless it diverged.
 
     `state`: a copy of the adapter's numbers, at the end and where another process trains, and `seen` what a `look` at
     the adapter gave there. `together`: whether it was one run of `fit_many`.
@@ -40,6 +40,11 @@ class Moment:
     state: dict[str, torch.Tensor] | None = None
     seen: object = None
     together: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether it is the last moment of the run."""
+        return self.score is not None or self.history.stopped == "diverged"
 
 
 Look = Callable[[Tuned], object]
@@ -62,19 +67,30 @@ def ready() -> Iterator[Moment]:
     yield from ()
 
 
-def run(tuned: Tuned, task: Task, plan: Plan) -> Iterator[Moment]:
+def run(tuned: Tuned, task: Task, plan: Plan, look: Look) -> Iterator[Moment]:
     """Trains and tests: a moment after each step and one at the end."""
     history = History()
     for _ in training(tuned, task, history, plan):
         yield Moment(history)
-    yield Moment(history, evaluate(tuned, task, n=ROWS), sample(tuned, task.name), state(tuned))
+    yield last(tuned, task, history, look)
+
+
+def last(tuned: Tuned, task: Task, history: History, look: Look, together: bool = False) -> Moment:
+    """The last moment; a model whose loss is not finite can be neither tested nor looked at."""
+    [name] = tuned.active
+    end = Moment(history, state=state(tuned, name), together=together)
+    if end.over:
+        return end
+    return replace(end, score=evaluate(tuned, task, n=ROWS), sample=sample(tuned, task.name), seen=look(tuned))
 
 
 def fresh(model: nn.Module, method: Method, task: Callable[[], Task], plan: Plan, look: Look) -> Iterator[Moment]:
     """`run` for a new adapter on `model`: its moments carry the adapter's numbers, and some steps have none."""
     tuned, sent = attach(model, method), 0.0
-    for moment in run(tuned, task(), plan):
-        if moment.score is not None or time.monotonic() - sent > PAUSE:
+    for moment in run(tuned, task(), plan, look):
+        if moment.over:
+            yield moment
+        elif time.monotonic() - sent > PAUSE:
             yield replace(moment, state=state(tuned), seen=look(tuned))
             sent = time.monotonic()
 
@@ -95,9 +111,8 @@ def beside(
     given = list(fitting.values())
     tuned, histories = fit_many(model, given, task(), plan.steps, plan.lr, plan.batch, plan.seed, progress=False)
     for k, (i, history) in enumerate(zip(fitting, histories, strict=True)):
-        tuned.use(name := f"run{k}")
-        score = evaluate(tuned, task(), n=ROWS)
-        yield i, Moment(history, score, sample(tuned, task().name), state(tuned, name), look(tuned), together=True)
+        tuned.use(f"run{k}")
+        yield i, last(tuned, task(), history, look, together=True)
 
 
 def state(tuned: Tuned, name: str = "default") -> dict[str, torch.Tensor]:

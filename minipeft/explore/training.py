@@ -164,7 +164,7 @@ class TrainingExplorer(SliderPlot):
         if known is None:
             for known in self._moments(outside, method, task, Plan(STEPS, lr, BATCH)):
                 self.history, self.seen = known.history, known.seen
-                if known.score is None:
+                if not known.over:
                     self._take(known)
                     yield len(self.history.losses) / (STEPS + 10)  # the test takes as long as ten steps
         self._take(known)
@@ -175,7 +175,8 @@ class TrainingExplorer(SliderPlot):
         self.before = [each for each in self.before if each[0] == task and each[1] != settings][-3:]
         self.before.append((task, settings, self.history.losses))
         self.points.setdefault(task, {}).pop(settings, None)  # the last one is the one that is shown
-        self.points[task][settings] = (self.tuned.count().trainable, self.score.loss)
+        if self.score is not None:
+            self.points[task][settings] = (self.tuned.count().trainable, self.score.loss)
 
     def _moments(self, outside: bool, method: Method, task: str, plan: Plan) -> Iterator[Moment]:
         """The run of `self.tuned`, in the process of `worker.py` where it is wanted and can be."""
@@ -184,7 +185,7 @@ class TrainingExplorer(SliderPlot):
                 return (yield from self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan, self.look))
             except Elsewhere as why:
                 self.here = repr(why)
-        yield from run(self.tuned, self.tasks[task](), plan)
+        yield from run(self.tuned, self.tasks[task](), plan, self.look)
 
     def _packed(self) -> bool:
         """Whether the bare model can be sent to another process; `here` says why not."""
@@ -221,11 +222,12 @@ class TrainingExplorer(SliderPlot):
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         # a layout engine takes 60 ms
         figure.subplots_adjust(left=0.06, right=0.985, top=0.92, bottom=0.13, wspace=0.17)
-        earlier = self.before[:-1] if self.score else self.before
+        over = Moment(self.history, self.score).over
+        earlier = self.before[:-1] if over else self.before
         line = draw_losses(
             left, self.history, self.tasks[task]().floor, [run[1:] for run in earlier if run[0] == task], self.score
         )
-        self.growing = line if self.score is None else None
+        self.growing = None if over else line
         draw_measured(left, self.measured(lr, task, **knobs))
         left.legend(fontsize="small", loc="upper right")
         left.set_title(f"{task}: {self.name} {self.title(**knobs)}, learning rate {lr:g}")
