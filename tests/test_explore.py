@@ -278,6 +278,9 @@ def test_a_run_that_diverges_is_said_in_a_sentence_and_shown_as_far_as_it_got(el
         explorer.finish()
     assert "The loss is not finite any more" in explorer.text.value and explorer.score is None
     assert 0 < len(explorer.history.losses) < 60 and len(lines(explorer)["this run, each batch"].get_xdata()) > 0
+    next(iter(explorer.tuned.layers())).B.data.fill_(torch.nan)  # as a step with an infinite gradient leaves it
+    explorer.seen = None
+    explorer.redraw()
     assert "ΔW is not finite" in [text.get_text() for text in explorer.figure.axes[1].texts]
     assert explorer.points == {"pirate": {}} and not any(label.startswith("before") for label in lines(explorer))
 

@@ -34,19 +34,19 @@ class LoRAExplorer(TrainingExplorer):
         return f"r={rank}, γ={gamma:g}, {targets}"
 
     def side(self, axes, task: str) -> None:
-        diverged = self.history.stopped == "diverged"
-        if self.seen is None and self.history.losses and not diverged:  # before the first step B = 0
+        if self.seen is None and self.history.losses:  # before the first step B = 0
             self.seen = self.look(self.tuned)
-        draw_spectrum(axes, self.seen, "ΔW is not finite" if diverged else "ΔW = 0")
+        draw_spectrum(axes, self.seen)
 
 
-def draw_spectrum(axes, sigma: torch.Tensor | None, without: str) -> None:
+def draw_spectrum(axes, sigma: torch.Tensor | None) -> None:
     """Singular values of γ·B·A, (matrices, r): one thin line a matrix, the median thick. At most r are not zero."""
     axes.set(title="spectrum of ΔW = γ·B·A", xlabel="i", ylabel="singular value σᵢ")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if sigma is None or not sigma.max() > 0:
-        axes.text(0.5, 0.5, without, ha="center", va="center", transform=axes.transAxes)
+        what = "ΔW = 0" if sigma is None or sigma.max() == 0 else "ΔW is not finite"
+        axes.text(0.5, 0.5, what, ha="center", va="center", transform=axes.transAxes)
         return
     n, r = sigma.shape
     apart = F.pad(sigma, (0, 1), value=torch.nan)  # so that all are one line, which takes less time

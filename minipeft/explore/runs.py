@@ -55,7 +55,9 @@ def nothing(_: Tuned) -> None:
 
 
 def singular_values(tuned: Tuned) -> torch.Tensor:
-    """Those of every ΔW, (matrices, r)."""
+    """Those of every ΔW, (matrices, r); NaN where there are none, since the adapter is not finite."""
+    if not all(p.isfinite().all() for layer in tuned.layers() for p in layer.parameters()):
+        return torch.full((1, 1), torch.nan)
     return torch.stack([each.sigma.cpu() for each in spectra(tuned).values()])
 
 
@@ -76,12 +78,12 @@ def run(tuned: Tuned, task: Task, plan: Plan, look: Look) -> Iterator[Moment]:
 
 
 def last(tuned: Tuned, task: Task, history: History, look: Look, together: bool = False) -> Moment:
-    """The last moment; a model whose loss is not finite can be neither tested nor looked at."""
+    """The last moment; a model whose loss is not finite can be neither tested nor made to write."""
     [name] = tuned.active
-    end = Moment(history, state=state(tuned, name), together=together)
+    end = Moment(history, state=state(tuned, name), seen=look(tuned), together=together)
     if end.over:
         return end
-    return replace(end, score=evaluate(tuned, task, n=ROWS), sample=sample(tuned, task.name), seen=look(tuned))
+    return replace(end, score=evaluate(tuned, task, n=ROWS), sample=sample(tuned, task.name))
 
 
 def fresh(model: nn.Module, method: Method, task: Callable[[], Task], plan: Plan, look: Look) -> Iterator[Moment]:
