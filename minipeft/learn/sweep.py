@@ -140,12 +140,12 @@ def validated(model, name: str) -> float | None:
 
 
 @cache
-def _pocket(device: str):
-    return base.load("pocket")[0].to(device)
+def _base(model: str, device: str):
+    return base.load(model)[0].to(device)
 
 
-def run(point: Point, device: str = "cpu") -> dict:
-    """Trains a fresh adapter on the pocket model, on one CPU thread or on a GPU, and measures it.
+def run(point: Point, device: str = "cpu", model: str = "pocket") -> dict:
+    """Trains a fresh adapter on a base that `mp.load` knows, on one CPU thread or on a GPU, and measures it.
 
     `loss`, `accuracy` on the first 100 test rows (all facts of a `facts` task) and `plain_loss` on 50 of the base's own
     stories, in nats a token; `loss_se`, the standard error of `loss` over those `n` rows; `valid_loss` on the rows that
@@ -157,8 +157,8 @@ def run(point: Point, device: str = "cpu") -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model, task, history = _pocket(device), task_of(point.task), History()
-        tuned = attach(model, method_of(point.method, point.settings), seed=point.seed)
+        task, history = task_of(point.task), History()
+        tuned = attach(_base(model, device), method_of(point.method, point.settings), seed=point.seed)
         try:
             started = time.process_time()
             with warnings.catch_warnings():
@@ -199,8 +199,8 @@ def run(point: Point, device: str = "cpu") -> dict:
     }
 
 
-def _run_to_disk(point: Point, folder: str, device: str) -> str:
-    write_whole(Path(folder) / f"{point.key}.json", json.dumps(run(point, device)))
+def _run_to_disk(point: Point, folder: str, device: str, model: str) -> str:
+    write_whole(Path(folder) / f"{point.key}.json", json.dumps(run(point, device, model)))
     return point.key
 
 
@@ -210,8 +210,10 @@ def sweep(
     executor: Executor | None = None,
     seconds: float | None = None,
     device: str = "cpu",
+    model: str = "pocket",
 ) -> int:
-    """Runs the points that have no file in `folder` yet, and returns how many are still missing.
+    """Runs the points that have no file in `folder` yet, and returns how many are still missing. A folder holds the
+    runs of one base, `model`.
 
     `executor`: any `concurrent.futures.Executor`; None runs them here, one after the other. `seconds`: begin no new run
     after that long. An error in a run is raised once those that were begun are done; finished runs stay.
@@ -231,10 +233,10 @@ def sweep(
             for each in waiting:
                 if seconds is not None and time.monotonic() - started > seconds:
                     break
-                _run_to_disk(each, str(folder), device)
+                _run_to_disk(each, str(folder), device, model)
                 bar.update()
         else:
-            futures = [executor.submit(_run_to_disk, each, str(folder), device) for each in waiting]
+            futures = [executor.submit(_run_to_disk, each, str(folder), device, model) for each in waiting]
             try:
                 left = None if seconds is None else max(0.0, seconds)
                 for future in as_completed(futures, timeout=left):
@@ -249,11 +251,15 @@ def sweep(
 
 
 def collect(
-    points: Iterable[Point], folder: str | os.PathLike, path: str | os.PathLike, device: str | None = None
+    points: Iterable[Point],
+    folder: str | os.PathLike,
+    path: str | os.PathLike,
+    device: str | None = None,
+    model: str = "pocket",
 ) -> int:
     """Writes the runs of `points`, in their order, to one Parquet file with its provenance; returns its bytes.
 
-    `device`: what they ran on, where it was not one thread of this machine's CPU.
+    `device`: what they ran on, where it was not one thread of this machine's CPU. `model`: their base.
 
     Raises ValueError when a run is missing or damaged, and writes nothing then.
     """
@@ -276,20 +282,20 @@ def collect(
         raise ValueError("There are no points to collect; minipeft.course.grid makes some.")
     columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
-    table = table.replace_schema_metadata({"provenance": json.dumps(provenance(rows, device))})
+    table = table.replace_schema_metadata({"provenance": json.dumps(provenance(rows, device, model))})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_whole(path, sink.getvalue().to_pybytes())
     return Path(path).stat().st_size
 
 
-def provenance(rows: Sequence[dict], device: str | None = None) -> dict:
+def provenance(rows: Sequence[dict], device: str | None = None, model: str = "pocket") -> dict:
     """Where the figures come from: versions, device, seeds, date, and the CPU time of all runs together."""
     import transformers
 
     return {
         "runs": len(rows),
-        "model": "pocket",
+        "model": model,
         "seeds": sorted({row["seed"] for row in rows} - set(CHOOSERS)),
         "device": device or f"CPU, 1 thread ({platform.machine()})",
         "python": platform.python_version(),

@@ -296,17 +296,19 @@ def train_phase(
     batches = iter(torch.utils.data.DataLoader(source, batch_size=None, num_workers=workers) if workers else source)
     model.train()
     for step in (bar := tqdm(range(steps), mininterval=10)):
-        ids, labels = (tensor.to(model.device) for tensor in next(batches))
+        ids, labels = next(batches)
+        seen += (labels != -100).sum().item()  # here, where no GPU has to be waited for
+        ids, labels = ids.to(model.device), labels.to(model.device)
         loss = model(input_ids=ids, labels=labels).loss  # padded on the right, where causal attention does not look
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        seen += (labels != -100).sum().item()
         if step % 100 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}, floor {floor:.3f}")
-    seconds = round(time.perf_counter() - started)
+    loss.item()
+    seconds = round(time.perf_counter() - started, 1)
     return {"steps": steps, "learning rate": lr, "share of questions": share, "tokens": seen, "seconds": seconds}
 
 
@@ -328,7 +330,7 @@ def card_of(model, tokenizer, phases: list[dict], device: str, seed: int, **size
             "date": date.today().isoformat(),
             "seed": seed,
             "tokens": sum(phase["tokens"] for phase in phases),
-            "wall time in seconds": sum(phase["seconds"] for phase in phases),
+            "wall time in seconds": round(sum(phase["seconds"] for phase in phases)),
             "phases": phases,
         }
     }

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import statistics
 import time
 import warnings
+from collections import Counter
 
 import torch
 from safetensors.torch import save_file
 
 import minipeft as mp
 from minipeft.analyze import memory as memory_of
+from minipeft.course import atlas as shipped_atlas
+from minipeft.course import larger as larger_base
 from minipeft.course.grid import grid
+from minipeft.learn.many import fit_many
 from minipeft.learn.rows import collate, encode
-from minipeft.learn.sweep import collect, sweep
+from minipeft.learn.sweep import Point, collect, method_of, sweep
 from minipeft.methods import METHODS
 from minipeft.world import base, tasks
 
@@ -95,38 +100,55 @@ def measured(method, device: str) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # (b) The bases
 # ---------------------------------------------------------------------------------------------------------------------
-def pocket(run) -> dict:
-    return trained(run, "pocket", TINY if run.dry else {}, torch.float32)
+def bases(run) -> dict:
+    """Trains pocket and desk side by side: neither keeps a GPU busy."""
+    with torch_processes(2) as executor:
+        both = {
+            "pocket": executor.submit(trained, run, "pocket", TINY if run.dry else {}, torch.float32, 1.0),
+            "desk": executor.submit(trained, run, "desk", TINY if run.dry else DESK, torch.bfloat16, 0.5),
+        }
+        return {name: future.result() for name, future in both.items()}
 
 
-def desk(run) -> dict:
-    return trained(run, "desk", TINY if run.dry else DESK, torch.bfloat16)
-
-
-def trained(run, name: str, shape: dict[str, int], dtype: torch.dtype) -> dict:
-    """Trains a base through all phases in about `run.seconds`, and leaves weights and card in one file."""
-    torch.manual_seed(0)
+def trained(run, name: str, shape: dict[str, int], dtype: torch.dtype, slower: float) -> dict:
+    """Trains a base through all phases in about `run.seconds`, and leaves weights and card in one file, and the base as
+    `mp.load` takes it in a folder beside the results. `slower`: its rates as a share of the shipped base's, since a
+    wider model takes smaller ones."""
+    started = time.monotonic()
+    torch.set_float32_matmul_precision("high")
     tokenizer = base.build_tokenizer()
-    model = base.build_model(len(tokenizer), **shape).to(run.device)
-    tokens, workers = (512, 0) if run.dry else (16384, 12)
-    probe = base.train_phase(model, tokenizer, 2 if run.dry else 30, 1e-4, 0.0, seed=99, tokens=tokens, workers=workers)
-    torch.manual_seed(0)
-    model = base.build_model(len(tokenizer), **shape).to(run.device)
-    total = sum(steps for steps, _, _ in base.PHASES)
-    affordable = 6 if run.dry else 0.75 * run.seconds * 30 / max(probe["seconds"], 1)
-    # as many tokens as the shipped phases read, or as many as the time allows
-    steps = min(affordable, total * 2048 * 2 / tokens)
-    phases = [
-        base.train_phase(model, tokenizer, max(2, round(steps * part / total)), lr, share, seed=1 + i, tokens=tokens,
-                         workers=workers)
-        for i, (part, lr, share) in enumerate(base.PHASES)
-    ]  # fmt: skip
+    tokens, workers = (512, 0) if run.dry else (16384, 6)
+
+    def train(*phases) -> tuple[torch.nn.Module, list[dict]]:
+        torch.manual_seed(0)
+        model = base.build_model(len(tokenizer), **shape).to(run.device)
+        return model, [
+            base.train_phase(model, tokenizer, max(2, steps), slower * lr, share, seed, tokens, workers)
+            for steps, lr, share, seed in phases
+        ]
+
+    few = (2, 4, 6) if run.dry else (20, 100, 300)  # the first wakes the device up, the others tell what a step takes
+    _, (_, short, long) = train(*((steps, 1e-3, 0.0, 99) for steps in few))
+    pace = max(1e-4, (long["seconds"] - short["seconds"]) / (few[2] - few[1]))
+    left = run.seconds - (time.monotonic() - started)
+    steps = 6 if run.dry else 0.8 * left / pace  # the rest is for measuring
+    total = sum(each for each, _, _ in base.PHASES)
+    model, phases = train(
+        *((round(steps * part / total), lr, share, 1 + i) for i, (part, lr, share) in enumerate(base.PHASES))
+    )
     model = model.to("cpu", dtype).to(torch.float32).eval()  # what is measured is what is stored
     sizes = {"stories": 20, "samples": 4} if run.dry else {}
     card = base.card_of(model, tokenizer, phases, name_of(run.device), seed=0, **sizes)
     weights = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
     save_file(weights, run.out / f"{name}.safetensors", {"card": json.dumps(card), "shape": json.dumps(shape)})
-    return {key: card[key] for key in ("above the floor in %", "sampled stories that parse, of 100")}
+    base.save(model, tokenizer, card, beside(run, name))
+    told = ("above the floor in %", "above the source, story by story, in nats a token",
+            "sampled stories that parse, of 100", "the same with no unlikely word left out")  # fmt: skip
+    return {key: card[key] for key in told} | {"steps": sum(p["steps"] for p in phases), "seconds a step": pace}
+
+
+def beside(run, name: str):
+    return run.out.parent / f"{run.out.name}-{name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,12 +157,41 @@ def trained(run, name: str, shape: dict[str, int], dtype: torch.dtype) -> dict:
 def atlas(run) -> dict:
     """The grid's runs, in an order in which every prefix is useful, several side by side on one device."""
     points = grid(seeds=1 if run.dry else 5)[: 2 if run.dry else None]
-    folder = run.out.parent / f"{run.out.name}-runs"
-    executor = None if run.dry else torch_processes(8)
-    missing = sweep(points, folder, executor, run.seconds, device=run.device)
+    folder = beside(run, "runs")
+    with torch_processes(1 if run.dry else 14) as executor:
+        missing = sweep(points, folder, executor, run.seconds, device=run.device)
     done = [point for point in points if (folder / f"{point.key}.json").exists()]
     collect(done, folder, run.out / "atlas.parquet", device=name_of(run.device))
-    return {"runs": len(done), "missing": missing}
+    return {"runs": len(done), "missing": missing} | came_back(done, folder)
+
+
+def came_back(done: list, folder) -> dict:
+    """The runs beside those of the atlas that the course ships, by the rule of `atlas.came_back`."""
+    shipped = shipped_atlas.load()
+    stored = {Point(**{f: row[f] for f in Point.__dataclass_fields__}): row for row in shipped.to_dict("records")}
+    found, worst = Counter(), 0.0
+    for each in done:
+        if each not in stored:
+            continue
+        again = json.loads((folder / f"{each.key}.json").read_bytes())
+        which, shape = (each.task, method_of(each.method, each.settings)), {"steps": each.steps, "batch": each.batch}
+        best, alike = shipped_atlas.chosen(shipped, *which, **shape)[0], shipped_atlas.all_of(shipped, *which, **shape)
+        how = shipped_atlas.came_back(stored[each], again, best, alike[alike.lr == best].loss.min())
+        found[how] += 1
+        if how == "same":
+            worst = max(worst, abs(again["loss"] - stored[each]["loss"]))
+    return {"beside the shipped atlas": dict(found), "largest difference of the same": round(worst, 4)}
+
+
+def larger(run) -> dict:
+    """LoRA and full fine-tuning on the desk base that `bases` has just trained."""
+    few = {"tasks": ("facts(8)",), "settings": (larger_base.FULL,), "voted": ()} if run.dry else {}
+    with torch_processes(1 if run.dry else 14) as executor:
+        runs = larger_base.measure(
+            beside(run, "larger"), run.out / "larger.parquet", str(beside(run, "desk")), run.device, executor,
+            run.seconds, named=name_of(run.device), **few,
+        )  # fmt: skip
+    return {"runs": runs}
 
 
 def torch_processes(n: int):
@@ -214,7 +265,22 @@ def bench(run) -> dict:
             }
             rows.append({"width": width, "rank": rank, "tokens": inputs["input_ids"].numel()} | ratios)
             run.write("bench.json", {"device": name_of(run.device), "rows": rows} | versions())
-    return {"rows": len(rows)}
+    model, task = mp.load("pocket")[0].to(run.device), tasks.pirate(600, 100)
+    for count in (2,) if run.dry else (4, 16, 64):
+        if time.monotonic() - started > run.seconds:
+            break
+        settings = {"steps": 4 if run.dry else 30, "batch": 2 if run.dry else 10, "progress": False}
+        _, histories = fit_many(model, [mp.LoRA(rank=8)] * count, task, lr=1e-2, **settings)
+        alone = pace(mp.fit(mp.attach(mp.load("pocket")[0].to(run.device), mp.LoRA(rank=8)), task, lr=1e-2, **settings))
+        model = mp.load("pocket")[0].to(run.device)
+        rows.append({"runs at once": count, "one by one / at once": count * alone / pace(histories[0])})
+        run.write("bench.json", {"device": name_of(run.device), "rows": rows} | versions())
+    return {"rows": rows}
+
+
+def pace(history) -> float:
+    """Seconds a step, the median."""
+    return statistics.median(b - a for a, b in itertools.pairwise(history.seconds))
 
 
 def step_of(model, inputs: dict, device: str):

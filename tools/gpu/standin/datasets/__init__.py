@@ -17,6 +17,10 @@ class Dataset:
     def from_list(cls, rows: list[dict]) -> Dataset:
         return cls(list(rows))
 
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.rows[0]) if self.rows else []
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -30,6 +34,9 @@ class Dataset:
 
     def select(self, indices) -> Dataset:
         return Dataset([self.rows[i] for i in indices])
+
+    def filter(self, keep) -> Dataset:
+        return Dataset([row for row in self.rows if keep(row)])
 
 
 class DatasetDict(dict):
