@@ -177,7 +177,8 @@ class GeneratedPrompt(Layer):
 
     def prompt(self) -> torch.Tensor:
         """(n, d)"""
-        start = self.lstm(self.E)[0] if self.kind == "lstm" else self.E
+        with torch.backends.cudnn.flags(enabled=False):  # on a GPU it takes no gradient of an LSTM in evaluation mode
+            start = self.lstm(self.E)[0] if self.kind == "lstm" else self.E
         return self.layers(start).view(self.shape)
 
     @torch.no_grad()  # PyTorch's LSTM has another last digit where it keeps what the way back needs

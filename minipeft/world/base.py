@@ -279,7 +279,8 @@ def train_phase(
 ) -> dict:
     """AdamW from fresh moments: the learning rate warms up over 2 % of the steps and falls to 0 along a cosine.
 
-    `workers` processes write the stories while the model trains; with 0 this one does.
+    `workers` processes write the stories while the model trains; with 0 this one does. Returns what a card says of a
+    phase; its "seconds a step" are without the first, for which the device and the processes wake up.
     """
     from tqdm.auto import tqdm
 
@@ -291,7 +292,7 @@ def train_phase(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1, s / steps))))
     )
-    seen, started, floor = 0, time.perf_counter(), corpus.stories().floor()
+    seen, marks, floor = 0, [time.perf_counter()], corpus.stories().floor()
     source = _Batches(tokenizer.get_vocab(), tokens, seed, share)
     batches = iter(torch.utils.data.DataLoader(source, batch_size=None, num_workers=workers) if workers else source)
     model.train()
@@ -305,11 +306,13 @@ def train_phase(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 100 == 0 or step == steps - 1:
             bar.set_postfix_str(f"loss {loss.item():.3f}, floor {floor:.3f}")
-    loss.item()
-    seconds = round(time.perf_counter() - started, 1)
-    return {"steps": steps, "learning rate": lr, "share of questions": share, "tokens": seen, "seconds": seconds}
+        if step in (0, steps - 1):
+            marks.append(time.perf_counter())
+    told = {"steps": steps, "learning rate": lr, "share of questions": share, "tokens": seen}
+    start, first, end = marks[0], marks[1], marks[-1]
+    return told | {"seconds": round(end - start, 1), "seconds a step": (end - first) / max(1, steps - 1)}
 
 
 def finish(model, tokenizer, phases: list[dict], device: str, seed: int, folder: Path) -> dict:

@@ -127,24 +127,24 @@ def trained(run, name: str, shape: dict[str, int], dtype: torch.dtype, slower: f
             for steps, lr, share, seed in phases
         ]
 
-    few = (2, 4, 6) if run.dry else (20, 100, 300)  # the first wakes the device up, the others tell what a step takes
-    _, (_, short, long) = train(*((steps, 1e-3, 0.0, 99) for steps in few))
-    pace = max(1e-4, (long["seconds"] - short["seconds"]) / (few[2] - few[1]))
+    _, (probe,) = train((3 if run.dry else 200, 1e-3, 0.0, 99))
     left = run.seconds - (time.monotonic() - started)
-    steps = 6 if run.dry else 0.8 * left / pace  # the rest is for measuring
+    steps = 6 if run.dry else 0.75 * left / probe["seconds a step"]  # the rest is for the processes and for measuring
     total = sum(each for each, _, _ in base.PHASES)
     model, phases = train(
         *((round(steps * part / total), lr, share, 1 + i) for i, (part, lr, share) in enumerate(base.PHASES))
     )
-    model = model.to("cpu", dtype).to(torch.float32).eval()  # what is measured is what is stored
+    torch.set_float32_matmul_precision("highest")
+    model = model.to(dtype).to(torch.float32).eval()  # what is measured is what is stored
     sizes = {"stories": 20, "samples": 4} if run.dry else {}
     card = base.card_of(model, tokenizer, phases, name_of(run.device), seed=0, **sizes)
+    model = model.cpu()
     weights = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
     save_file(weights, run.out / f"{name}.safetensors", {"card": json.dumps(card), "shape": json.dumps(shape)})
     base.save(model, tokenizer, card, beside(run, name))
     told = ("above the floor in %", "above the source, story by story, in nats a token",
             "sampled stories that parse, of 100", "the same with no unlikely word left out")  # fmt: skip
-    return {key: card[key] for key in told} | {"steps": sum(p["steps"] for p in phases), "seconds a step": pace}
+    return {key: card[key] for key in told} | {"phases": phases}
 
 
 def beside(run, name: str):
@@ -237,6 +237,16 @@ def bench(run) -> dict:
 
     rows = []
     started = time.monotonic()
+    model, task = mp.load("pocket")[0].to(run.device), tasks.pirate(600, 100)
+    for count in (2,) if run.dry else (4, 16, 64):
+        if time.monotonic() - started > run.seconds:
+            break
+        settings = {"steps": 4 if run.dry else 30, "batch": 2 if run.dry else 10, "progress": False}
+        _, histories = fit_many(model, [mp.LoRA(rank=8)] * count, task, lr=1e-2, **settings)
+        alone = pace(mp.fit(mp.attach(mp.load("pocket")[0].to(run.device), mp.LoRA(rank=8)), task, lr=1e-2, **settings))
+        model = mp.load("pocket")[0].to(run.device)
+        rows.append({"runs at once": count, "one by one / at once": count * alone / pace(histories[0])})
+        run.write("bench.json", {"device": name_of(run.device), "rows": rows} | versions())
     for width in (32,) if run.dry else (128, 256, 512, 1024):
         shape = {"hidden": width, "layers": 2 if run.dry else 4, "heads": max(2, width // 64), "ff": 3 * width}
         model, tokenizer = base.build_model(684, **shape), base.build_tokenizer()
@@ -258,23 +268,13 @@ def bench(run) -> dict:
             steps = {name: step_of(side.train().to(run.device), inputs, run.device) for name, side in sides.items()}
             for _ in range(2):
                 [step() for step in steps.values()]
-            times = [{name: step() for name, step in steps.items()} for _ in range(3 if run.dry else 40)]
+            times = [{name: step() for name, step in steps.items()} for _ in range(3 if run.dry else 15)]
             ratios = {
                 f"minipeft / {name}": statistics.median(each["minipeft"] / each[name] for each in times)
                 for name in ("PEFT", "frozen", "full")
             }
             rows.append({"width": width, "rank": rank, "tokens": inputs["input_ids"].numel()} | ratios)
             run.write("bench.json", {"device": name_of(run.device), "rows": rows} | versions())
-    model, task = mp.load("pocket")[0].to(run.device), tasks.pirate(600, 100)
-    for count in (2,) if run.dry else (4, 16, 64):
-        if time.monotonic() - started > run.seconds:
-            break
-        settings = {"steps": 4 if run.dry else 30, "batch": 2 if run.dry else 10, "progress": False}
-        _, histories = fit_many(model, [mp.LoRA(rank=8)] * count, task, lr=1e-2, **settings)
-        alone = pace(mp.fit(mp.attach(mp.load("pocket")[0].to(run.device), mp.LoRA(rank=8)), task, lr=1e-2, **settings))
-        model = mp.load("pocket")[0].to(run.device)
-        rows.append({"runs at once": count, "one by one / at once": count * alone / pace(histories[0])})
-        run.write("bench.json", {"device": name_of(run.device), "rows": rows} | versions())
     return {"rows": rows}
 
 
