@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -21,6 +22,7 @@ from minipeft.build import Count
 from minipeft.layer import Layer
 from minipeft.methods.adalora import AdaLoRA
 from minipeft.methods.adapter import Adapter
+from minipeft.methods.common import like
 from minipeft.methods.dora import DoRA
 from minipeft.methods.experts import Experts
 from minipeft.methods.ia3 import IA3
@@ -256,6 +258,17 @@ def test_one_seed_one_initialisation_and_the_global_generator_is_left_alone():
     a, b, c = (attach(m, LoRA(rank=2), seed=seed).state_dict() for m, seed in zip(models, (3, 3, 4), strict=True))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert tiny.same(a, b) and not tiny.same(a, c)
+
+
+def test_initial_values_are_drawn_on_the_cpu_whatever_the_device():
+    """Here no GPU is at hand: what `like` builds beside a weight that lies on one is drawn as beside one that does not;
+    the kit of tools/gpu asks the device itself."""
+    drawn = []
+    for device in ("cpu", "cuda"):
+        weight = SimpleNamespace(device=torch.device(device))
+        with like(weight, torch.Generator().manual_seed(3)):
+            drawn += [torch.randn(2), nn.Linear(2, 3).weight]
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
 
 
 # -- several adapters -------------------------------------------------------------------------------------------------

@@ -44,6 +44,41 @@ def test_it_ships_in_less_than_five_megabytes_and_without_pickle():
     assert {path.suffix for path in files} <= {".safetensors", ".json"}
 
 
+def test_the_larger_base_was_trained_on_a_gpu_is_better_and_is_as_small_as_promised():
+    card, own = (json.loads((folder / "card.json").read_text()) for folder in (base.DESK, base.FOLDER))
+    assert "NVIDIA" in card["trained on"]["device"] and len(card["trained on"]["phases"]) == len(base.PHASES)
+    assert card["parameters"] > 7 * own["parameters"] and card["vocabulary"] == own["vocabulary"]
+    assert card["held-out loss in nats a token"] < own["held-out loss in nats a token"]
+    assert card["sampled stories that parse, of 100"] == 100 > own["sampled stories that parse, of 100"]
+    files = [path for path in base.DESK.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 14_000_000
+    assert {path.suffix for path in files} <= {".safetensors", ".json"}
+
+
+@pytest.mark.slow
+def test_the_larger_base_is_what_its_card_says():
+    figures = base.measure(*mp.load("desk"), stories=400, samples=100)
+    card = json.loads((base.DESK / "card.json").read_text())
+    above = "above the source, story by story, in nats a token"
+    assert figures[above] == pytest.approx(card[above], abs=4 * figures["its standard error"])
+    assert figures["sampled stories that parse, of 100"] >= 99
+    assert figures["parameters"] == card["parameters"]
+
+
+def test_a_text_in_the_tokenizers_place_is_named(pocket):
+    with pytest.raises(TypeError, match="'late on monday' stands in the tokenizer's place"):
+        mp.write(pocket[0], "late on monday")
+
+
+def test_a_model_that_diverged_says_so_instead_of_writing():
+    model, tokenizer = mp.load("pocket")
+    tuned = mp.attach(model, mp.LoRA(rank=1))
+    next(iter(tuned.adapters.parameters())).data[0] = math.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="is not finite, so the model cannot write"):
+            mp.write(tuned, tokenizer, "", temperature=temperature)
+
+
 def test_the_tokenizer_is_one_word_one_token(pocket):
     _, tokenizer = pocket
     assert tokenizer.get_vocab() == base.build_tokenizer().get_vocab() and len(tokenizer) <= 1000

@@ -134,6 +134,24 @@ def test_results_are_taken_whole_or_refused_with_the_figures(take, tmp_path, cap
     assert take(folder) == 1 and "lacks" in capsys.readouterr().err and atlas.PATH.read_bytes() == whole
 
 
+def test_what_the_readme_says_of_a_run_is_in_its_results():
+    text = " ".join((KIT / "README.md").read_text(encoding="utf-8").split())
+    agree, bench, memory, report = (
+        json.loads((KIT / "results" / f"{name}.json").read_text()) for name in ("agree", "bench", "memory", "report")
+    )
+    found = list(agree["relative differences"].values())
+    assert f"{len(found)} settings" in text and not agree["failed"] and all(each["same tokens"] for each in found)
+    assert max(v for each in found for k, v in each.items() if k != "same tokens") < 7.05e-7
+    many = [round(row["one by one / at once"], 1) for row in bench["rows"] if "runs at once" in row]
+    assert f"{many[0]}, {many[1]} and {many[2]} times less time" in text
+    full = [row["minipeft / full"] for row in bench["rows"] if "width" in row]
+    assert f"{min(full):.1f} to {max(full):.1f} times as long as a full one" in text
+    beyond = [(row["measured"] - row["predicted"]) / 2**20 for row in memory["rows"]]
+    assert f"{min(beyond):.0f} to {max(beyond):.0f} MiB beyond the prediction" in text
+    steps = sum(phase["steps"] for phase in report["stages"]["bases"]["pocket"]["phases"])
+    assert report["device"] in text and steps / sum(steps for steps, *_ in base.PHASES) == pytest.approx(0.25, abs=0.03)
+
+
 def test_a_desk_that_nobody_trained_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(base, "DESK", tmp_path / "desk")
     with pytest.raises(ValueError, match='no "desk" base yet'):

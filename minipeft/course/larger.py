@@ -3,8 +3,8 @@
     runs = atlas.load(larger.PATH)          # the columns of the atlas, and its functions
 
 The kit of `tools/gpu` measured it; `python -m minipeft.course.larger --folder runs --workers 2` does on CPUs, in hours.
-The protocol is the atlas's: SEARCH_SEED chooses a rate on validation rows, half a decade apart, from a row that
-grows until its best lies inside; SEEDS run that rate; for VOTED each of VOTERS chooses too, down to quarter decades.
+The protocol is the atlas's: SEARCH_SEED chooses a rate on validation rows, half a decade apart, from a row that grows
+until its best lies inside, and SEEDS run that rate.
 """
 
 from __future__ import annotations
@@ -14,51 +14,21 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
-from minipeft.learn.protocol import SEARCH_SEED, SEEDS, VOTERS, half_decade, quarter_decade
+from minipeft.learn.protocol import SEARCH_SEED, SEEDS, half_decade
 from minipeft.learn.sweep import Point, collect, point, sweep
 
 PATH = Path(__file__).with_name("larger.parquet")
 TASKS = ("pirate", "cipher", "flip", "facts(64)")
-FULL = ("Full", {})
-LORA = {rank: ("LoRA", {"rank": rank, "gamma": 2.0}) for rank in (1, 4, 16, 64)}
-VOTED = (FULL, LORA[16])
 RATES = {"Full": (1e-4, 3e-4, 1e-3, 3e-3), "LoRA": (1e-3, 3e-3, 1e-2, 3e-2)}  # where the search begins
-
-Setting = tuple[str, dict]
+SETTINGS = (("Full", {}), *(("LoRA", {"rank": rank, "gamma": 2.0}) for rank in (1, 4, 16, 64)))
 
 
 class OutOfTime(Exception):
     """Fewer runs than were asked for; those that are done stay in the folder."""
-
-
-def search(
-    run: Callable[[Iterable[Point]], dict[Point, dict]], asked: Sequence[tuple[Setting, str, int, Sequence[float]]]
-) -> list[float]:
-    """The best rate of each (setting, task, seed, first rates), all searched side by side: those beside a best one are
-    run too, until every best one is better than both."""
-    rates = [set(first) for *_, first in asked]
-    while True:
-        points = [
-            {lr: point(method, task, lr, seed, **settings) for lr in sorted(each)}
-            for ((method, settings), task, seed, _), each in zip(asked, rates, strict=True)
-        ]
-        rows = run(p for each in points for p in each.values())
-        best = [min(each, key=lambda lr, each=each: score(rows[each[lr]])) for each in points]
-        beside = [{half_decade(lr, up) for up in (False, True)} for lr in best]
-        if all(near <= each for near, each in zip(beside, rates, strict=True)):
-            return best
-        rates = [each | near for near, each in zip(beside, rates, strict=True)]
-
-
-def score(row: dict) -> float:
-    """What chooses: the loss on validation rows, or on the facts themselves, which are learnt by heart."""
-    if row["stopped"] != "finished":
-        return math.inf
-    return row["loss"] if row["valid_loss"] is None else row["valid_loss"]
 
 
 def measure(
@@ -69,48 +39,54 @@ def measure(
     executor: Executor | None = None,
     seconds: float = math.inf,
     tasks: Sequence[str] = TASKS,
-    settings: Sequence[Setting] = (FULL, *LORA.values()),
-    voted: Sequence[Setting] = VOTED,
+    settings: Sequence[tuple[str, dict]] = SETTINGS,
     named: str | None = None,
 ) -> int:
     """Runs what is not in `folder` yet, and writes what is there to `out`; returns how many runs that are.
 
-    `model`: the base as `mp.load` takes it; `named`: the device as the provenance says it. Raises OutOfTime when
-    `seconds` are over before the end.
+    All settings are searched side by side, so that an executor has work. `model`: the base as `mp.load` takes it;
+    `named`: the device as the provenance says it. Raises OutOfTime when `seconds` are over before the end.
     """
     until, done = time.monotonic() + seconds, {}
 
     def run(points: Iterable[Point]) -> dict[Point, dict]:
-        points = list(dict.fromkeys(points))
+        points = list(points)
         left = None if math.isinf(seconds) else max(0.0, until - time.monotonic())
         if sweep(points, folder, executor, left, device, model):
-            raise OutOfTime(f"There was no time for the last of {len(done) + len(points)} runs.")
+            raise OutOfTime(f"There was no time for the last of {len(set(points) | set(done))} runs.")
         done.update({each: json.loads((folder / f"{each.key}.json").read_bytes()) for each in points})
         return done
 
+    which = [(task, *setting) for task in tasks for setting in settings]
+    rates = [set(RATES[method]) for _, method, _ in which]
     try:
-        which = [(setting, task) for task in tasks for setting in settings]
-        best = search(run, [(setting, task, SEARCH_SEED, RATES[setting[0]]) for setting, task in which])
+        while True:
+            tried = [
+                {lr: point(method, task, lr, SEARCH_SEED, **settings) for lr in sorted(each)}
+                for (task, method, settings), each in zip(which, rates, strict=True)
+            ]
+            rows = run(p for each in tried for p in each.values())
+            best = [min(each, key=lambda lr, each=each: score(rows[each[lr]])) for each in tried]
+            beside = [{half_decade(lr, up) for up in (False, True)} for lr in best]
+            if all(near <= each for near, each in zip(beside, rates, strict=True)):
+                break
+            rates = [each | near for near, each in zip(beside, rates, strict=True)]
         run(
             point(method, task, lr, seed, **settings)
-            for ((method, settings), task), lr in zip(which, best, strict=True)
+            for (task, method, settings), lr in zip(which, best, strict=True)
             for seed in SEEDS
-        )
-        asked = [
-            (setting, task, seed, [half_decade(lr, False), lr, half_decade(lr, True)])
-            for (setting, task), lr in zip(which, best, strict=True)
-            if setting in voted
-            for seed in VOTERS
-        ]
-        run(
-            point(method, task, quarter_decade(lr, up), seed, **settings)
-            for ((method, settings), task, seed, _), lr in zip(asked, search(run, asked), strict=True)
-            for up in (False, True)
         )
     finally:
         if done:
             collect(done, folder, out, named, "desk")
     return len(done)
+
+
+def score(row: dict) -> float:
+    """What chooses: the loss on validation rows, or on the facts themselves, which are learnt by heart."""
+    if row["stopped"] != "finished":
+        return math.inf
+    return row["loss"] if row["valid_loss"] is None else row["valid_loss"]
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ class AdapterLayer(Layer):
         weight = next(module_at(model, group[0].path).parameters())
         with like(weight, generator):
             self.down, self.up = nn.Linear(group[0].d, method.bottleneck), nn.Linear(method.bottleneck, group[0].d)
-        self.to(torch.promote_types(weight.dtype, torch.float32))
+        self.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
         self.heard: torch.Tensor | None = None  # what a parallel adapter read, until it writes

@@ -99,18 +99,18 @@ def no_embedding(targets: list[Target], method: Method) -> list[Target]:
 
 class like:
     """`with like(weight, generator):` — what is built has PyTorch's own initial values, drawn on the CPU from
-    `generator` and moved to the weight's device; on the meta device nothing is drawn."""
+    `generator`, and is yet to be moved to the weight's device; on the meta device nothing is drawn."""
 
     def __init__(self, weight: torch.Tensor, generator: torch.Generator):
         self.meta = weight.device.type == "meta"
-        self.device = torch.device(weight.device)
+        self.device = torch.device("meta" if self.meta else "cpu")
         self.seed = None if self.meta else torch.randint(2**31, (), generator=generator).item()
 
     def __enter__(self) -> None:
         self.fork = torch.random.fork_rng(devices=[])
         self.fork.__enter__()
         if not self.meta:
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # the CPU's alone
         self.device.__enter__()
 
     def __exit__(self, *error) -> None:

@@ -90,7 +90,7 @@ class ExpertsLayer(Layer):
             self.down = nn.Parameter(torch.empty(E, m, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)))
             self.down_bias, self.up_bias = nn.Parameter(torch.zeros(E, m)), nn.Parameter(torch.zeros(E, d))
             self.up = nn.Parameter(torch.zeros(E, d, m))
-        self.to(torch.promote_types(weight.dtype, torch.float32))
+        self.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         self.probabilities = self.gates = None
         self.uneven: torch.Tensor | None = None  # the imbalance of the last call, for the penalty
 

@@ -81,7 +81,7 @@ class Prefix(Layer):
                 self.E = nn.Parameter(torch.randn(n, heads * width))
                 last = nn.Linear(method.hidden, layers * 2 * heads * width)
                 self.layers = nn.Sequential(nn.Linear(heads * width, method.hidden), nn.Tanh(), last)
-        self.to(torch.promote_types(table.dtype, torch.float32))
+        self.to(table.device, torch.promote_types(table.dtype, torch.float32))
         if method.init != "random" and not table.is_meta:
             self.value.data.copy_(words(model, repeated(method.init, n, len(table))))
 

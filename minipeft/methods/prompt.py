@@ -173,7 +173,7 @@ class GeneratedPrompt(Layer):
                 sizes = (h, h, n * d)
             linears = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
             self.layers = nn.Sequential(*(x for each in linears for x in (each, nn.ReLU())))[:-1]
-        self.to(torch.promote_types(table.dtype, torch.float32))
+        self.to(table.device, torch.promote_types(table.dtype, torch.float32))
 
     def prompt(self) -> torch.Tensor:
         """(n, d)"""

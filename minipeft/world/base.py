@@ -70,7 +70,7 @@ def load(name: str, labels: int | None = None):
         if not path or not Path(path).is_dir():
             _check_hub(str(name))
     with torch.random.fork_rng(devices=[]), _quiet():
-        torch.manual_seed(0)  # a new classifier is drawn from its own seed, whatever was drawn before
+        torch.default_generator.manual_seed(0)  # a new classifier is drawn from its own seed, whatever was drawn before
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
             if labels is None:
@@ -252,13 +252,23 @@ def write(
 
     Words less than `min_p` times as likely as the likeliest are never drawn (Nguyen et al. 2024, "Min P"); 0 draws from
     the whole distribution, in which a small model's many tiny errors add up.
+
+    Raises TypeError where a text stands in the tokenizer's place, and ValueError for a model with numbers that are not
+    finite, as after a run that diverged.
     """
+    if isinstance(tokenizer, str):
+        raise TypeError(f"{tokenizer[:40]!r} stands in the tokenizer's place: write(model, tokenizer, prompt).")
+    if broken := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
+        raise ValueError(
+            f"{broken} is not finite, so the model cannot write: after a run that diverged, begin again with a smaller "
+            "learning rate."
+        )
     ids = tokenizer([prompt] * n, return_tensors="pt").to(model.device)
     if temperature:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "min_p": min_p}
     else:
         options = {"do_sample": False}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = model.generate(**ids, max_length=CONTEXT, pad_token_id=tokenizer.pad_token_id, **options)
     return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]

@@ -60,8 +60,9 @@ def main() -> int:
         begun = time.monotonic()
         try:
             said = getattr(stages, stage)(run)
-        except Exception:
-            said = {"failed": traceback.format_exc()[-2000:]}
+        except Exception as error:
+            traceback.print_exc()
+            said = {"failed": f"{type(error).__name__}: {error}"}
         report["stages"][stage] = {"seconds": round(time.monotonic() - begun, 1)} | said
         run.write("report.json", report)  # after each stage: whoever is cut off has what was done
         print(f"{stage:8} {report['stages'][stage]}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import math
@@ -73,11 +74,10 @@ def measured(method, device: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     tokenizer = base.build_tokenizer()
     model = base.build_model(len(tokenizer), **TINY).eval()
-    tuned = mp.attach(model, method)
+    tuned = mp.attach(model.to(device), method)  # on the device, where the same numbers are to be drawn
     generator = torch.Generator().manual_seed(1)
     for parameter in tuned.adapters.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    tuned.to(device)
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(device)
     ids = torch.arange(3, 27, device=device).view(2, 12)
     result = tuned(input_ids=ids, labels=ids)
     result.loss.backward()
@@ -185,7 +185,7 @@ def came_back(done: list, folder) -> dict:
 
 def larger(run) -> dict:
     """LoRA and full fine-tuning on the desk base that `bases` has just trained."""
-    few = {"tasks": ("facts(8)",), "settings": (larger_base.FULL,), "voted": ()} if run.dry else {}
+    few = {"tasks": ("facts(8)",), "settings": larger_base.SETTINGS[:1]} if run.dry else {}
     with torch_processes(1 if run.dry else 14) as executor:
         runs = larger_base.measure(
             beside(run, "larger"), run.out / "larger.parquet", str(beside(run, "desk")), run.device, executor,
@@ -215,14 +215,15 @@ def memory(run) -> dict:
                 break
             tuned = mp.attach(base.build_model(684, **shape), method).train().to(run.device)
             foretold = memory_of.predict(tuned, batch=batch, length=length).peak
+            peak = memory_of.measure(tuned, batch, length).peak  # on a GPU cuBLAS takes its workspace in this step
             if run.device == "cuda":
-                memory_of.measure(tuned, batch, length)  # cuBLAS takes its workspace once
-                torch.cuda.synchronize()
+                tuned = tuned.cpu()
+                gc.collect()
+                before = torch.cuda.memory_allocated()
+                tuned = tuned.to(run.device)
                 torch.cuda.reset_peak_memory_stats()
                 memory_of.measure(tuned, batch, length)
-                peak = torch.cuda.max_memory_allocated()
-            else:
-                peak = memory_of.measure(tuned, batch, length).peak
+                peak = torch.cuda.max_memory_allocated() - before
             rows.append({"method": label, "batch": batch, "length": length, "predicted": foretold, "measured": peak})
             run.write("memory.json", {"device": name_of(run.device), "shape": shape, "rows": rows})
     return {"measured / predicted": [round(row["measured"] / row["predicted"], 3) for row in rows]}
