@@ -160,11 +160,10 @@ def test_second_derivatives(rank):
 
 
 def test_only_sizes_at_which_it_is_quicker():
-    assert fused.quicker(1424, 128, 128, 8, True) and fused.quicker(1424, 128, 384, 64, True)  # the pocket's step
-    assert fused.quicker(20, 128, 128, 8, False) and fused.quicker(1, 128, 128, 8, False)  # its calls cost more
-    assert not fused.quicker(1, 4096, 4096, 8, False)  # a token at a time: W' would be formed for each
-    assert not fused.quicker(512, 4096, 4096, 8, True) and fused.quicker(4096, 4096, 4096, 8, True)
-    assert not fused.quicker(21, 16, 16, 4, True) and not fused.quicker(10**6, 16, 16, 4, False)
+    assert fused.quicker(1424, 128, 128) and fused.quicker(1424, 128, 384)  # the pocket's step
+    assert not fused.quicker(1, 4096, 4096)  # a token at a time: W' would be formed for each
+    assert not fused.quicker(512, 4096, 4096) and fused.quicker(4096, 4096, 4096)
+    assert not fused.quicker(21, 16, 16) and not fused.quicker(10**6, 16, 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

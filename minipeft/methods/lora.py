@@ -64,7 +64,10 @@ class LoRALayer(WeightLayer):
 
     def whole(self, x: torch.Tensor) -> torch.Tensor | None:
         """(W + γ·B·A)·x + b: the same, with fewer passes over x and y; see `fused.py`."""
-        return None if self.training and self.dropout else product(self, x, self.A, self.B, self.gamma)
+        own = self._parameters  # past the look-up of `nn.Module`, which takes as long as a small product
+        if (self.training and self.dropout) or "A" not in own or "B" not in own:
+            return None
+        return product(self, x, own["A"], own["B"], self.gamma)
 
     def delta(self) -> torch.Tensor:
         # ΔW = γ·B·A, of rank at most r
