@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from minipeft.explore.runs import singular_values
 from minipeft.explore.slider import BLUE, GREY
-from minipeft.explore.training import TrainingExplorer, choice, slider
+from minipeft.explore.training import TrainingExplorer, choice, nothing, slider
 from minipeft.methods.lora import LoRA
 
 
@@ -41,13 +41,13 @@ class LoRAExplorer(TrainingExplorer):
 
 def draw_spectrum(axes, sigma: torch.Tensor | None) -> None:
     """Singular values of γ·B·A, (matrices, r): one thin line a matrix, the median thick. At most r are not zero."""
-    axes.set(title="spectrum of ΔW = γ·B·A", xlabel="i", ylabel="singular value σᵢ")
+    axes.set_title("spectrum of ΔW = γ·B·A")
+    if sigma is None or not sigma.max() > 0:
+        nothing(axes, "ΔW = 0" if sigma is None or sigma.max() == 0 else "ΔW is not finite")
+        return
+    axes.set(xlabel="i", ylabel="singular value σᵢ")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    if sigma is None or not sigma.max() > 0:
-        what = "ΔW = 0" if sigma is None or sigma.max() == 0 else "ΔW is not finite"
-        axes.text(0.5, 0.5, what, ha="center", va="center", transform=axes.transAxes)
-        return
     n, r = sigma.shape
     apart = F.pad(sigma, (0, 1), value=torch.nan)  # so that all are one line, which takes less time
     axes.plot([*range(1, r + 2)] * n, apart.flatten(), color=GREY, linewidth=0.5, marker="." if r == 1 else "")

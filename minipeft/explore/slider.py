@@ -135,7 +135,7 @@ class SliderPlot:
 
     def _draw_growing(self, buffer: io.BytesIO) -> None:
         self.growing.axes.draw_artist(self.growing)
-        imsave(buffer, self.figure.canvas.buffer_rgba(), format="png")
+        imsave(buffer, self.figure.canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
 
     def _put(self, buffer: io.BytesIO, text: str | None) -> None:
         with self.image.hold_sync():  # one message, so that a picture never has another one's name

@@ -275,12 +275,15 @@ def draw_losses(axes, history: History, floor: float | None, earlier=(), score=N
     for style, (label, losses) in zip(("--", "-.", ":"), reversed(list(earlier)), strict=False):
         axes.plot(range(1, len(losses) + 1), losses, style, color=GREY, linewidth=1, label=f"before: {label}")
     losses = history.losses
-    [line] = axes.plot(range(1, len(losses) + 1), losses, color=BLUE, marker=".", label="this run, each batch")
+    label = "this run, each batch" if losses else "_nothing to be seen yet"  # which a legend leaves out
+    [line] = axes.plot(range(1, len(losses) + 1), losses, color=BLUE, marker=".", label=label)
     if score is not None:
         axes.plot([STEPS + 1.5], [score.loss], "D", color=ORANGE, label=f"test after training {score.loss:.3f}")
     if floor is not None:
         axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label=f"floor of the task {floor:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats a token)", xlim=(0, STEPS + 4))
+    if not losses:
+        axes.margins(y=0.4)  # room for the legend, which would lie over the atlas's point
     return line
 
 
@@ -294,14 +297,21 @@ def draw_measured(axes, found: tuple[int, list[float]] | None) -> None:
         axes.errorbar([STEPS + 3], [mean], spread, fmt="s", color=RED, capsize=4, label=label)
 
 
+def nothing(axes, why: str) -> None:
+    """An empty frame that says why: numbers at its axes would mean nothing, and each takes its time to draw."""
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
+
+
 def draw_points(axes, points: dict[str, tuple[int, float]], floor: float | None, curve=()) -> None:
     """Test loss by numbers trained; `points` is {settings: (numbers, loss)}, the last one in orange; `curve` the
     atlas's [(numbers, loss by seed)]."""
-    axes.set(title="test loss by size", xlabel="numbers trained", ylabel="test loss (nats a token)")
+    axes.set_title("test loss by size")
     numbers = [n for n, _ in (*points.values(), *curve)]
     if not numbers:
-        axes.text(0.5, 0.5, "a point appears when the run ends", ha="center", va="center", transform=axes.transAxes)
+        nothing(axes, "a point appears when the run ends")
         return
+    axes.set(xlabel="numbers trained", ylabel="test loss (nats a token)")
     if curve:
         means = [statistics.fmean(losses) for _, losses in curve]
         spread = [[m - min(losses) for m, (_, losses) in zip(means, curve, strict=True)],
@@ -319,6 +329,7 @@ def draw_points(axes, points: dict[str, tuple[int, float]], floor: float | None,
         axes.plot(*last, "D", color=ORANGE, label="this run")
     if floor is not None:
         axes.axhline(floor, color=GREEN, linestyle=(0, (6, 2)), label="floor")
+    axes.locator_params(nbins=5)
     axes.set_xscale("log")
     axes.set_xlim(min(numbers) / 2, max(numbers) * 2)
     axes.minorticks_off()
