@@ -36,6 +36,8 @@ def test_held_out_loss_is_within_three_percent_of_the_floor_and_stories_parse(po
     assert figures["sampled stories that parse, of 100"] >= 95
     card = json.loads((base.FOLDER / "card.json").read_text())
     assert figures["parameters"] == card["parameters"] and figures["vocabulary"] == card["vocabulary"]
+    above = "above the source, story by story, in nats a token"
+    assert figures[above] == pytest.approx(card[above], abs=4 * figures["its standard error"])
 
 
 def test_it_ships_in_less_than_five_megabytes_and_without_pickle():

@@ -97,15 +97,26 @@ def page(lab):
         browser.close()
 
 
-def picture_after(page, image, before: str, seconds: float) -> tuple[str, float]:
-    """Wait until the image's source is no longer `before`: (the new source, seconds that it took)."""
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        now = image.get_attribute("src")
-        if now != before:
-            return now, time.perf_counter() - started
-        page.wait_for_timeout(40)
-    raise AssertionError(f"the picture did not change within {seconds} s")
+WATCH = """img => {
+    window.waited = new Promise((done, failed) => {
+        let from = performance.now();
+        const moves = ['keydown', 'mousemove', 'mouseup'], move = () => { from = performance.now(); };
+        moves.forEach(kind => document.addEventListener(kind, move, true));
+        new MutationObserver((_, watch) => {
+            watch.disconnect();
+            moves.forEach(kind => document.removeEventListener(kind, move, true));
+            done((performance.now() - from) / 1000);
+        }).observe(img, {attributeFilter: ['src']});
+        setTimeout(() => failed(new Error('the picture did not change within 20 s')), 20000);
+    });
+}"""
+
+
+def picture_after(page, image, move) -> float:
+    """Seconds from the last key or movement of the mouse in `move()` to a new picture, by the page's own clock."""
+    image.evaluate(WATCH)
+    move()
+    return page.evaluate("window.waited")
 
 
 def idle_for(page, seconds: float, limit: float = 1800) -> None:
@@ -156,17 +167,13 @@ def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, 
     for box in (first, second):
         box.scroll_into_view_if_needed()
         image, handle = box.locator("img"), box.locator(".noUi-handle").first
-        before = image.get_attribute("src")
         handle.focus()
-        page.keyboard.press("ArrowRight")
-        waited.append(picture_after(page, image, before, 20)[1])
+        waited.append(picture_after(page, image, lambda: page.keyboard.press("ArrowRight")))
         assert box.locator(".widget-readout").first.inner_text() == "16"
         until(lambda: "= 16 ·" in image.get_attribute("title"), "a picture that is named by the move", 20, pause=0.05)  # noqa: B023
         box.get_by_role("button", name="stop").click()
         box.get_by_text("Stopped; move a control").wait_for()
-    before = image.get_attribute("src")
-    by_mouse(page, handle, -60)
-    waited.append(picture_after(page, image, before, 20)[1])
+    waited.append(picture_after(page, image, lambda: by_mouse(page, handle, -60)))
     handle.focus()
     page.keyboard.press("ArrowLeft")  # a second move while the first run is under way
     assert box.locator(".widget-readout").first.inner_text() in ("1", "2", "4")
