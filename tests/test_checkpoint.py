@@ -28,6 +28,7 @@ from minipeft.serve import checkpoint
 from minipeft.serve.card import CARD
 from minipeft.serve.checkpoint import CONFIG, PREFIX, WEIGHTS, load_adapter
 from minipeft.targets import head
+from minipeft.world.base import load
 
 Q0 = PREFIX + "model.layers.0.self_attn.q_proj"
 
@@ -367,6 +368,12 @@ def test_another_model_is_refused(saved, tmp_path):
     full.save(tmp_path / "full")
     with tiny.untouched(untied := tiny.llama(tied=False)), pytest.raises(ValueError, match="lm_head.weight"):
         load_adapter(untied, tmp_path / "full")
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_names(tmp_path):
+    attach(load("desk")[0], LoRA(rank=1)).save(tmp_path)
+    with pytest.raises(ValueError, match="which was made on 'desk', does not load on 'pocket': "):
+        load_adapter(load("pocket")[0], tmp_path)
 
 
 HUGE = torch.full((2, 16), 1e300, dtype=torch.float64)  # finite, until it is float32

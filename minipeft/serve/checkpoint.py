@@ -225,13 +225,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     if tuned is not None:
         tuned.check_open("load_adapter")
     check_name(name, list(tuned.adapters) if tuned else ())
-    base = tuned.base if tuned else model
+    base, config = tuned.base if tuned else model, {}
     try:
         config, tensors = read(Path(path))
         with tuned.disabled() if tuned else contextlib.nullcontext():
             methods, layers = unpacked(base, config, tensors)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"The adapter in {str(path)!r} does not load: {error}") from error
+        made, here = config.get("base_model_name_or_path"), getattr(getattr(base, "config", None), "name_or_path", "")
+        other = f", which was made on {made!r}, does not load on {here!r}" if made and here and made != here else ""
+        raise ValueError(f"The adapter in {str(path)!r}{other or ' does not load'}: {error}") from error
     if tuned is None:
         return wrap(model, name, methods, layers)
     tuned.seat(name, methods, layers)
