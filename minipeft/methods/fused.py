@@ -85,9 +85,9 @@ class OneProduct(torch.autograd.Function):
         (d_out, r), d_in = B.shape, A.shape[1]
         if 2 * r * (d_in + d_out) > d_in * d_out:  # gᵀ·x takes less than the four thin products
             dW = g.T @ x
-            dA = gamma * (B.T @ dW) if to_A else None
-            dB = gamma * (dW @ A.T) if to_B else None
+            dA = (B.T @ dW).mul_(gamma) if to_A else None
+            dB = (dW @ A.T).mul_(gamma) if to_B else None
         else:
-            dA = gamma * (B.T @ g.T @ x) if to_A else None  # the r numbers of each row as columns: half the time
-            dB = gamma * (A @ x.T @ g).T if to_B else None
+            dA = (B.T @ g.T @ x).mul_(gamma) if to_A else None  # the r numbers of each row as columns: half the time
+            dB = (A @ x.T @ g).mul_(gamma).T if to_B else None
         return dx, None, None, dA, dB, None
