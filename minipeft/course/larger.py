@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
-from minipeft.learn.protocol import SEARCH_SEED, SEEDS, half_decade
+from minipeft.learn.protocol import SEARCH_SEED, SEEDS, best_rate
 from minipeft.learn.sweep import Point, collect, point, sweep
 
 PATH = Path(__file__).with_name("larger.parquet")
@@ -29,6 +29,10 @@ SETTINGS = (("Full", {}), *(("LoRA", {"rank": rank, "gamma": 2.0}) for rank in (
 
 class OutOfTime(Exception):
     """Fewer runs than were asked for; those that are done stay in the folder."""
+
+
+class Missing(Exception):
+    """A run that a search needs."""
 
 
 def measure(
@@ -49,31 +53,39 @@ def measure(
     """
     until, done = time.monotonic() + seconds, {}
 
-    def run(points: Iterable[Point]) -> dict[Point, dict]:
+    def run(points: Iterable[Point]) -> None:
         points = list(points)
         left = None if math.isinf(seconds) else max(0.0, until - time.monotonic())
         if sweep(points, folder, executor, left, device, model):
             raise OutOfTime(f"There was no time for the last of {len(set(points) | set(done))} runs.")
         done.update({each: json.loads((folder / f"{each.key}.json").read_bytes()) for each in points})
-        return done
+
+    def best(task: str, method: str, settings: dict) -> float:
+        """By the protocol's search over what is done; Missing says which run it needs next."""
+
+        def loss(lr: float) -> float:
+            each = point(method, task, lr, SEARCH_SEED, **settings)
+            if each not in done:
+                raise Missing(each)
+            return score(done[each])
+
+        return best_rate(loss, RATES[method])[0]
 
     which = [(task, *setting) for task in tasks for setting in settings]
-    rates = [set(RATES[method]) for _, method, _ in which]
+    wanted = [point(method, task, lr, SEARCH_SEED, **s) for task, method, s in which for lr in RATES[method]]
+    rates: dict[int, float] = {}
     try:
-        while True:
-            tried = [
-                {lr: point(method, task, lr, SEARCH_SEED, **settings) for lr in sorted(each)}
-                for (task, method, settings), each in zip(which, rates, strict=True)
-            ]
-            rows = run(p for each in tried for p in each.values())
-            best = [min(each, key=lambda lr, each=each: score(rows[each[lr]])) for each in tried]
-            beside = [{half_decade(lr, up) for up in (False, True)} for lr in best]
-            if all(near <= each for near, each in zip(beside, rates, strict=True)):
-                break
-            rates = [each | near for near, each in zip(beside, rates, strict=True)]
+        while wanted:
+            run(wanted)
+            wanted = []
+            for i, each in enumerate(which):
+                try:
+                    rates[i] = best(*each)
+                except Missing as missing:
+                    wanted += missing.args
         run(
-            point(method, task, lr, seed, **settings)
-            for (task, method, settings), lr in zip(which, best, strict=True)
+            point(method, task, rates[i], seed, **settings)
+            for i, (task, method, settings) in enumerate(which)
             for seed in SEEDS
         )
     finally:
