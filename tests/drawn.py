@@ -196,7 +196,7 @@ def named(rng: random.Random, model: nn.Module, how: str) -> object:
     """Modules of the model by name: two suffixes, a whole path as an expression, a slice; or parameters."""
     if how in ("parameters", "pattern"):
         names = rng.sample([".".join(slot).lstrip(".") for slot, _ in slots(model)], 2)
-        return names if how == "parameters" else re.compile(rf".*{re.escape(names[0].split('.')[-2])}.*|{names[1]}")
+        return names if how == "parameters" else re.compile(rf".*{re.escape(names[0].split('.')[-2:][0])}.*|{names[1]}")
     wanted = lambda m: is_matrix(m) or is_convolution(m) or "Attention" in type(m).__name__  # noqa: E731
     fit = [path for path, module in model.named_modules() if wanted(module)]
     paths = [path for path in rng.choices(fit, k=2) if path]

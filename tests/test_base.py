@@ -70,6 +70,8 @@ def test_the_larger_base_is_what_its_card_says():
 def test_a_text_in_the_tokenizers_place_is_named(pocket):
     with pytest.raises(TypeError, match="'late on monday' stands in the tokenizer's place"):
         mp.write(pocket[0], "late on monday")
+    with pytest.raises(TypeError, match="The prompt is one text, and not"):
+        mp.write(*pocket, ["late on monday", "on sunday"])
 
 
 def test_a_model_that_diverged_says_so_instead_of_writing():

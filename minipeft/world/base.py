@@ -253,11 +253,13 @@ def write(
     Words less than `min_p` times as likely as the likeliest are never drawn (Nguyen et al. 2024, "Min P"); 0 draws from
     the whole distribution, in which a small model's many tiny errors add up.
 
-    Raises TypeError where a text stands in the tokenizer's place, and ValueError for a model with numbers that are not
-    finite, as after a run that diverged.
+    Raises TypeError where a text stands in the tokenizer's place or the prompt is not one text, and ValueError for a
+    model with numbers that are not finite, as after a run that diverged.
     """
     if isinstance(tokenizer, str):
         raise TypeError(f"{tokenizer[:40]!r} stands in the tokenizer's place: write(model, tokenizer, prompt).")
+    if not isinstance(prompt, str):
+        raise TypeError(f"The prompt is one text, and not {prompt!r}: call write for each, or ask for n texts of one.")
     if broken := next((name for name, p in model.named_parameters() if not p.isfinite().all()), None):
         raise ValueError(
             f"{broken} is not finite, so the model cannot write: after a run that diverged, begin again with a smaller "
