@@ -2,7 +2,11 @@
 
 import io
 import itertools
+import os
+import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy
@@ -308,6 +312,89 @@ def test_the_process_hears_of_the_cell_that_runs_and_of_every_other(monkeypatch)
     shell.events.trigger("post_run_cell", None)
     shell.run_cell("inside = list(heard)\n1 / 0", silent=False)
     assert shell.user_ns["inside"] == [True, False, True] and heard == [True, False, True, False]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The page's module with cells that wait, as long as it takes."""
+    from minipeft.explore import page
+
+    before = signal.getsignal(page.SIGNAL)
+    signal.signal(page.SIGNAL, signal.SIG_DFL)
+    monkeypatch.setattr(page, "PAUSE", 60.0)
+    page.let_cells_wait()
+    yield page
+    signal.signal(page.SIGNAL, before)
+
+
+def counted_while(draw) -> None:
+    """Counts in the main thread, as a cell does, until `draw(count)` has ended in another."""
+    count = [0]
+    drawing = ThreadPoolExecutor(1).submit(draw, count)
+    while not drawing.done():
+        count[0] += 1
+    drawing.result()
+
+
+def stands_still(count) -> bool:
+    before = count[0]
+    time.sleep(0.02)
+    return count[0] == before
+
+
+def test_a_cell_waits_while_another_thread_draws_and_then_goes_on(waits):
+    def draw(count):
+        for _ in range(3):
+            with waits.cells_wait():
+                until(lambda: stands_still(count), "a cell that waits", 60, pause=0)
+                before = count[0]
+                time.sleep(0.1)
+                assert count[0] == before
+            until(lambda: not stands_still(count), "a cell that goes on", 60, pause=0)
+
+    counted_while(draw)
+
+
+def test_a_cell_waits_no_longer_than_it_may(waits, monkeypatch):
+    monkeypatch.setattr(waits, "PAUSE", 0.05)
+
+    def draw(count):
+        with waits.cells_wait():
+            until(lambda: stands_still(count), "a cell that waits", 60, pause=0)
+            until(lambda: not stands_still(count), "a cell that goes on", 60, pause=0)
+
+    counted_while(draw)
+    with waits.cells_wait():  # in the thread that would wait
+        assert waits.drawn.is_set()
+
+
+def test_a_cell_that_waits_can_be_interrupted(waits):
+    over = threading.Event()
+
+    def draw(count):
+        with waits.cells_wait():
+            until(lambda: stands_still(count), "a cell that waits", 60, pause=0)
+            os.kill(os.getpid(), signal.SIGINT)
+            over.wait(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        counted_while(draw)
+    over.set()
+
+
+def test_a_signal_that_somebody_else_uses_stays_theirs(waits):
+    heard = []
+    signal.signal(waits.SIGNAL, lambda *_: heard.append("theirs"))
+    waits.let_cells_wait()
+
+    def draw(count):
+        with waits.cells_wait():
+            time.sleep(0.05)
+
+    counted_while(draw)
+    assert not heard
+    signal.raise_signal(waits.SIGNAL)
+    assert heard == ["theirs"]
 
 
 def test_a_picture_that_is_gone_on_with_is_the_one_that_would_be_drawn_anew(monkeypatch):

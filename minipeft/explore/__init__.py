@@ -4,7 +4,7 @@ from minipeft.explore.adapter import AdapterExplorer
 from minipeft.explore.budget import MemoryCalculator
 from minipeft.explore.lora import LoRAExplorer
 from minipeft.explore.mixture import MixtureExplorer
-from minipeft.explore.page import tell_of_cells, watched
+from minipeft.explore.page import let_cells_wait, tell_of_cells, watched
 from minipeft.explore.predict import Predict
 from minipeft.explore.preferences import Preferences
 from minipeft.explore.prompt import PrefixExplorer, PromptExplorer, TemplateExplorer
@@ -16,6 +16,7 @@ from minipeft.explore.slider import SliderPlot
 from minipeft.explore.worker import WORKER
 
 if watched():
+    let_cells_wait()
     tell_of_cells(WORKER.cell)
     WORKER.submit(ready)  # its imports take seconds, so they begin before an explorer is shown
 

@@ -7,8 +7,8 @@ from matplotlib.ticker import MaxNLocator
 from torch.nn import functional as F
 
 from minipeft.explore.runs import singular_values
-from minipeft.explore.slider import BLUE, GREY
-from minipeft.explore.training import TrainingExplorer, choice, nothing, slider
+from minipeft.explore.slider import BLUE, GREY, blank
+from minipeft.explore.training import TrainingExplorer, choice, slider
 from minipeft.methods.lora import LoRA
 
 
@@ -43,7 +43,7 @@ def draw_spectrum(axes, sigma: torch.Tensor | None) -> None:
     """Singular values of γ·B·A, (matrices, r): one thin line a matrix, the median thick. At most r are not zero."""
     axes.set_title("spectrum of ΔW = γ·B·A")
     if sigma is None or not sigma.max() > 0:
-        nothing(axes, "ΔW = 0" if sigma is None or sigma.max() == 0 else "ΔW is not finite")
+        blank(axes, "ΔW = 0" if sigma is None or sigma.max() == 0 else "ΔW is not finite")
         return
     axes.set(xlabel="i", ylabel="singular value σᵢ")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from _thread import interrupt_main
+from collections.abc import Callable, Iterator
 
 import ipywidgets
 from IPython import get_ipython
 
-TURN = 1e-4  # seconds that a thread waits for its turn while a cell computes; Python waits 5e-3, 700 times a picture
+PAUSE = 0.3  # seconds that a cell waits for a picture at most
+SIGNAL = getattr(signal, "SIGUSR2", None)  # that it is to wait; none on Windows
+TURN = 1e-4  # seconds that a thread waits for its turn while a cell computes; Python waits 5e-3, again and again
 
 # A box that fits its page, a picture that follows the theme, and a notice where Python is gone.
 STYLE = """<span class="minipeft-page"></span><style>
@@ -57,3 +63,34 @@ def tell_of_cells(told: Callable[[bool], None]) -> None:
     told(True)
     get_ipython().events.register("pre_run_cell", lambda _: told(True))
     get_ipython().events.register("post_run_cell", lambda _: told(False))
+
+
+drawn = threading.Event()
+drawn.set()
+
+
+def wait_for_picture(*_) -> None:
+    drawn.wait(PAUSE)
+
+
+def let_cells_wait() -> None:
+    """Allows `cells_wait`, where the system has such a signal and nobody else uses it."""
+    if SIGNAL is not None and signal.getsignal(SIGNAL) == signal.SIG_DFL:
+        with contextlib.suppress(ValueError):  # only the main thread may say what a signal does
+            signal.signal(SIGNAL, wait_for_picture)
+
+
+@contextlib.contextmanager
+def cells_wait() -> Iterator[None]:
+    """Within it a cell that runs in the main thread waits at its next step, for PAUSE at most: two threads of Python
+    run in turns, and drawing would give up its own a thousand times a picture, at each letter and line."""
+    may = SIGNAL is not None and signal.getsignal(SIGNAL) is wait_for_picture
+    if not may or threading.current_thread() is threading.main_thread():
+        yield
+        return
+    drawn.clear()
+    interrupt_main(SIGNAL)
+    try:
+        yield
+    finally:
+        drawn.set()

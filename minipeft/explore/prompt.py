@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 from matplotlib.figure import Figure
@@ -75,14 +75,21 @@ class TemplateExplorer(SliderPlot):
         )
 
 
+@cache
+def first_text(task: str) -> str:
+    return TASKS[task]().data["train"][0]["text"]
+
+
 class FrontExplorer(TrainingExplorer):
     """What both explorers share: the tasks, and a start from the first words of the task's texts."""
 
     tasks = TASKS
 
     def words(self) -> list[int]:
-        text = self.tasks[self.values["task"]]().data["train"][0]["text"]
-        return self.model.tokenizer(text, add_special_tokens=False).input_ids
+        return self.model.tokenizer(first_text(self.values["task"]), add_special_tokens=False).input_ids
+
+    def prepare(self, task: str) -> None:
+        first_text(task)
 
 
 class PromptExplorer(FrontExplorer):

@@ -102,6 +102,7 @@ def draw_spectrum(axes, s: Spectrum, rank: int = 0) -> None:
     if rank:
         axes.axvspan(0.9, rank, color=ORANGE, alpha=0.25, label=f"kept: r = {rank}")
     axes.set(xscale="log", xlabel="i", ylabel="singular value σᵢ", ylim=(0, None))
+    axes.minorticks_off()
     axes.legend(fontsize="small", loc="upper right")
 
 

@@ -127,6 +127,7 @@ def draw_privacy(figure: Figure, found: Mapping, before: float, floor: float, mo
     axes.axhline(before, color=GREY, linestyle="--", label="the base")
     axes.axhline(floor, color="black", linewidth=1, label="floor")
     axes.set(xscale="log", xlabel="ε of a site: the smaller, the better it is hidden")
+    axes.minorticks_off()
     axes.set_ylabel("loss (nats a token)")
     axes.set(ylim=(0, 1.15 * max(before, *(run["loss"] for run in found["runs"] if run["loss"] < 2 * before))))
     axes.set_title(f"{sites:,} sites, each with noise σ = {10**noise:.3g}: ε = {spent[noise]:.3g}", fontsize="medium")

@@ -19,11 +19,17 @@ from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from traitlets import Unicode
 
-from minipeft.explore.page import STYLE, answer_at_once, watched
+from minipeft.explore.page import STYLE, answer_at_once, cells_wait, watched
 from minipeft.explore.worker import WORKER, Job, Stopped, sentence
 
 # Colours that people with any colour vision tell apart (Okabe and Ito); lines differ in style as well.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+
+
+def blank(axes, why: str) -> None:
+    """An empty frame that says why: numbers at its axes would mean nothing, and each takes its time to draw."""
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
 
 
 class Picture(ipywidgets.Image):
@@ -60,8 +66,8 @@ class SliderPlot:
     where no kernel runs.
 
     On a page the picture is first shown without what is `lacking`. The work of `run` is done in a thread there, and the
-    controls answer while a cell runs; `elsewhere` takes what is long out of the kernel. Everywhere else a move and a
-    display wait until the work is done.
+    controls answer while a cell runs, which waits while they draw; `elsewhere` takes what is long out of the kernel.
+    Everywhere else a move and a display wait until the work is done.
     """
 
     REDRAW = 0.5  # seconds between two pictures of a running `run`
@@ -116,7 +122,7 @@ class SliderPlot:
             self._redraw(sharp)
 
     def _redraw(self, sharp: bool) -> None:
-        with self.drawing, garbage_later():
+        with self.drawing, cells_wait(), garbage_later():
             for axes in self.figure.axes:
                 self.figure.delaxes(axes)  # as it is: `clear` would first empty it, which takes a tenth of the time
             self.figure.clear()
@@ -149,7 +155,7 @@ class SliderPlot:
 
     def advance(self) -> None:
         """Put what `growing` is now into the picture that is there; a point outside the axes waits for a new one."""
-        with self.drawing:
+        with self.drawing, cells_wait():
             if self.behind is None:
                 return
             (heights, text), buffer = self.grown(), io.BytesIO()

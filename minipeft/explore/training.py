@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import html
 import statistics
 from collections.abc import Iterator
+from itertools import chain, repeat
 
 import ipywidgets
 import torch
@@ -17,7 +19,7 @@ from minipeft.attach import attach
 from minipeft.build import carries_adapters
 from minipeft.course import atlas
 from minipeft.explore.runs import Look, Moment, beside, fresh, nothing, run
-from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot
+from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, RED, SliderPlot, blank
 from minipeft.explore.worker import Elsewhere, Packed
 from minipeft.layer import Method
 from minipeft.learn.fit import History
@@ -182,10 +184,20 @@ class TrainingExplorer(SliderPlot):
         """The run of `self.tuned`, in the process of `worker.py` where it is wanted and can be."""
         if outside:
             try:
-                return (yield from self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan, self.look))
+                moments = self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan, self.look)
+                with contextlib.closing(moments):
+                    for moment, other in zip(moments, chain(self.tasks, repeat(None)), strict=False):
+                        yield moment
+                        if other is not None:
+                            self.prepare(other)  # while the other process works
+                return
             except Elsewhere as why:
                 self.here = repr(why)
         yield from run(self.tuned, self.tasks[task](), plan, self.look)
+
+    def prepare(self, task: str) -> None:
+        """Computes once what a move to this task needs; its floor takes a fifth of a second."""
+        self.tasks[task]()
 
     def _packed(self) -> bool:
         """Whether the bare model can be sent to another process; `here` says why not."""
@@ -297,19 +309,13 @@ def draw_measured(axes, found: tuple[int, list[float]] | None) -> None:
         axes.errorbar([STEPS + 3], [mean], spread, fmt="s", color=RED, capsize=4, label=label)
 
 
-def nothing(axes, why: str) -> None:
-    """An empty frame that says why: numbers at its axes would mean nothing, and each takes its time to draw."""
-    axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
-
-
 def draw_points(axes, points: dict[str, tuple[int, float]], floor: float | None, curve=()) -> None:
     """Test loss by numbers trained; `points` is {settings: (numbers, loss)}, the last one in orange; `curve` the
     atlas's [(numbers, loss by seed)]."""
     axes.set_title("test loss by size")
     numbers = [n for n, _ in (*points.values(), *curve)]
     if not numbers:
-        nothing(axes, "a point appears when the run ends")
+        blank(axes, "a point appears when the run ends")
         return
     axes.set(xlabel="numbers trained", ylabel="test loss (nats a token)")
     if curve:
