@@ -3,20 +3,14 @@
 Skipped, with the reason, where there is no Chromium. The last screenshots are kept in the folder that pytest names.
 """
 
-import contextlib
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
-from chromium import CHROMIUM, FLAGS
+from chromium import CHROMIUM, FLAGS, jupyterlab
 from processes import until
 
 ROOT = Path(__file__).parents[2]
@@ -33,44 +27,8 @@ def lab(tmp_path_factory):
         shutil.copytree(ROOT / folder, home / folder)
     for lesson in (home / "notebooks").glob("*.ipynb"):
         up_to_the_explorer(lesson)
-    settings = home / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    quiet = {"fetchNews": "false", "checkForUpdates": False}
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
-    names = ["JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_WORKSPACES_DIR"]
-    env = os.environ | {name: str(home / name.lower()) for name in names}
-    env |= {
-        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-        "OMP_NUM_THREADS": "1",  # two threads on cores that other tests use wait for each other, and for very long
-        "MINIPEFT_PROGRESS": str(home / "progress.json"),
-    }
-    env.pop("MPLBACKEND", None)  # the kernel chooses for itself, as at home
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
-    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token="]
-    command += [f"--ServerApp.root_dir={home}"]
-    log = (home / "log").open("wb")
-    server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=home)
-    address = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        assert server.poll() is None, (home / "log").read_text()
-        with contextlib.suppress(OSError):
-            return bool(urllib.request.urlopen(f"{address}/api", timeout=1).read())
-        return False
-
-    try:
-        until(answers, "JupyterLab's answer", 300, pause=0.25)
+    with jupyterlab(home) as address:
         yield address
-    finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:  # it waits for a kernel that was restarted
-            server.kill()
-            server.wait(20)
 
 
 def up_to_the_explorer(lesson: Path) -> None:
