@@ -65,7 +65,7 @@ def press(page: Page, control: Locator) -> None:
 def drag(page: Page, handle: Locator) -> None:
     """To the side where there is more room."""
     now, least, most = (float(handle.get_attribute(f"aria-value{which}")) for which in ("now", "min", "max"))
-    by_mouse(page, handle, -60 if 2 * now > least + most else 60)
+    by_mouse(page, handle, -120 if 2 * now > least + most else 120)
 
 
 def waits(page: Page, box: Locator) -> Iterator[tuple[str, float]]:
