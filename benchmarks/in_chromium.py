@@ -1,7 +1,8 @@
 """Every slider of the lessons in Chromium while a cell computes: `python benchmarks/in_chromium.py [lesson …]`.
 
 For each lesson a notebook of the cells that show a picture with controls, those that these need, and at the end a cell
-of Python that computes, in JupyterLab. Every control of every picture is moved by key, and every slider by mouse.
+of Python that computes, in JupyterLab. Every slider of every picture is moved by key and by mouse, every tick is
+set by key; drop-downs are left alone.
 Printed are the seconds from the last key or movement of the mouse to a new picture, by the page's own clock. With
 `--pictures FOLDER` the page is kept there as it looks then, in both themes.
 """
@@ -45,17 +46,16 @@ def shortened(lesson: Path) -> dict | None:
 
 
 def place(control: Locator) -> str | bool | None:
-    """Where a slider, a choice or a box with a tick stands."""
-    if "noUi-handle" in (control.get_attribute("class") or ""):
-        return control.get_attribute("aria-valuenow")
-    return control.is_checked() if control.get_attribute("type") == "checkbox" else control.input_value()
+    """Where a slider or a tick stands."""
+    ticked = control.get_attribute("type") == "checkbox"
+    return control.is_checked() if ticked else control.get_attribute("aria-valuenow")
 
 
 def press(page: Page, control: Locator) -> None:
     """The first key that moves it."""
     control.focus()
     before = place(control)
-    for key in ("Space",) if isinstance(before, bool) else ("ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp"):
+    for key in ("Space",) if isinstance(before, bool) else ("ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
         page.wait_for_timeout(30)
         if place(control) != before:
@@ -70,7 +70,7 @@ def drag(page: Page, handle: Locator) -> None:
 
 def waits(page: Page, box: Locator) -> Iterator[tuple[str, float]]:
     """(which control, seconds) for each move in one picture's box that gives a new picture."""
-    for kind, ways in ((".noUi-handle", (press, drag)), ("select", (press,)), ("input[type=checkbox]", (press,))):
+    for kind, ways in ((".noUi-handle", (press, drag)), ("input[type=checkbox]", (press,))):
         for i in range(box.locator(kind).count()):
             control = box.locator(kind).nth(i)
             for way in ways:
@@ -96,6 +96,8 @@ def measure(page: Page, address: str, name: str, pictures: Path | None) -> list[
         each = list(waits(page, boxes.nth(i)))
         found += [seconds for _, seconds in each]
         said = ", ".join(f"{what} {seconds:.2f}" for what, seconds in each)
+        if not each:
+            continue
         print(f"{name[:2]}, picture {i + 1}: longest {max(seconds for _, seconds in each):.2f}; {said}", flush=True)
         if pictures is not None:
             page.screenshot(path=pictures / f"{name[:2]}-{i + 1}-light.png")
