@@ -65,6 +65,15 @@ def tell_of_cells(told: Callable[[bool], None]) -> None:
     get_ipython().events.register("post_run_cell", lambda _: told(False))
 
 
+def after_cells(do: Callable[[], None]) -> None:
+    """Has the thread of the cells call `do()` as soon as it runs none; without a kernel it is called now."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    if kernel is None:
+        do()
+    else:
+        kernel.io_loop.add_callback(do)
+
+
 drawn = threading.Event()
 drawn.set()
 

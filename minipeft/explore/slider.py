@@ -10,6 +10,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import ipywidgets
 from IPython.display import DisplayHandle, display
@@ -19,7 +20,7 @@ from matplotlib.image import imsave
 from matplotlib.lines import Line2D
 from traitlets import Unicode
 
-from minipeft.explore.page import STYLE, answer_at_once, cells_wait, watched
+from minipeft.explore.page import STYLE, after_cells, answer_at_once, cells_wait, watched
 from minipeft.explore.worker import WORKER, Job, Stopped, sentence
 
 # Colours that people with any colour vision tell apart (Okabe and Ito); lines differ in style as well.
@@ -74,7 +75,7 @@ class SliderPlot:
     ADVANCE = 0.2  # and between two in which only `growing` has grown, which take a tenth of the work
     growing: Line2D | None = None  # a line of which `draw` says that it grows with each step of `run`
     dpi = 100
-    apart = True  # False where drawing changes a model that cells use too: its moves then wait for the running cell
+    apart = True  # False where what is `lacking` is measured on a model that cells use too, and so waits for them
 
     def __init__(
         self,
@@ -100,8 +101,7 @@ class SliderPlot:
         self.picture: DisplayHandle | None = None  # what the saved notebook shows
         self.behind = None  # the pixels that `growing` is drawn over, while they are the picture that is shown
         self.drawing, self.starting = threading.RLock(), threading.Lock()
-        if self.apart:
-            answer_at_once(*controls.values(), self.stop)
+        answer_at_once(*controls.values(), self.stop)
         for control in controls.values():
             control.observe(self._moved, "value")
 
@@ -244,9 +244,14 @@ class SliderPlot:
             self._say_errors(self._redraw_in_two)
 
     def _redraw_in_two(self) -> None:
-        if self.lacking(**self.values):
-            self._redraw(sharp=False)
-        self.redraw()
+        if not self.lacking(**self.values):
+            self.redraw()
+            return
+        self._redraw(sharp=False)
+        if self.apart:
+            self.redraw()
+        else:
+            after_cells(partial(self._say_errors, self.redraw))
 
     def _work(self, before: threading.Thread | None) -> None:
         if before is not None:
