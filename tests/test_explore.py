@@ -118,6 +118,20 @@ def test_on_a_page_a_picture_comes_before_what_it_lacks_is_measured(page, monkey
     assert pictures == [True, False, False], "what is known is shown at once"
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_a_model_that_cells_use_is_measured_after_the_cell_and_the_picture_comes_before(page, monkeypatch, which):
+    explorer, name, value = list(measuring(mp.load("pocket")[0]))[which]
+    monkeypatch.setattr("minipeft.explore.slider.WORKER.computing", True)
+    waiting, pictures = [], []
+    monkeypatch.setattr("minipeft.explore.slider.after_cells", waiting.append)
+    explorer.redraw()
+    explorer.image.observe(lambda _: pictures.append(bool(explorer.lacking(**explorer.values))), "value")
+    explorer.controls[name].value = value
+    assert pictures == [True] and len(waiting) == 1 and "when it has ended" in explorer.text.value
+    waiting.pop()()
+    assert pictures == [True, False] and "…" not in explorer.text.value
+
+
 def test_the_lora_explorer_trains_and_shows_loss_floor_spectrum_count_and_text():
     explorer = LoRAExplorer(small())
     explorer.controls["rank"].value = 4  # no event loop here, so it works until done

@@ -251,6 +251,8 @@ class SliderPlot:
         if self.apart:
             self.redraw()
         else:
+            if WORKER.computing:
+                self.text.value = "A cell runs that may use this model: what is new is measured when it has ended …"
             after_cells(partial(self._say_errors, self.redraw))
 
     def _work(self, before: threading.Thread | None) -> None:
