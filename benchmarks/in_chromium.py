@@ -2,9 +2,9 @@
 
 For each lesson a notebook of the cells that show a picture with controls, those that these need, and at the end a cell
 of Python that computes, in JupyterLab. Every slider of every picture is moved by key and by mouse, every tick is
-set by key; drop-downs are left alone.
-Printed are the seconds from the last key or movement of the mouse to a new picture, by the page's own clock. With
-`--pictures FOLDER` the page is kept there as it looks then, in both themes.
+set by key, and in every drop-down the next entry is chosen.
+Printed are the seconds from the last key, movement of the mouse or choice to a new picture, by the page's own clock.
+With `--pictures FOLDER` the page is kept there as it looks then, in both themes.
 """
 
 from __future__ import annotations
@@ -68,9 +68,18 @@ def drag(page: Page, handle: Locator) -> None:
     by_mouse(page, handle, -120 if 2 * now > least + most else 120)
 
 
+def choose(_: Page, control: Locator) -> None:
+    """The next entry of a drop-down, after the last one the first."""
+    count, now = control.evaluate("select => [select.options.length, select.selectedIndex]")
+    control.select_option(index=(now + 1) % count)
+
+
+MOVES = ((".noUi-handle", (press, drag)), ("input[type=checkbox]", (press,)), ("select", (choose,)))
+
+
 def waits(page: Page, box: Locator) -> Iterator[tuple[str, float]]:
     """(which control, seconds) for each move in one picture's box that gives a new picture."""
-    for kind, ways in ((".noUi-handle", (press, drag)), ("input[type=checkbox]", (press,))):
+    for kind, ways in MOVES:
         for i in range(box.locator(kind).count()):
             control = box.locator(kind).nth(i)
             for way in ways:

@@ -88,8 +88,9 @@ class FrontExplorer(TrainingExplorer):
     def words(self) -> list[int]:
         return self.model.tokenizer(first_text(self.values["task"]), add_special_tokens=False).input_ids
 
-    def prepare(self, task: str) -> None:
-        first_text(task)
+    def prepare(self) -> None:
+        for task in self.tasks:
+            first_text(task)
 
 
 class PromptExplorer(FrontExplorer):

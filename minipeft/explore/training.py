@@ -6,8 +6,8 @@ import contextlib
 import copy
 import html
 import statistics
+import threading
 from collections.abc import Iterator
-from itertools import chain, repeat
 
 import ipywidgets
 import torch
@@ -104,6 +104,7 @@ class TrainingExplorer(SliderPlot):
         self.trained: dict[tuple, Moment] = {}  # the controls' values -> a run at its end, with the adapter's numbers
         self.together = False  # whether the present run was one of several that were trained at once
         self.here = ""  # why training cannot be done outside the kernel, if so
+        self.preparing = threading.Thread(target=self.prepare, daemon=True)
         self._pickled: Packed | None = None
         rates = [(f"{v:g}", v) for v in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)]
         controls = knobs | {
@@ -185,19 +186,19 @@ class TrainingExplorer(SliderPlot):
         if outside:
             try:
                 moments = self.elsewhere(fresh, self._pickled, method, self.tasks[task], plan, self.look)
+                if self.preparing.ident is None:
+                    self.preparing.start()  # while the other process works
                 with contextlib.closing(moments):
-                    for moment, other in zip(moments, chain(self.tasks, repeat(None)), strict=False):
-                        yield moment
-                        if other is not None:
-                            self.prepare(other)  # while the other process works
+                    yield from moments
                 return
             except Elsewhere as why:
                 self.here = repr(why)
         yield from run(self.tuned, self.tasks[task](), plan, self.look)
 
-    def prepare(self, task: str) -> None:
-        """Computes once what a move to this task needs; its floor takes a fifth of a second."""
-        self.tasks[task]()
+    def prepare(self) -> None:
+        """Computes once what a move to another task needs; a floor takes a fifth of a second."""
+        for task in self.tasks.values():
+            task()
 
     def _packed(self) -> bool:
         """Whether the bare model can be sent to another process; `here` says why not."""

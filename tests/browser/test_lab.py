@@ -58,20 +58,22 @@ def page(lab):
 WATCH = """img => {
     window.waited = new Promise((done, failed) => {
         let from = performance.now();
-        const moves = ['keydown', 'mousemove', 'mouseup'], move = () => { from = performance.now(); };
+        const name = img.title;  // which says where the controls stand
+        const moves = ['keydown', 'mousemove', 'mouseup', 'change'], move = () => { from = performance.now(); };
         moves.forEach(kind => document.addEventListener(kind, move, true));
         new MutationObserver((_, watch) => {
+            if (img.title === name) return;  // a picture of the run before
             watch.disconnect();
             moves.forEach(kind => document.removeEventListener(kind, move, true));
             done((performance.now() - from) / 1000);
-        }).observe(img, {attributeFilter: ['src']});
+        }).observe(img, {attributeFilter: ['src', 'title']});
         setTimeout(() => failed(new Error('the picture did not change within 20 s')), 20000);
     });
 }"""
 
 
 def picture_after(page, image, move) -> float:
-    """Seconds from the last key or movement of the mouse in `move()` to a new picture, by the page's own clock."""
+    """Seconds from the last key, movement of the mouse or choice in `move()` to its picture, by the page's clock."""
     image.evaluate(WATCH)
     move()
     return page.evaluate("window.waited")
