@@ -39,7 +39,7 @@ def test_rows_are_drawn_when_they_are_first_asked_for_and_once():
     assert drawn == [0] and all(each.data is task.data or each.data == {} for each in copies)
     assert task.data is task.data and drawn == [0] and not hasattr(task, "nothing")
 
-    rows = tasks._splits(lambda n, seed: drawn.append("rows") or [{"text": f"{seed} {i}"} for i in range(n)], 3, 2, 0)
+    rows = tasks.Splits(lambda n, seed: drawn.append("rows") or [{"text": f"{seed} {i}"} for i in range(n)], 3, 2, 0)
     task = tasks.Task("mine", "text", rows, floor=1.0)
     assert "rows" not in drawn and len(task.data["train"]) == 3 and drawn.count("rows") == 2
     with pytest.raises(ValueError, match="train must be a whole number"):
@@ -51,6 +51,12 @@ def test_no_test_text_occurs_in_training(maker):
     data = maker().data
     assert not set(data["train"]["text"]) & set(data["test"]["text"])
     assert len(data["train"]) > 1900
+
+
+@pytest.mark.parametrize("maker", [tasks.pirate, tasks.forecast, tasks.flip])
+def test_the_first_training_row_can_be_had_alone(maker):
+    task = maker()
+    assert task.make.first() == task.data["train"][0]
 
 
 @pytest.mark.parametrize("maker", ALL)

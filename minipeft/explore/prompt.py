@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 import torch
 from matplotlib.figure import Figure
@@ -75,22 +75,14 @@ class TemplateExplorer(SliderPlot):
         )
 
 
-@cache
-def first_text(task: str) -> str:
-    return TASKS[task]().data["train"][0]["text"]
-
-
 class FrontExplorer(TrainingExplorer):
     """What both explorers share: the tasks, and a start from the first words of the task's texts."""
 
     tasks = TASKS
 
     def words(self) -> list[int]:
-        return self.model.tokenizer(first_text(self.values["task"]), add_special_tokens=False).input_ids
-
-    def prepare(self) -> None:
-        for task in self.tasks:
-            first_text(task)
+        text = self.tasks[self.values["task"]]().make.first()["text"]
+        return self.model.tokenizer(text, add_special_tokens=False).input_ids
 
 
 class PromptExplorer(FrontExplorer):

@@ -55,25 +55,30 @@ def page(lab):
         browser.close()
 
 
+# The picture's title says where the controls stand, so it is a new one for a move and not for the run before.
 WATCH = """img => {
     window.waited = new Promise((done, failed) => {
-        let from = performance.now();
-        const name = img.title;  // which says where the controls stand
+        let from = performance.now(), seen, soon;
         const moves = ['keydown', 'mousemove', 'mouseup', 'change'], move = () => { from = performance.now(); };
-        moves.forEach(kind => document.addEventListener(kind, move, true));
-        new MutationObserver((_, watch) => {
-            if (img.title === name) return;  // a picture of the run before
+        const end = () => {
             watch.disconnect();
             moves.forEach(kind => document.removeEventListener(kind, move, true));
-            done((performance.now() - from) / 1000);
-        }).observe(img, {attributeFilter: ['src', 'title']});
+            done((seen - from) / 1000);
+        };
+        const watch = new MutationObserver(() => {
+            seen = performance.now();
+            clearTimeout(soon);
+            soon = setTimeout(end, 500);
+        });
+        moves.forEach(kind => document.addEventListener(kind, move, true));
+        watch.observe(img, {attributeFilter: ['title']});
         setTimeout(() => failed(new Error('the picture did not change within 20 s')), 20000);
     });
 }"""
 
 
 def picture_after(page, image, move) -> float:
-    """Seconds from the last key, movement of the mouse or choice in `move()` to its picture, by the page's clock."""
+    """Seconds from the last key, mouse move or choice in `move()` to its last picture by the page's clock."""
     image.evaluate(WATCH)
     move()
     return page.evaluate("window.waited")
