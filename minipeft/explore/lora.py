@@ -52,5 +52,5 @@ def draw_spectrum(axes, sigma: torch.Tensor | None) -> None:
     apart = F.pad(sigma, (0, 1), value=torch.nan)  # so that all are one line, which takes less time
     axes.plot([*range(1, r + 2)] * n, apart.flatten(), color=GREY, linewidth=0.5, marker="." if r == 1 else "")
     axes.plot(range(1, r + 1), sigma.median(0).values, color=BLUE, linewidth=2.5, marker="o", markersize=3)
-    axes.set_ylim(bottom=0)
-    axes.text(0.97, 0.95, f"{n} matrices, median in blue", ha="right", va="top", transform=axes.transAxes)
+    axes.set(xlim=(0, r + 1), ylim=(0, 1.2 * sigma.max()))  # whole numbers below, and room for the text
+    axes.text(0.97, 0.96, f"{n} matrices, median in blue", ha="right", va="top", transform=axes.transAxes)

@@ -20,6 +20,7 @@ TURN = 1e-4  # seconds that a thread waits for its turn while a cell computes; P
 STYLE = """<span class="minipeft-page"></span><style>
 .minipeft-box { width: 100%; max-width: 964px; margin: 0; overflow: clip; }
 .minipeft-box .widget-label { max-width: none; }
+.minipeft-box .widget-readout { margin-right: 8px; }
 .minipeft-box img { width: calc(100% - 4px); height: auto; }
 body[data-jp-theme-light="false"] .minipeft-box img { filter: invert(0.93) hue-rotate(180deg); }
 .jp-OutputArea-child:has(.minipeft-box) + .jp-OutputArea-child { display: none; }

@@ -234,7 +234,7 @@ class TrainingExplorer(SliderPlot):
     def _draw(self, figure: Figure, lr, task, **knobs) -> str:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         # a layout engine takes 60 ms
-        figure.subplots_adjust(left=0.06, right=0.985, top=0.92, bottom=0.13, wspace=0.17)
+        figure.subplots_adjust(left=0.075, right=0.985, top=0.92, bottom=0.13, wspace=0.24)
         over = Moment(self.history, self.score).over
         earlier = self.before[:-1] if over else self.before
         line = draw_losses(
