@@ -37,7 +37,9 @@ class QuantisationExplorer(SliderPlot):
         style = {"description_width": "initial"}
 
         def slider(label, options, value):
-            return ipywidgets.SelectionSlider(options=options, value=value, description=label, style=style)
+            return ipywidgets.SelectionSlider(
+                options=options, value=value, description=label, continuous_update=False, style=style
+            )
 
         controls = {
             "bits": slider("bits a code", list(range(2, 9)), 4),

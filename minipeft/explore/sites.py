@@ -26,10 +26,18 @@ class SitesExplorer(SliderPlot):
         controls = {
             "which": ipywidgets.Dropdown(options=list(updates), description="clients", style=style),
             "clients": ipywidgets.SelectionSlider(
-                options=list(range(1, most + 1)), value=most, description="how many", style=style
+                options=list(range(1, most + 1)),
+                value=most,
+                description="how many",
+                continuous_update=False,
+                style=style,
             ),
             "rank": ipywidgets.SelectionSlider(
-                options=[1, 2, 4, 8, 16], value=4, description="FlexLoRA cuts to rank", style=style
+                options=[1, 2, 4, 8, 16],
+                value=4,
+                description="FlexLoRA cuts to rank",
+                continuous_update=False,
+                style=style,
             ),
         }
         super().__init__(self._draw, controls)
