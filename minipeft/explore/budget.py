@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import ipywidgets
 from matplotlib.figure import Figure
 
 from minipeft.analyze.budget import MOMENTS, PRECISIONS, Budget, budget, training_bytes
 from minipeft.analyze.catalogue import SIZES
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, SliderPlot
+from minipeft.explore.training import choice, slider
 from minipeft.methods.lora import LoRA
 
 MODELS = ("gpt2-xl", "llama-7b", "llama-3-8b", "llama-65b", "llama-3-70b", "gpt3-175b", "llama-3.1-405b")
@@ -27,18 +27,12 @@ class MemoryCalculator(SliderPlot):
         if model not in MODELS:
             raise ValueError(f"model is {str(model)[:40]!r}; the calculator knows the shapes of {', '.join(MODELS)}.")
         self.budgets: dict[tuple[str, int], Budget] = {}
-        style = {"description_width": "initial"}
         controls = {
-            "model": ipywidgets.Dropdown(options=MODELS, value=model, description="model", style=style),
-            "precision": ipywidgets.Dropdown(
-                options=list(PRECISIONS), value="bfloat16", description="base in", style=style
-            ),
-            "optimizer": ipywidgets.Dropdown(options=list(MOMENTS), value="adam", description="optimizer", style=style),
-            "rank": ipywidgets.SelectionSlider(
-                options=[1, 2, 4, 8, 16, 32, 64, 128, 256], value=8, description="rank r", continuous_update=False,
-                style=style,
-            ),
-        }  # fmt: skip
+            "model": choice("model", MODELS, model),
+            "precision": choice("base in", list(PRECISIONS), "bfloat16"),
+            "optimizer": choice("optimizer", list(MOMENTS), "adam"),
+            "rank": slider("rank r", [1, 2, 4, 8, 16, 32, 64, 128, 256], 8),
+        }
         super().__init__(self._draw, controls)
 
     def budget(self, model: str, rank: int) -> Budget:

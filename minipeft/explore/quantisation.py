@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from minipeft.explore.slider import BLUE, GREY, ORANGE, RED, SliderPlot
+from minipeft.explore.training import choice, slider
 from minipeft.methods import nf4
 from minipeft.targets import flipped, resolve
 
@@ -34,17 +35,10 @@ class QuantisationExplorer(SliderPlot):
             raise ValueError(f"{self.path!r} is no linear layer of this model; {targets[0].path!r} is one.")
         module = chosen[self.path]
         self.weight = (module.weight.T if flipped(module) else module.weight).detach().float()
-        style = {"description_width": "initial"}
-
-        def slider(label, options, value):
-            return ipywidgets.SelectionSlider(
-                options=options, value=value, description=label, continuous_update=False, style=style
-            )
-
         controls = {
             "bits": slider("bits a code", list(range(2, 9)), 4),
             "block": slider("block size", [16, 32, 64, 128, 256, 1024, 4096], 64),
-            "code": ipywidgets.Dropdown(options=list(CODES), description="code", style=style),
+            "code": choice("code", list(CODES)),
             "double": ipywidgets.Checkbox(value=True, description="quantise the scales too"),
         }
         super().__init__(self._draw, controls)

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from minipeft.analyze.spectrum import Spectrum, marchenko_pastur, similarity, spectra, truncated
 from minipeft.attach import Tuned
 from minipeft.explore.slider import BLUE, GREEN, GREY, ORANGE, SliderPlot
+from minipeft.explore.training import STYLE, slider
 from minipeft.learn.fit import evaluate
 from minipeft.world.tasks import Task
 
@@ -38,15 +39,11 @@ class RankExplorer(SliderPlot):
         if path not in (None, *linear):
             raise ValueError(f"The adapter changes no {path!r}; {linear[-1]!r} is one that it changes.")
         self.losses: dict[int, float] = {}
-        style = {"description_width": "initial"}
         most = max(len(s.sigma) for s in self.found.values())
         controls = {
-            "rank": ipywidgets.SelectionSlider(
-                options=[r for r in RANKS if r <= most], value=min(8, most), description="directions kept r",
-                continuous_update=False, style=style,
-            ),
+            "rank": slider("directions kept r", [r for r in RANKS if r <= most], min(8, most)),
             "path": ipywidgets.Dropdown(
-                options=linear, value=path or linear[-1], description="spectrum of", style=style,
+                options=linear, value=path or linear[-1], description="spectrum of", style=STYLE,
                 layout=ipywidgets.Layout(width="32em"),
             ),
         }  # fmt: skip

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-import ipywidgets
 from matplotlib.figure import Figure
 
 from minipeft.explore.slider import BLUE, GREY, ORANGE, SliderPlot
+from minipeft.explore.training import choice, slider
 from minipeft.learn.averaging import RULES, Pair, mean_product, shares
 from minipeft.learn.federated import Update, made, pairs
 
@@ -21,24 +21,11 @@ class SitesExplorer(SliderPlot):
 
     def __init__(self, updates: Mapping[str, Sequence[Update]]):
         self.updates = updates
-        style = {"description_width": "initial"}
         most = min(len(each) for each in updates.values())
         controls = {
-            "which": ipywidgets.Dropdown(options=list(updates), description="clients", style=style),
-            "clients": ipywidgets.SelectionSlider(
-                options=list(range(1, most + 1)),
-                value=most,
-                description="how many",
-                continuous_update=False,
-                style=style,
-            ),
-            "rank": ipywidgets.SelectionSlider(
-                options=[1, 2, 4, 8, 16],
-                value=4,
-                description="FlexLoRA cuts to rank",
-                continuous_update=False,
-                style=style,
-            ),
+            "which": choice("clients", list(updates)),
+            "clients": slider("how many", list(range(1, most + 1)), most),
+            "rank": slider("FlexLoRA cuts to rank", [1, 2, 4, 8, 16], 4),
         }
         super().__init__(self._draw, controls)
 
@@ -91,15 +78,12 @@ class PrivacyExplorer(SliderPlot):
 
     def __init__(self, found: Mapping, before: float, floor: float):
         self.found, self.before, self.floor = found, before, floor
-        style = {"description_width": "initial"}
         measured = sorted({run["exponent"] for run in found["runs"]} - {None})
         noises = [(f"{10**k:.3g}", k) for k in sorted(map(float, found["epsilon"]))]
         sites = [(f"{found['clients'] * 100**m:,}", m) for m in range(4)]
         controls = {
-            "more": ipywidgets.SelectionSlider(options=sites, value=0, description="sites", style=style),
-            "noise": ipywidgets.SelectionSlider(
-                options=noises, value=measured[-1], description="each adds noise σ =", style=style
-            ),
+            "more": slider("sites", sites, 0),
+            "noise": slider("each adds noise σ =", noises, measured[-1]),
         }
         super().__init__(self._draw, controls)
 
