@@ -3,7 +3,8 @@
 For each lesson a notebook of the cells that show a picture with controls, those that these need, and at the end a cell
 of Python that computes, in JupyterLab. Every slider of every picture is moved by key and by mouse, every tick is
 set by key, and in every drop-down the next entry is chosen.
-Printed are the seconds from the last key, movement of the mouse or choice to a new picture, by the page's own clock.
+Printed are the seconds from the last key, movement of the mouse or choice to the last picture of the move, by the
+page's own clock.
 With `--pictures FOLDER` the page is kept there as it looks then, in both themes.
 """
 
@@ -21,11 +22,10 @@ from pathlib import Path
 from explorers import ROOT, code, needed, showing
 from playwright.sync_api import Error, Locator, Page, sync_playwright
 
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "browser")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-from chromium import CHROMIUM, FLAGS, jupyterlab  # noqa: E402
+from chromium import CHROMIUM, FLAGS, by_mouse, jupyterlab, menu, picture_after  # noqa: E402
 from processes import until  # noqa: E402
-from test_lab import by_mouse, menu, picture_after  # noqa: E402
 
 BUSY = "while True:\n    sum(range(10_000))"
 DARK = "document.body.dataset.jpThemeLight = 'false'"

@@ -1,4 +1,5 @@
-"""The browser that tests drive, and how it is started; None where this machine has none. And a JupyterLab for it."""
+"""The browser that tests drive, and how it is started; None where this machine has none. And a JupyterLab for it,
+with the moves of whoever uses it."""
 
 from __future__ import annotations
 
@@ -63,3 +64,47 @@ def jupyterlab(home: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:  # it waits for a kernel that was restarted
             server.kill()
             server.wait(20)
+
+
+# The picture's title says where the controls stand, so it is a new one for a move and not for the run before.
+WATCH = """img => {
+    window.waited = new Promise((done, failed) => {
+        let from = performance.now(), seen, soon;
+        const moves = ['keydown', 'mousemove', 'mouseup', 'change'], move = () => { from = performance.now(); };
+        const end = () => {
+            watch.disconnect();
+            moves.forEach(kind => document.removeEventListener(kind, move, true));
+            done((seen - from) / 1000);
+        };
+        const watch = new MutationObserver(() => {
+            seen = performance.now();
+            clearTimeout(soon);
+            soon = setTimeout(end, 500);
+        });
+        moves.forEach(kind => document.addEventListener(kind, move, true));
+        watch.observe(img, {attributeFilter: ['title']});
+        setTimeout(() => failed(new Error('the picture did not change within 20 s')), 20000);
+    });
+}"""
+
+
+def picture_after(page, image, move) -> float:
+    """Seconds from the last key, mouse move or choice in `move()` to its last picture by the page's clock."""
+    image.evaluate(WATCH)
+    move()
+    return page.evaluate("window.waited")
+
+
+def by_mouse(page, handle, pixels: float) -> None:
+    box = handle.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + pixels, y, steps=5)
+    page.mouse.up()
+
+
+def menu(page, menu: str, item: str) -> None:
+    """Chooses from the menu bar; an item's accessible name also has its shortcut, so it is found by its label."""
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    page.locator(".lm-Menu-item", has=page.get_by_text(item, exact=True)).click()

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chromium import CHROMIUM, FLAGS, jupyterlab
+from chromium import CHROMIUM, FLAGS, by_mouse, jupyterlab, menu, picture_after
 from processes import until
 
 ROOT = Path(__file__).parents[2]
@@ -55,35 +55,6 @@ def page(lab):
         browser.close()
 
 
-# The picture's title says where the controls stand, so it is a new one for a move and not for the run before.
-WATCH = """img => {
-    window.waited = new Promise((done, failed) => {
-        let from = performance.now(), seen, soon;
-        const moves = ['keydown', 'mousemove', 'mouseup', 'change'], move = () => { from = performance.now(); };
-        const end = () => {
-            watch.disconnect();
-            moves.forEach(kind => document.removeEventListener(kind, move, true));
-            done((seen - from) / 1000);
-        };
-        const watch = new MutationObserver(() => {
-            seen = performance.now();
-            clearTimeout(soon);
-            soon = setTimeout(end, 500);
-        });
-        moves.forEach(kind => document.addEventListener(kind, move, true));
-        watch.observe(img, {attributeFilter: ['title']});
-        setTimeout(() => failed(new Error('the picture did not change within 20 s')), 20000);
-    });
-}"""
-
-
-def picture_after(page, image, move) -> float:
-    """Seconds from the last key, mouse move or choice in `move()` to its last picture by the page's clock."""
-    image.evaluate(WATCH)
-    move()
-    return page.evaluate("window.waited")
-
-
 def idle_for(page, seconds: float, limit: float = 1800) -> None:
     """Wait until no cell has been waiting or running, and the kernel has been idle, for some seconds."""
     since = started = time.perf_counter()
@@ -101,21 +72,6 @@ def settled(page, box, seconds: float) -> None:
     while "test loss" not in box.inner_text():
         assert time.perf_counter() - started < seconds, box.inner_text()
         page.wait_for_timeout(50)
-
-
-def by_mouse(page, handle, pixels: float) -> None:
-    box = handle.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + pixels, y, steps=5)
-    page.mouse.up()
-
-
-def menu(page, menu: str, item: str) -> None:
-    """Chooses from the menu bar; an item's accessible name also has its shortcut, so it is found by its label."""
-    page.get_by_role("menuitem", name=menu, exact=True).click()
-    page.locator(".lm-Menu-item", has=page.get_by_text(item, exact=True)).click()
 
 
 def test_sliders_answer_by_key_and_mouse_while_a_cell_runs(lab, page, tmp_path, capsys):
